@@ -1,0 +1,56 @@
+"""What differs between machines: torchvision's operators and the device."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from errors import LabError
+
+
+def _define_missing_vision_ops() -> list[torch.library.Library]:
+    """Declare the operators torchvision registers at import, where its C++ library cannot load.
+
+    Beside a CPU-only torch, torchvision's Linux wheel finds no CUDA libraries and its import
+    fails on `torchvision::nms`. Schemas are enough for models, transforms and datasets;
+    `torchvision.ops.nms` and `torchvision.io` stay unusable.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or torch.version.cuda is not None:
+        return []
+    try:
+        for folder in spec.submodule_search_locations or []:
+            for name in os.listdir(folder):
+                if name.startswith("_C") and name.endswith((".so", ".pyd")):
+                    torch.ops.load_library(os.path.join(folder, name))
+                    return []
+    except OSError:
+        pass
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return [library]
+
+
+_VISION_OPS = _define_missing_vision_ops()  # kept alive: dropping a Library undefines its operators
+
+
+def get_device(name: str = "auto") -> torch.device:
+    """The device to run on: `name`, or with "auto" CUDA, else Apple's MPS, else the CPU.
+
+    Raises: LabError if the named device does not exist here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LabError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); set device to 'auto'"
+        ) from error
+    return device

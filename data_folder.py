@@ -1,0 +1,224 @@
+"""A data set's folder: text and picture files are found and read here, and nothing outside it."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from captions import Problems
+from errors import LabError
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ABSENT = (-1, -1)  # the stamp of a file that is not there
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it starts with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(bytes, modification time in ns) of a file or folder, or `ABSENT`."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ABSENT
+    return status.st_size, status.st_mtime_ns
+
+
+def is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")
+
+
+def safe_relative(path: Any) -> tuple[str, str]:
+    """`path` with forward slashes and without `.` parts, and why it is refused ("" if it is not)."""
+    if not isinstance(path, str) or not path.strip():
+        return "", "the image path is missing"
+    if not path.isprintable():
+        return "", f"the image path {path!r} holds control characters"
+    path = path.strip().replace("\\", "/")
+    if path.startswith("/") or re.match(r"[A-Za-z]:", path):
+        return "", f"the image path {path!r} is absolute"
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if ".." in parts or not parts:
+        return "", f"the image path {path!r} leads outside the data folder"
+    return "/".join(parts), ""
+
+
+def decode_text(data: bytes) -> tuple[str, dict[int, str]]:
+    """The text of a file with plain newlines, and what was repaired in which line.
+
+    Marks of byte order are obeyed; a line that is no UTF-8 is read as Latin-1; NULs are taken out.
+    """
+    mark = next((mark for mark in _BYTE_ORDER_MARKS if data.startswith(mark)), b"")
+    repaired: dict[int, str] = {}
+    try:
+        text = data.decode(_BYTE_ORDER_MARKS.get(mark, "utf-8"))
+    except UnicodeDecodeError:
+        lines = data.removeprefix(mark).split(b"\n")
+        text = "\n".join(_decode_line(line, number, repaired) for number, line in enumerate(lines, start=1))
+    text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+    if "\0" in text:
+        repaired.update(
+            {n: "NUL removed" for n, line in enumerate(text.split("\n"), start=1) if "\0" in line}
+        )
+        text = text.replace("\0", "")
+    return text, repaired
+
+
+def _decode_line(line: bytes, number: int, repaired: dict[int, str]) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        repaired[number] = "not UTF-8, read as Latin-1"
+    try:
+        return line.decode("cp1252")  # Latin-1 with the quotes and dashes that Windows puts in its gap
+    except UnicodeDecodeError:
+        return line.decode("latin-1")
+
+
+class DataFolder:
+    """Reads and lists below one folder, refuses what leads outside, and remembers what it looked at.
+
+    Args:
+        root: the data set's folder.
+        follow_links: take files and folders that are links to places outside `root`.
+    Raises: LabError if `root` is no folder.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, follow_links: bool = False) -> None:
+        self.root = Path(root)
+        self.follow_links = follow_links
+        self.problems = Problems()
+        self.stamps: dict[str, tuple[int, int]] = {}  # every file and folder that was looked at
+        self._listings: dict[str, dict[str, bool]] = {}
+        if not self.root.is_dir():
+            raise LabError(
+                f"data folder {str(root)!r} does not exist; set data_dir to where the data set is, "
+                "or fetch it with `python dataset.py fetch NAME`"
+            )
+        self._real_root = os.path.realpath(self.root)
+
+    def look(self, path: str | os.PathLike[str]) -> bool:
+        """Whether a file or folder is there; the answer counts for the cache's freshness."""
+        full = os.path.join(self.root, path)  # an absolute path, given by the user, stays as it is
+        if full not in self.stamps:
+            self.stamps[full] = stamp(full)
+        return self.stamps[full] != ABSENT
+
+    def user_path(self, path: str | os.PathLike[str], folder: str = "") -> str:
+        """A path that the user gave: absolute where it exists as it stands, else below the data folder."""
+        return os.path.abspath(path) if os.path.exists(path) else os.path.join(folder, path)
+
+    def in_one_of(self, folders: Sequence[str], path: str) -> str:
+        """`path` below the first of the folders that holds it, or below the first of them."""
+        tried = [join(folder, path) for folder in folders]
+        return next((each for each in tried if self.has_file(each)), tried[0])
+
+    def first(self, *candidates: str) -> str | None:
+        """The first of these files or folders that exists, or None."""
+        return next((path for path in candidates if self.look(path)), None)
+
+    def listing(self, folder: str) -> dict[str, bool]:
+        """Names in a folder, each with whether it is a folder itself; links that lead outside are left out.
+
+        One scandir a folder: at 120,000 images a stat each would take seconds.
+        """
+        if folder not in self._listings:
+            self._listings[folder] = self._scan(folder) if self.look(folder) else {}
+        return self._listings[folder]
+
+    def _scan(self, folder: str) -> dict[str, bool]:
+        full = os.path.join(self.root, folder)
+        if not os.path.isdir(full) or self._leads_outside(folder):
+            return {}
+        with os.scandir(full) as entries:
+            return {
+                entry.name: entry.is_dir()
+                for entry in entries
+                if not entry.is_symlink() or self._usable_link(join(folder, entry.name))
+            }
+
+    def _usable_link(self, path: str) -> bool:
+        return not self._leads_outside(path) and (self.root / path).exists()
+
+    def _leads_outside(self, path: str) -> bool:
+        """Whether a path below the root is a link to elsewhere; a place that the user named is none."""
+        if self.follow_links or os.path.isabs(path):
+            return False
+        real = os.path.realpath(self.root / path)
+        outside = real != self._real_root and not real.startswith(self._real_root + os.sep)
+        if outside:
+            what = "a link that leads outside the data folder; copy it there, or read with follow_links=True"
+            self.problems.add("refused path", path, what)
+        return outside
+
+    def has_file(self, path: str) -> bool:
+        """Whether the file of a `safe_relative` path exists below the root."""
+        folder, _, name = path.rpartition("/")
+        return self.listing(folder).get(name) is False
+
+    def with_pictures(self, *candidates: str) -> str | None:
+        """The first of these folders that holds a picture, or None."""
+        return next((name for name in candidates if any(map(is_picture, self.listing(name)))), None)
+
+    def folders(self, folder: str = "") -> list[str]:
+        """Names of the folders in a folder, sorted, without hidden ones and macOS's shadows."""
+        names = self.listing(folder)
+        return sorted(name for name in names if names[name] and not name.startswith((".", "__MACOSX")))
+
+    def pictures(self, folder: str = "", walked: frozenset[str] = frozenset()) -> Iterator[str]:
+        """Paths of all pictures in a folder and the folders in it, sorted; loops of links are not followed."""
+        real = os.path.realpath(self.root / folder)
+        if real in walked:
+            return
+        names = self.listing(folder)
+        yield from (join(folder, name) for name in sorted(names) if is_picture(name) and not names[name])
+        for name in self.folders(folder):
+            yield from self.pictures(join(folder, name), walked | {real})
+
+    def read_text(self, path: str) -> str:
+        """A text file's content; what `decode_text` repaired is noted.
+
+        Raises: LabError if the file cannot be read, or is a link that leads outside.
+        """
+        text, repaired = decode_text(self._read_bytes(path))
+        for number, what in repaired.items():
+            self.problems.add("repaired text", path, what, f"line {number}")
+        return text
+
+    def _read_bytes(self, path: str) -> bytes:
+        if self.look(path) and not os.path.isabs(path) and not self.has_file(path):
+            raise LabError(
+                f"{self.root / path} is a link that leads outside the data folder; copy the file there"
+            )
+        try:
+            return (self.root / path).read_bytes()
+        except OSError as error:
+            raise LabError(f"cannot read {self.root / path}: {error.strerror}") from error
+
+    def read_json(self, path: str, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+        """A JSON file's content; `object_hook` may keep of each object only what is needed.
+
+        Raises: LabError if it is no JSON, with the place.
+        """
+        try:
+            return json.loads(self.read_text(path), object_hook=object_hook, strict=False)
+        except LabError:
+            raise
+        except (ValueError, RecursionError) as error:
+            cause = str(error)[:120]
+            raise LabError(
+                f"{self.root / path} is no valid JSON ({cause}); fetch or write it again"
+            ) from error
+
+
+def join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name

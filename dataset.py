@@ -1,0 +1,232 @@
+"""Datasets and batches: one item is an image with all its captions; ids say what matches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cache import as_rows
+from captions import CaptionTable
+from config import Config
+from errors import LabError
+from image_cache import ImageCache
+from readers import read_captions
+from scenes import write_scenes
+from sources import fetch, is_linked
+
+Batch = dict[str, Any]
+"""`image`, `text`, `image_id` (I,), `text_id` (T,); see `COCOClipDataset`."""
+
+
+class COCOClipDataset(Dataset):
+    """Images with all their captions, from decoded pictures or cached features.
+
+    An item is `{"image", "text", "image_id": (1,), "text_id": (T,)}`; `__getitems__` gives many as one
+    batch, images (I, 3, S, S) uint8 or (I, width), texts a list of T captions or (T, width).
+    Pictures that cannot be decoded and images without a caption are left out and listed in `left_out`.
+
+    Args:
+        split: name of the split, or several joined by "+".
+        table: images and captions; None: read from `data_dir` by `reader`.
+        images: an ImageCache or (I, width) features, a row for each of the table's images; None: an
+            ImageCache of the table's pictures, built at the first use.
+        bad: rows of `images` to leave out and why, where `images` are features.
+        text_features: (T, width), a row for each of the table's captions; None: captions as text.
+        captions_per_image: draw this many of an image's captions, anew each epoch; None: all.
+        seed: of the draw.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        table: CaptionTable | None = None,
+        images: ImageCache | Tensor | None = None,
+        bad: dict[int, str] | None = None,
+        text_features: Tensor | None = None,
+        data_dir: str | Path = "data/coco2014",
+        reader: str = "coco",
+        cache_dir: str | Path = "cache",
+        image_size: int = 224,
+        image_resize: str = "crop",
+        captions_per_image: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if table is None:
+            table = read_captions(reader, data_dir, seed=seed).split(*split.split("+"))
+        if images is None:
+            images = open_images(table, cache_dir, image_size, image_resize)
+        if len(images) != len(table) or (
+            text_features is not None and len(text_features) != len(table.captions)
+        ):
+            raise LabError(
+                "images and text_features need one row for each of the table's images and captions."
+            )
+        self.split, self.table, self.images, self.text_features = split, table, images, text_features
+        self.captions_per_image, self.seed, self.epoch = captions_per_image, seed, 0
+        bad = images.bad if isinstance(images, ImageCache) else bad or {}
+        self.left_out = {table.paths[row]: cause for row, cause in bad.items()}
+        silent = np.flatnonzero(np.diff(table.offsets) == 0)
+        self.left_out.update({table.paths[row]: "no caption" for row in silent})
+        dropped = np.union1d(np.fromiter(bad, dtype=np.int64, count=len(bad)), silent)
+        self.rows = np.setdiff1d(np.arange(len(table)), dropped)  # items are rows of the table
+        if not len(self.rows):
+            raise LabError(
+                f"split {split!r} in {table.root} holds no usable image; see left_out or run the data check."
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_captions(self) -> int:
+        """Captions of the images in use."""
+        return int(np.diff(self.table.offsets)[self.rows].sum())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw captions for this epoch; matters only with `captions_per_image`."""
+        self.epoch = epoch
+
+    def caption_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the captions of table rows `rows`, and how many each image brings."""
+        starts, counts = self.table.offsets[rows], np.diff(self.table.offsets)[rows]
+        if self.captions_per_image is None:
+            first = np.cumsum(counts) - counts
+            return np.repeat(starts - first, counts) + np.arange(counts.sum()), counts
+        drawn = [
+            self._draw(int(row), int(count)) + start
+            for row, start, count in zip(rows, starts, counts, strict=True)
+        ]
+        return np.concatenate(drawn), np.array([len(some) for some in drawn])
+
+    def _draw(self, row: int, count: int) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, self.epoch, int(self.table.image_ids[row])))
+        return rng.permutation(count)[: self.captions_per_image]
+
+    def __getitem__(self, item: int) -> Batch:
+        batch = self.__getitems__([item])
+        return {**batch, "image": batch["image"][0]}
+
+    def __getitems__(self, items: list[int]) -> Batch:
+        rows = self.rows[np.asarray(items)]
+        texts, counts = self.caption_rows(rows)
+        ids = self.table.image_ids[rows]
+        return {
+            "image": self.images.gather(rows)
+            if isinstance(self.images, ImageCache)
+            else self.images[as_rows(rows)],
+            "text": self._texts(texts),
+            "image_id": torch.from_numpy(ids),
+            "text_id": torch.from_numpy(np.repeat(ids, counts)),
+        }
+
+    def _texts(self, rows: np.ndarray) -> list[str] | Tensor:
+        if self.text_features is not None:
+            return self.text_features[as_rows(rows)]
+        return [self.table.captions[row] for row in rows.tolist()]
+
+    def pictures(self, items: list[int]) -> list[Path]:
+        """Files of some items' pictures, for figures."""
+        return [self.table.path_of(int(row)) for row in self.rows[np.asarray(items, dtype=np.int64)]]
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Batches of item numbers: a permutation by seed and epoch, from any step on.
+
+    The last batch is short; one of a single item, which BatchNorm refuses, joins the batch before it.
+    """
+
+    def __init__(self, num_items: int, batch_size: int, *, shuffle: bool, seed: int = 0) -> None:
+        self.num_items, self.batch_size, self.shuffle, self.seed = num_items, batch_size, shuffle, seed
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.num_items, self.batch_size)
+        return max(1, full + (rest > 1))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.arange(self.num_items)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_items)
+        for step in range(self.start, len(self)):
+            stop = self.num_items if step == len(self) - 1 else (step + 1) * self.batch_size
+            yield order[step * self.batch_size : stop].tolist()
+
+
+def _as_is(batch: Batch) -> Batch:
+    """Batches arrive whole from `__getitems__`."""
+    return batch
+
+
+def make_loader(
+    dataset: COCOClipDataset,
+    batch_size: int = 128,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Batches of images, each with its captions; `loader.batch_sampler.epoch` chooses the order."""
+    batches = EpochBatches(len(dataset), batch_size, shuffle=shuffle, seed=seed)
+    return DataLoader(
+        dataset, batch_sampler=batches, collate_fn=_as_is, num_workers=num_workers, pin_memory=pin_memory
+    )
+
+
+def open_images(
+    table: CaptionTable, cache_dir: str | Path, size: int, resize: str, num_workers: int = 0
+) -> ImageCache:
+    """The table's pictures, decoded once."""
+    folder = Path(cache_dir) / "images"
+    return ImageCache.open_or_build(
+        table.root, table.paths, size=size, resize=resize, folder=folder, num_workers=num_workers or None
+    )
+
+
+def load_table(config: Config, splits: tuple[str, ...] | None = None) -> CaptionTable:
+    """A configuration's images and captions: all splits, or the named ones.
+
+    With `max_samples`, that many images of each split, evenly spread over it.
+    """
+    table = _read_once(config.reader, str(config.data_dir), str(config.karpathy_file or ""), config.seed)
+    if splits is None:
+        splits = tuple(table.split_sizes())
+    rows = []
+    for split in splits:
+        table.split(split)  # raises the one explanation where it is empty
+        found = np.flatnonzero(table.splits == split)
+        if config.max_samples is not None and len(found) > config.max_samples:
+            found = found[np.linspace(0, len(found) - 1, config.max_samples).astype(np.int64)]
+        rows.append(found)
+    return table.take(np.concatenate(rows))
+
+
+@functools.lru_cache(maxsize=4)
+def _read_once(reader: str, data_dir: str, karpathy_file: str, seed: int) -> CaptionTable:
+    linked = is_linked(data_dir)
+    return read_captions(reader, data_dir, seed=seed, follow_links=linked, karpathy_file=karpathy_file or None)
+
+
+def prepare_data(config: Config) -> Path:
+    """Generate or fetch a configuration's data where its folder is missing and is the source's own.
+
+    Raises: LabError if another folder was named and does not exist.
+    """
+    folder, source = config.data_dir, config.source
+    if (folder / "scenes.unfinished.json").is_file():
+        return write_scenes(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        return folder
+    if source is None or folder.name != source:
+        raise LabError(
+            f"data_dir {folder} does not exist or is empty; give the folder of a captioned image set."
+        )
+    return write_scenes(folder) if source == "scenes" else fetch(source, folder.parent)

@@ -1,0 +1,242 @@
+"""Runs a tower once over texts or images and fills a cache; opens datasets with what is cached."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from compat import get_device
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import towers
+from cache import as_rows, cached_features, fingerprint
+from captions import CaptionTable
+from config import Config
+from dataset import COCOClipDataset, load_table, open_images
+from errors import LabError
+from image_cache import ImageCache
+from models import CLIPModel, build_image_tower, build_text_tower
+
+TOKENS_PER_BATCH = 4096
+IMAGES_PER_BATCH = 64
+
+
+def encode_texts(tower: towers.TextTower, texts: Sequence[str], bar: tqdm | None = None) -> Tensor:
+    """(T, width) float32 features of texts, in their order.
+
+    Texts are sorted by length and batched to about `TOKENS_PER_BATCH` tokens, each batch padded to its
+    own longest: captions of 12 tokens padded to 77 cost several times the arithmetic.
+    """
+    tower.eval()
+    lengths = np.array(tower.lengths(texts))
+    order = np.argsort(-lengths, kind="stable")
+    features = torch.empty(len(texts), tower.width)
+    start = 0
+    with torch.inference_mode():
+        while start < len(order):
+            rows = order[start : start + max(1, TOKENS_PER_BATCH // int(lengths[order[start]]))]
+            features[as_rows(rows)] = tower([texts[row] for row in rows.tolist()]).float().cpu()
+            start += len(rows)
+            if bar is not None:
+                bar.update(len(rows))
+    return features
+
+
+def encode_images(
+    tower: towers.ImageTower, images: ImageCache, rows: Sequence[int], bar: tqdm | None = None
+) -> Tensor:
+    """(len(rows), width) float32 features of decoded pictures."""
+    tower.eval()
+    device = next(tower.parameters()).device
+    features = []
+    with torch.inference_mode():
+        for start in range(0, len(rows), IMAGES_PER_BATCH):
+            some = np.asarray(rows[start : start + IMAGES_PER_BATCH])
+            features.append(tower(images.gather(some).to(device)).float().cpu())
+            if bar is not None:
+                bar.update(len(some))
+    return torch.cat(features)
+
+
+def weights_revision(name: str) -> str:
+    """What a tower's weights are: a hub's commit, or a digest of the files' contents."""
+    snapshot = towers.hub_snapshot(name)
+    if snapshot is not None:
+        return snapshot
+    path = Path(name)
+    files = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")) if path.is_dir() else [path]
+    files = [file for file in files if file.is_file()]
+    return _digest(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)) or name
+
+
+@functools.lru_cache(maxsize=16)
+def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for path, _, _ in files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest() if files else ""
+
+
+def cached_text_features(config: Config, captions: Sequence[str], *, progress: bool = True) -> Tensor:
+    """(T, width) float16 features of captions, from the cache or encoded now into it.
+
+    The cache's name and header hold the digest of captions and weights, so another set of captions or
+    another encoder never meets it.
+    """
+    name = towers.text_model_name(config.text_tower, config.text_model)
+    pooling, max_length = towers.TEXT_SETTINGS[config.text_tower]
+    header = {
+        "encoder": config.text_tower,
+        "revision": weights_revision(name),
+        "max_length": str(max_length),
+        "pooling": pooling,
+        "captions": fingerprint(captions),
+    }
+    path = _cache_path(config, "text", config.text_tower, header)
+    tower: list[towers.TextTower] = []
+
+    def compute(rows: Sequence[int]) -> Tensor:
+        if not tower:
+            tower.append(text_tower(config))
+        return encode_texts(tower[0], [captions[row] for row in rows], bar)
+
+    with tqdm(total=len(captions), desc="captions", unit="", disable=not progress, leave=False) as bar:
+        return cached_features(path, header, len(captions), compute)
+
+
+def cached_image_features(
+    config: Config, table: CaptionTable, *, progress: bool = True
+) -> tuple[Tensor, dict[int, str]]:
+    """(I, width) float16 features of a table's pictures, and the rows that cannot be decoded with their cause.
+
+    Raises: LabError where the tower's weights are random, for they would differ the next time.
+    """
+    if config.image_weights == "random":
+        raise LabError(
+            "image_tower_mode 'cached' needs fixed weights; set image_weights or image_tower_mode."
+        )
+    images = open_images(table, config.cache_dir, config.image_size, config.image_resize, config.num_workers)
+    weights = config.image_weights
+    header = {
+        "encoder": config.image_tower,
+        "revision": weights if weights == "pretrained" else weights_revision(weights),
+        "images": images.folder.name,
+    }
+    rows = np.setdiff1d(np.arange(len(table)), np.fromiter(images.bad, np.int64, len(images.bad)))
+    path = _cache_path(config, "image", config.image_tower, header)
+    tower: list[towers.ImageTower] = []
+
+    def compute(chunk: Sequence[int]) -> Tensor:
+        if not tower:
+            frozen = config.updated(image_tower_mode="frozen")
+            tower.append(
+                build_image_tower(frozen).to(get_device(config.device)).to(memory_format=torch.channels_last)
+            )
+        return encode_images(tower[0], images, rows[np.asarray(chunk)], bar)
+
+    with tqdm(total=len(rows), desc="pictures", unit="", disable=not progress, leave=False) as bar:
+        good = cached_features(path, header, len(rows), compute, chunk=1024)
+    if len(rows) == len(table):
+        return good, {}
+    features = torch.full((len(table), good.shape[1]), float("nan"), dtype=good.dtype)
+    features[as_rows(rows)] = good
+    return features, images.bad
+
+
+def _cache_path(config: Config, kind: str, encoder: str, header: dict[str, str]) -> Path:
+    name = fingerprint(f"{key}={value}" for key, value in sorted(header.items()))[:16]
+    return config.cache_dir / "features" / f"{kind}-{encoder}-{name}.safetensors"
+
+
+def open_dataset(config: Config, splits: Sequence[str], *, progress: bool = True) -> COCOClipDataset:
+    """The dataset of some splits, its pictures decoded and its cached features filled."""
+    table = load_table(config, tuple(splits))
+    texts = (
+        cached_text_features(config, table.captions, progress=progress)
+        if config.text_tower_mode == "cached"
+        else None
+    )
+    images: ImageCache | Tensor
+    bad = None
+    if config.image_tower_mode == "cached":
+        images, bad = cached_image_features(config, table, progress=progress)
+    else:
+        images = open_images(
+            table, config.cache_dir, config.image_size, config.image_resize, config.num_workers
+        )
+    return COCOClipDataset(
+        "+".join(splits),
+        table=table,
+        images=images,
+        bad=bad,
+        text_features=texts,
+        captions_per_image=config.captions_per_image,
+        seed=config.seed,
+    )
+
+
+def text_cache_report(config: Config) -> pd.DataFrame:
+    """Opens or fills the text caches of all a configuration's splits; a row each: captions, MB, seconds, rate."""
+    rows = []
+    for splits in dict.fromkeys(
+        (config.train_splits, config.val_splits, *((name,) for name in config.test_splits))
+    ):
+        captions = load_table(config, splits).captions
+        start = time.perf_counter()
+        features = cached_text_features(config, captions)
+        seconds = time.perf_counter() - start
+        megabytes = features.numel() * features.element_size() / 1e6
+        rows.append(
+            {
+                "split": "+".join(splits),
+                "captions": len(captions),
+                "width": features.shape[1],
+                "MB": round(megabytes, 1),
+                "seconds": round(seconds, 2),
+                "captions/s": round(len(captions) / seconds),
+            }
+        )
+    return pd.DataFrame(rows).set_index("split")
+
+
+def text_tower(config: Config) -> towers.TextTower:
+    """The frozen text tower of a configuration, loaded once, on its device."""
+    return _text_tower(config.text_tower, config.text_model, str(get_device(config.device)))
+
+
+@functools.lru_cache(maxsize=2)
+def _text_tower(tower: str, model: str | None, device: str) -> towers.TextTower:
+    frozen = Config(text_tower=tower, text_model=model, text_tower_mode="frozen")
+    return build_text_tower(frozen).to(device).eval()
+
+
+@torch.inference_mode()
+def text_features(model: CLIPModel, config: Config, texts: Sequence[str]) -> Tensor:
+    """(T, D) joint-space features of any texts, by the encoder and pooling of training."""
+    model.eval()
+    if config.text_tower_mode != "cached":
+        return model.encode_text(list(texts)).float().cpu()
+    device = model.logit_scale.device
+    return model.encode_text(encode_texts(text_tower(config), texts).to(device)).float().cpu()
+
+
+@torch.inference_mode()
+def image_features(model: CLIPModel, config: Config, images: Tensor) -> Tensor:
+    """(I, D) joint-space features of decoded pictures, (I, 3, S, S) uint8."""
+    model.eval()
+    device = model.logit_scale.device
+    images = images.to(device)
+    if config.image_tower_mode == "cached":
+        frozen = config.updated(image_tower_mode="frozen")
+        images = build_image_tower(frozen).to(device).eval()(images)
+    return model.encode_image(images).float().cpu()

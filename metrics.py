@@ -1,0 +1,251 @@
+"""Every retrieval figure, made from one set of exact ranks (`ranks.py`).
+
+Values are fractions in [0, 1], save ranks (1 is nearest) and rsum (percentage points). A query without
+a match is left out of every average and counted as left out. A k over the gallery's size looks at the
+whole gallery: recall is then 1, and so is the chance level beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from errors import LabError, choose
+from ranks import CROWD_LIMIT, IdList, QueryRanks, Ranks, match_ranks
+
+__all__ = ["QueryRanks", "Ranks", "match_ranks", "retrieval_metrics"]  # and everything defined below
+
+
+def retrieval_metrics(
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    image_id: IdList,
+    text_id: IdList,
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[str, float]:
+    """Retrieval figures both ways over distinct images, beside chance; see `match_ranks`, `summarise`.
+
+    >>> eye = torch.eye(3)
+    >>> retrieval_metrics(eye, eye[[0, 0, 1, 2]], [7, 8, 9], [7, 7, 8, 9], ks=(1,))["t2i_recall@1"]
+    1.0
+    """
+    return summarise(match_ranks(image_features, text_features, image_id, text_id), ks)
+
+
+def summarise(ranks: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """All figures of one set of ranks, named `i2t_recall@1`, `t2i_median_rank`, ...
+
+    Returns: for each direction `recall@k` and `chance@k` (expected of a random order) for every k,
+        `ndcg@k` at the largest k, `median_rank`, `mean_rank` and `mrr` of the nearest match, `map`,
+        `r_precision`, `num_queries`, `num_left_out` (queries without a match); and `rsum`, the sum of
+        all recalls in percentage points, `num_images`, `num_texts`, `captions_per_image` (the mean
+        over images that have any).
+    Raises: LabError if a k is not a whole number from 1 on.
+    """
+    figures: dict[str, float] = {}
+    for direction in ("i2t", "t2i"):
+        one_way = _summarise_direction(getattr(ranks, direction), ks)
+        figures.update({f"{direction}_{name}": value for name, value in one_way.items()})
+    recalls = [figures[f"{way}_recall@{k}"] for way in ("i2t", "t2i") for k in dict.fromkeys(ks)]
+    figures["rsum"] = 100 * sum(recalls)
+    figures["num_images"] = ranks.num_images
+    figures["num_texts"] = ranks.num_texts
+    figures["captions_per_image"] = float(ranks.i2t.counts.mean())
+    return figures
+
+
+def _summarise_direction(ranks: QueryRanks, ks: Sequence[int]) -> dict[str, float]:
+    if not ks:
+        raise LabError("ks is empty; name at least one k, such as ks=(1, 5, 10)")
+    names = [f"recall@{k}" for k in ks] + [f"ndcg@{max(ks)}", "mean_rank", "mrr", "map", "r_precision"]
+    figures = {name: float(query_values(ranks, name).mean()) for name in names}
+    figures["median_rank"] = median_rank(ranks)
+    figures.update({f"chance@{k}": chance_at_k(ranks, k) for k in ks})
+    figures.update(num_queries=ranks.num_queries, num_left_out=ranks.num_left_out)
+    return figures
+
+
+# ---- figures from ranks ----------------------------------------------------------------------------
+
+
+def recall_at_k(ranks: QueryRanks, k: int) -> float:
+    """Fraction of queries whose nearest k gallery items hold a match.
+
+    Source: Karpathy & Fei-Fei 2015, section 4.
+    """
+    return float(query_values(ranks, f"recall@{k}").mean())
+
+
+def ndcg_at_k(ranks: QueryRanks, k: int) -> float:
+    """Discounted gain of the matches among the nearest k, over that of the best order; gains are 0 or 1.
+
+    Source: Jarvelin & Kekalainen 2002, with discount 1 / log2(rank + 1).
+    """
+    return float(query_values(ranks, f"ndcg@{k}").mean())
+
+
+def mean_rank(ranks: QueryRanks) -> float:
+    """Mean over queries of the nearest match's rank."""
+    return float(ranks.best.mean())
+
+
+def median_rank(ranks: QueryRanks) -> float:
+    """Median over queries of the nearest match's rank; a half where an even number straddles two."""
+    return float(np.median(ranks.best))
+
+
+def mean_reciprocal_rank(ranks: QueryRanks) -> float:
+    """Mean over queries of 1 / rank of the nearest match."""
+    return float(query_values(ranks, "mrr").mean())
+
+
+def mean_average_precision(ranks: QueryRanks) -> float:
+    """Mean over queries of the mean precision at each match's rank, over the whole gallery."""
+    return float(query_values(ranks, "map").mean())
+
+
+def r_precision(ranks: QueryRanks) -> float:
+    """Mean over queries of the fraction of matches among the nearest R, R the query's matches."""
+    return float(query_values(ranks, "r_precision").mean())
+
+
+def chance_at_k(ranks: QueryRanks, k: int) -> float:
+    """Expected Recall@K of a random order of this gallery, given each query's number of matches."""
+    k, size = min(_whole(k), ranks.gallery_size), ranks.gallery_size
+    counts, queries = np.unique(ranks.counts, return_counts=True)
+    drawn = np.arange(k)
+    misses = np.maximum(size - counts[:, None] - drawn, 0) / (size - drawn)  # (counts, k)
+    return float(np.average(1 - misses.prod(1), weights=queries))
+
+
+def query_values(ranks: QueryRanks, name: str) -> np.ndarray:
+    """(Q,) one figure of every query, by name: `recall@5`, `ndcg@10`, `map`, `mrr`, ...
+
+    Raises: LabError if there is no such figure or its k is not a whole number from 1 on.
+    """
+    kind, _, k = name.partition("@")
+    if k:
+        return choose(AT_K, kind, "figure at k")(ranks, _whole(k))
+    return choose(PER_QUERY, kind, "figure")(ranks)
+
+
+def _whole(k: int | str) -> int:
+    try:
+        number = int(str(k))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise LabError(f"k is {k!r}, but must be a whole number from 1 on")
+    return number
+
+
+def _per_query(ranks: QueryRanks, gains: np.ndarray) -> np.ndarray:
+    """(Q,) sums over each query's matches of (M,) gains."""
+    return np.add.reduceat(gains, ranks.offsets[:-1])
+
+
+def _ndcg(ranks: QueryRanks, k: int) -> np.ndarray:
+    gain = np.where(ranks.values <= k, 1 / np.log2(ranks.values + 1.0), 0.0)
+    ideal = np.cumsum(1 / np.log2(np.arange(2.0, min(k, int(ranks.counts.max())) + 2)))
+    return _per_query(ranks, gain) / ideal[np.minimum(ranks.counts, k) - 1]
+
+
+def _average_precision(ranks: QueryRanks) -> np.ndarray:
+    return _per_query(ranks, ranks.slots / ranks.values) / ranks.counts
+
+
+def _r_precision(ranks: QueryRanks) -> np.ndarray:
+    inside = ranks.values <= np.repeat(ranks.counts, ranks.counts)
+    return _per_query(ranks, inside.astype(float)) / ranks.counts
+
+
+AT_K: Mapping[str, Callable[[QueryRanks, int], np.ndarray]] = {
+    "recall": lambda ranks, k: (ranks.best <= k).astype(float),
+    "ndcg": _ndcg,
+}
+PER_QUERY: Mapping[str, Callable[[QueryRanks], np.ndarray]] = {
+    "mean_rank": lambda ranks: ranks.best.astype(float),
+    "mrr": lambda ranks: 1 / ranks.best,
+    "map": _average_precision,
+    "r_precision": _r_precision,
+}
+
+
+# ---- recall as a function of the gallery's size ----------------------------------------------------
+
+
+def recall_by_gallery_size(ranks: Ranks, sizes: Sequence[int], k: int = 1) -> dict[str, np.ndarray]:
+    """Expected Recall@K if only some images, drawn at random with all their captions, were the gallery.
+
+    Exact both ways and without features: a query of a drawn image hits if the other images drawn bring
+    at most k - 1 rivals from before its nearest match. How many images bring how many is known from
+    the ranks (text-to-image: one each; image-to-text: `QueryRanks.crowd`), so the probability is a
+    sum of multivariate hypergeometric terms.
+
+    Args:
+        ranks: of the full gallery, every caption's image in it.
+        sizes: numbers of images, from 1 to the full gallery's.
+        k: how many gallery items a query may look at.
+    Returns: `sizes`, `i2t` and `t2i`, each (S,).
+    Raises: LabError if a size or k is out of range, or captions without an image are in the gallery.
+    """
+    k, num_images = _whole(k), ranks.num_images
+    if ranks.t2i.num_left_out:
+        raise LabError(
+            f"{ranks.t2i.num_left_out} captions belong to no image of the gallery; "
+            "leave them out before drawing recall over gallery size"
+        )
+    if any(not 1 <= size <= num_images for size in sizes):
+        raise LabError(f"gallery sizes must lie between 1 and {num_images} images; got {list(sizes)}")
+    crowd = ranks.i2t.crowd
+    if crowd is None or (k > CROWD_LIMIT and crowd.shape[1] > CROWD_LIMIT):
+        raise LabError(f"image-to-text recall over gallery size is known up to k={CROWD_LIMIT}; lower k")
+    closer = ranks.t2i.best - 1
+    crowds = {"i2t": crowd, "t2i": np.stack([num_images - 1 - closer, closer], 1)}
+    curves = {way: _hit_probability(table, sizes, k).mean(1) for way, table in crowds.items()}
+    return {"sizes": np.asarray(sizes), **curves}
+
+
+def _hit_probability(crowd: np.ndarray, sizes: Sequence[int], k: int) -> np.ndarray:
+    """(S, Q) probability that `size - 1` other images, drawn at random, bring fewer than k rivals.
+
+    `crowd[q, c]` other images bring c rivals each. Ways to draw t images that bring s < k rivals in
+    all are coefficients of a product of polynomials, one factor for each c.
+    """
+    kinds, back = np.unique(crowd, axis=0, return_inverse=True)
+    num_others = int(kinds[0].sum())
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, num_others + 1)))])
+    columns = [
+        _hits_of_chunk(kinds[start : start + 4096], sizes, k, log_factorial)
+        for start in range(0, len(kinds), 4096)
+    ]
+    return np.concatenate(columns, axis=1)[:, back.reshape(-1)]
+
+
+def _hits_of_chunk(crowd: np.ndarray, sizes: Sequence[int], k: int, log_factorial: np.ndarray) -> np.ndarray:
+    num_others = len(log_factorial) - 1
+
+    def log_choose(n: np.ndarray | int, m: int) -> np.ndarray:
+        legal = (np.asarray(n) >= m) & (m >= 0)
+        rest = np.where(legal, np.asarray(n) - m, 0)
+        return np.where(legal, log_factorial[n] - log_factorial[m] - log_factorial[rest], -np.inf)
+
+    ways = np.zeros((len(crowd), k, k))  # (Q, rivals, images drawn among those that bring any)
+    ways[:, 0, 0] = 1
+    for rivals in range(1, min(crowd.shape[1], k)):
+        longer = ways.copy()
+        for drawn in range(1, (k - 1) // rivals + 1):
+            factor = np.exp(log_choose(crowd[:, rivals], drawn))
+            longer[:, rivals * drawn :, drawn:] += (
+                factor[:, None, None] * ways[:, : k - rivals * drawn, : k - drawn]
+            )
+        ways = longer
+    ways = ways.sum(1)  # (Q, images)
+    hits = np.empty((len(sizes), len(crowd)))
+    for row, size in enumerate(sizes):
+        rest = np.stack([log_choose(crowd[:, 0], size - 1 - drawn) for drawn in range(min(k, size))], 1)
+        share = np.exp(rest - log_choose(num_others, size - 1))
+        hits[row] = (ways[:, : share.shape[1]] * share).sum(1)
+    return hits

@@ -1,0 +1,312 @@
+"""Readers: one table of images and captions from each layout that captioned image sets come in."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from caption_cache import cache_path, load_table, save_table
+from caption_rows import csv_rows, karpathy_object, piped_rows
+from captions import CaptionTable, Strings, split_rank
+from data_folder import DataFolder, join
+from errors import LabError, choose, nearest
+from folder_readers import UNUSED, read_class_folders, read_sidecar, split_aliases
+from table_builder import TableBuilder, is_id
+
+__all__ = ["READERS", "CaptionTable", "Strings", "read_captions"]
+
+
+# ---------------------------------------------------------------- COCO
+
+
+def read_coco(
+    folder: DataFolder,
+    *,
+    karpathy_file: str | Path | None = None,
+    annotations_dir: str | Path = "annotations",
+    year: str = "2014",
+) -> TableBuilder:
+    """COCO: `annotations/captions_{split}2014.json` and `{split}2014/` or `images/{split}2014/`.
+
+    The folder may itself lie in a folder `coco2014`, as the Kaggle set unpacks.
+
+    Args:
+        karpathy_file: dataset_coco.json, for train/restval/val/test in place of COCO's own splits.
+        annotations_dir: folder of the caption files, where they are not below the data folder.
+        year: the year in the names of files and folders.
+    """
+    top = "coco2014" if folder.look("coco2014") else ""
+    if karpathy_file is not None:
+        return _read_karpathy(folder, karpathy_file, (top, join(top, "images")))
+    place = folder.user_path(annotations_dir, top)
+    pattern = re.compile(rf"captions_(\w+){re.escape(year)}\.json")
+    found = [match for name in sorted(folder.listing(place)) if (match := pattern.fullmatch(name))]
+    if not found:
+        raise LabError(
+            f"no captions_*{year}.json in {folder.root / place}; take them from COCO's "
+            f"annotations_trainval{year}.zip (instances_*.json holds no captions)"
+        )
+    table = TableBuilder(folder)
+    for match in sorted(found, key=lambda match: split_rank(match[1])):
+        folders = [join(top, f"{match[1]}{year}"), join(top, f"images/{match[1]}{year}")]
+        _read_coco_split(table, match[1], join(place, match[0]), folder.first(*folders) or folders[0])
+    return table
+
+
+def _read_coco_split(table: TableBuilder, split: str, file: str, image_folder: str) -> None:
+    content = table.folder.read_json(file, object_hook=_coco_object)
+    known: dict[Any, str] = {}
+    for row, image in enumerate(_member(table.folder, content, "images", file)):
+        place = f"images[{row}]"
+        if not isinstance(image, tuple) or len(image) != 3 or not is_id(image[0]):
+            table.malformed(file, place, "an image needs file_name and a whole number as id")
+        elif name := table.relative(image[1], file, place):
+            path = join(image_folder, name)
+            table.add_image(path, split, image_id=image[0], category=image[2])
+            known[image[0]] = path
+    for row, annotation in enumerate(_member(table.folder, content, "annotations", file)):
+        place = f"annotations[{row}]"
+        if not isinstance(annotation, tuple) or len(annotation) != 2 or not is_id(annotation[0]):
+            table.malformed(file, place, "an annotation needs image_id and caption")
+        elif annotation[0] not in known:
+            table.malformed(file, place, f"image_id {annotation[0]} is not among the images")
+        else:
+            table.add_caption(known[annotation[0]], annotation[1], file, place)
+
+
+def _coco_object(record: dict[str, Any]) -> Any:
+    """Of COCO's objects what the table needs, in a fifth of the memory."""
+    if "caption" in record:
+        return record.get("image_id"), record["caption"]
+    if "file_name" in record:
+        return record.get("id"), record["file_name"], record.get("category")
+    return record
+
+
+def _member(folder: DataFolder, content: Any, key: str, file: str) -> list[Any]:
+    value = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(value, list):
+        raise LabError(f"{folder.root / file} has no list {key!r}; it is not a caption file of this layout")
+    return value
+
+
+def _read_karpathy(folder: DataFolder, file: str | Path, image_folders: tuple[str, ...]) -> TableBuilder:
+    """Karpathy's dataset_*.json: captions and splits in one file; restval stays a split of its own."""
+    name = folder.user_path(file)
+    if not folder.look(name):
+        raise LabError(
+            f"karpathy_file {str(file)!r} does not exist; it is in Karpathy's caption_datasets.zip"
+        )
+    images = _member(folder, folder.read_json(name, object_hook=karpathy_object), "images", name)
+    table = TableBuilder(folder)
+    for row, image in enumerate(images):
+        place = f"images[{row}]"
+        if not isinstance(image, dict) or not isinstance(image["sentences"], list) or not image["split"]:
+            table.malformed(name, place, "an image needs split, filename and sentences")
+            continue
+        below = table.relative(join(image["filepath"] or "", str(image["filename"])), name, place)
+        if below and is_id(image["id"]):
+            path = folder.in_one_of(image_folders, below)
+            table.add_image(path, str(image["split"]), image_id=image["id"])
+            for sentence in image["sentences"]:
+                table.add_caption(path, sentence, name, place)
+        elif below:
+            table.malformed(name, place, "an image needs a whole number as cocoid or imgid")
+    return table
+
+
+# ---------------------------------------------------------------- Flickr
+
+
+def read_flickr8k(
+    folder: DataFolder, *, karpathy_file: str | Path | None = None, seed: int = 0
+) -> TableBuilder:
+    """Flickr8k as on Kaggle: `Images/` and `captions.txt`, a CSV file with the columns image, caption.
+
+    The lists `Flickr_8k.{train,dev,test}Images.txt` give the splits train, val and test where they
+    are there, and images in none of them the split "unused"; else a seeded split by image.
+    """
+    images = folder.with_pictures("Images", "images", "Flicker8k_Dataset") or "Images"
+    if karpathy_file is not None:
+        return _read_karpathy(folder, karpathy_file, (images,))
+    file = _needed(folder, "captions.txt", "captions.csv")
+    table = TableBuilder(folder)
+    _add_rows(table, file, images, csv_rows(folder, file), _flickr8k_lists(folder), seed)
+    return table
+
+
+def read_flickr30k(
+    folder: DataFolder, *, karpathy_file: str | Path | None = None, seed: int = 0
+) -> TableBuilder:
+    """Flickr30k as on Kaggle: `results.csv`, separated by `|`, and a folder of images.
+
+    Karpathy's dataset_flickr30k.json gives captions and the usual 29,000 / 1,014 / 1,000 images;
+    without it the split is seeded, by image.
+    """
+    nested = ("flickr30k_images/flickr30k_images", "flickr30k_images", "flickr30k-images", "Images", "images")
+    images = folder.with_pictures(*nested, "") or nested[0]
+    if karpathy_file is not None:
+        return _read_karpathy(folder, karpathy_file, (images,))
+    file = _needed(folder, "results.csv", f"{nested[1]}/results.csv", f"{nested[0]}/results.csv")
+    table = TableBuilder(folder)
+    _add_rows(table, file, images, piped_rows(folder, file), {}, seed)
+    return table
+
+
+def _add_rows(
+    table: TableBuilder,
+    file: str,
+    images: str,
+    rows: Any,
+    lists: dict[str, list[str]],
+    seed: int,
+) -> None:
+    for number, image, caption in rows:
+        if name := table.relative(image, file, f"line {number}"):
+            path = join(images, name)
+            for split in lists.get(name, [UNUSED]):
+                table.add_image(path, split)
+            table.add_caption(path, caption, file, f"line {number}")
+    if not lists:
+        table.split_by_seed(seed)
+
+
+def _flickr8k_lists(folder: DataFolder) -> dict[str, list[str]]:
+    """The splits that the official lists give each file name; empty without any list."""
+    found: dict[str, list[str]] = {}
+    for name, split in {"train": "train", "dev": "val", "test": "test"}.items():
+        file = folder.first(f"Flickr_8k.{name}Images.txt", f"Flickr8k_text/Flickr_8k.{name}Images.txt")
+        for line in folder.read_text(file).split("\n") if file else ():
+            if line.strip():
+                found.setdefault(line.strip(), []).append(split)
+    return found
+
+
+def _needed(folder: DataFolder, *candidates: str) -> str:
+    file = folder.first(*candidates)
+    if file is None:
+        raise LabError(f"{folder.root} holds no {' or '.join(candidates)}; check data_dir and the reader")
+    return file
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def read_json(folder: DataFolder, *, annotation_file: str | Path | None = None) -> TableBuilder:
+    """A JSON file `{"splits": {"train": [{"image_path", "caption", "id", "category"?}]}}`.
+
+    `caption` is one text or a list of them, and an image may have several rows. An `id` is the
+    image's where it is a whole number that no other image has, else positions are the ids.
+
+    Args:
+        annotation_file: the file; none: annotations.json, or the only JSON file in the folder.
+    """
+    file = _annotation_file(folder, annotation_file)
+    content = folder.read_json(file)
+    splits = content.get("splits") if isinstance(content, dict) else None
+    if not isinstance(splits, dict):
+        raise LabError(
+            f'{folder.root / file} has no object "splits"; it needs {{"splits": {{"train": [...]}}}}'
+        )
+    table = TableBuilder(folder, strict_ids=False)
+    names = split_aliases(splits)
+    for key, rows in splits.items():
+        if not isinstance(rows, list):
+            raise LabError(f"split {key!r} in {folder.root / file} is no list of rows")
+        for number, row in enumerate(rows):
+            _add_json_row(table, names[key], row, file, f"{key}[{number}]")
+    return table
+
+
+def _annotation_file(folder: DataFolder, given: str | Path | None) -> str:
+    names = [
+        name for name, is_folder in folder.listing("").items() if name.endswith(".json") and not is_folder
+    ]
+    if given is None and (
+        file := folder.first("annotations.json") or (names[0] if len(names) == 1 else None)
+    ):
+        return file
+    if given is not None and folder.look(file := folder.user_path(given)):
+        return file
+    raise LabError(
+        f"{folder.root} holds no {given or 'annotations.json'}; name the file with annotation_file "
+        f"(JSON files there: {', '.join(sorted(names)) or 'none'})"
+    )
+
+
+def _add_json_row(table: TableBuilder, split: str, row: Any, file: str, place: str) -> None:
+    if not isinstance(row, dict) or "caption" not in row or "image_path" not in row:
+        table.malformed(file, place, "a row needs image_path and caption")
+    elif below := table.relative(row["image_path"], file, place):
+        path = table.folder.in_one_of(("", "images"), below)
+        table.add_image(path, split, image_id=row.get("id"), category=row.get("category"))
+        captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+        for caption in captions:
+            table.add_caption(path, caption, file, place)
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def read_captions(
+    reader: str,
+    data_dir: str | Path,
+    *,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    follow_links: bool = False,
+    **options: Any,
+) -> CaptionTable:
+    """The images and captions of a data set on disk.
+
+    Args:
+        reader: a name of `READERS`.
+        data_dir: the data set's folder; for the reader `json` also the annotation file itself.
+        seed: of the split by image, where the data set brings no split of its own.
+        cache_dir: keep the parsed table there, and use it while no source file or folder has changed.
+        follow_links: take links that lead outside `data_dir`.
+        options: the reader's own keywords; one that is None counts as not given.
+    Raises: LabError if the layout is not there, no image of it exists, or a split leaks.
+    """
+    read = choose(READERS, reader, "reader")
+    options = _options(read, reader, options)
+    data_dir = Path(data_dir)
+    if data_dir.is_file() and read is read_json:
+        data_dir, options["annotation_file"] = data_dir.parent, data_dir.absolute()
+    folder = DataFolder(data_dir, follow_links=follow_links)
+    if "seed" in inspect.signature(read).parameters:
+        options["seed"] = seed
+    if cache_dir is None:
+        return read(folder, **options).build()
+    place = data_dir.absolute()
+    path = cache_path(cache_dir, reader=reader, data_dir=place, follow_links=follow_links, options=options)
+    table = load_table(path, data_dir)
+    if table is None:
+        table = read(folder, **options).build()
+        save_table(path, table, folder.stamps)
+    return table
+
+
+def _options(read: Callable[..., TableBuilder], reader: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The options without those left at None. Raises: LabError on one that the reader does not have."""
+    names = [name for name in inspect.signature(read).parameters if name not in ("folder", "seed")]
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in names:
+            guess = nearest(name, names) or "."
+            known = ", ".join(names) or "none"
+            raise LabError(f"reader {reader!r} has no option {name!r}{guess} Its options: {known}.")
+    return given
+
+
+READERS: dict[str, Callable[..., TableBuilder]] = {
+    "coco": read_coco,
+    "flickr8k": read_flickr8k,
+    "flickr30k": read_flickr30k,
+    "json": read_json,
+    "sidecar": read_sidecar,
+    "class_folders": read_class_folders,
+}

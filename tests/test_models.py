@@ -1,0 +1,155 @@
+"""Heads, pooling, the dual encoder's contracts, and the towers that need no hub."""
+
+import pytest
+import torch
+from torch import nn
+
+import towers
+from config import Config, make_config
+from errors import LabError
+from losses import InfoNCELoss
+from models import AttentionPooling, CLIPModel, build_loss, build_model
+
+
+class TinyImageTower(towers.ImageTower):
+    """Three convolutions, so that tests are fast."""
+
+    def __init__(self, width: int = 16) -> None:
+        body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, width, 3, 2, 1))
+        super().__init__(body, width, (0.5,) * 3, (0.5,) * 3)
+
+
+def tiny_model(**settings) -> CLIPModel:
+    torch.manual_seed(0)
+    return CLIPModel(towers.CachedTower(12), TinyImageTower(), **{"text_head": "linear", "embed_dim": 10, **settings})
+
+
+def pictures(count: int = 4, size: int = 16) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_named_features_are_normalised():
+    output = tiny_model()(pictures(), torch.randn(9, 12))
+    assert output["image_features"].shape == (4, 10)
+    assert output["text_features"].shape == (9, 10)
+    for name in ("image_features", "text_features"):
+        assert torch.allclose(output[name].norm(dim=1), torch.ones(len(output[name])), atol=1e-5)
+    assert output["logit_scale"].item() == pytest.approx(1 / 0.07, rel=1e-5)
+
+
+def test_the_temperature_is_clamped():
+    model = tiny_model(learn_temperature=True)
+    model.logit_scale.data.fill_(9.0)
+    assert model(pictures(), torch.randn(4, 12))["logit_scale"].item() == pytest.approx(100, rel=1e-5)
+
+
+def test_uint8_and_normalised_float_pictures_agree():
+    model = tiny_model().eval()
+    as_float = (pictures().float() / 255 - 0.5) / 0.5
+    assert torch.allclose(model.encode_image(pictures()), model.encode_image(as_float), atol=1e-6)
+
+
+def test_attention_pooling_starts_as_the_average_and_weights_sum_to_one():
+    pooling, feature_map = AttentionPooling(16), torch.randn(3, 16, 5, 7)
+    assert torch.allclose(pooling(feature_map), feature_map.mean((2, 3)), atol=1e-6)
+    nn.init.normal_(pooling.score[2].weight)
+    weights = pooling.weights(feature_map)
+    assert weights.shape == (3, 5, 7)
+    assert torch.allclose(weights.sum((1, 2)), torch.ones(3))
+    by_hand = torch.stack([(feature_map[i] * weights[i]).sum((1, 2)) for i in range(3)])
+    assert torch.allclose(pooling(feature_map), by_hand, atol=1e-5)
+
+
+def test_frozen_towers_keep_statistics_and_get_no_gradient():
+    model = tiny_model(frozen=("image", "text"))
+    model.train()
+    before = model.image_encoder.body[1].running_mean.clone()
+    InfoNCELoss()(**model(pictures(), torch.randn(4, 12))).backward()
+    assert torch.equal(model.image_encoder.body[1].running_mean, before)
+    assert all(p.grad is None for p in model.image_encoder.parameters())
+    assert all(p.grad is not None for p in model.image_head.parameters())
+
+
+def test_flags_change_the_model_as_they_say():
+    plain, normed, pooled = tiny_model(), tiny_model(use_batch_norm=True), tiny_model(use_attention_pooling=True)
+    assert [type(layer).__name__ for layer in normed.image_head] == [
+        "Linear", "BatchNorm1d", "GELU", "Dropout", "Linear", "BatchNorm1d"]  # fmt: skip
+    assert not any(isinstance(layer, nn.BatchNorm1d) for layer in plain.image_head)
+    assert plain.image_pooling is None
+    assert pooled.attention(pictures()).shape == (4, 4, 4)
+    with pytest.raises(LabError, match="train with use_attention_pooling"):
+        plain.attention(pictures())
+
+
+def test_attention_over_a_cached_tower_is_an_error_that_says_so():
+    with pytest.raises(LabError, match="attention pooling needs a feature map"):
+        CLIPModel(towers.CachedTower(4), towers.CachedTower(6), text_head="linear", use_attention_pooling=True)
+
+
+def test_identity_head_asks_for_the_tower_width():
+    with pytest.raises(LabError, match="set embed_dim to 12"):
+        tiny_model(text_head="identity")
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3, 5), ["a caption"], torch.zeros(2, 3, 8, 8, dtype=torch.uint8)])
+def test_a_cached_tower_refuses_what_is_not_its_features(wrong):
+    with pytest.raises(LabError, match=r"takes \(batch, 12\) features"):
+        towers.CachedTower(12)(wrong)
+
+
+def test_builder_and_defaults_give_the_same_keys():
+    config = Config(image_weights="random", text_tower="minilm", text_head="linear", use_batch_norm=True)
+    built = build_model(config)
+    bare = CLIPModel(
+        towers.CachedTower(384), towers.resnet50("random"), text_head="linear", use_batch_norm=True
+    )
+    assert list(built.state_dict()) == list(bare.state_dict())
+    sizes = {name: tuple(p.shape) for name, p in built.image_head.named_parameters() if p.ndim == 2}
+    assert sorted(sizes.values()) == [(512, 1024), (1024, 2048)]
+
+
+def test_the_seed_makes_the_weights():
+    one, two, other = (build_model(make_config("flickr8k", seed=seed)).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_documented_loss_names_are_understood():
+    assert all(isinstance(build_loss(Config(loss=n)), InfoNCELoss) for n in ("infonce", "InfoNCELoss", "info_nce"))
+    with pytest.raises(LabError, match="loss 'infonec' does not exist; did you mean 'infonce'"):
+        build_loss(Config(loss="infonec"))
+
+
+def test_packaged_image_tower_sees_what_imagenet_taught_it():
+    tower = towers.efficientnet_lite0().eval()
+    assert sum(p.numel() for p in tower.parameters()) == pytest.approx(3.37e6, rel=0.01)
+    with torch.inference_mode():
+        assert tower(pictures(2, 64)).shape == (2, tower.width) == (2, 1280)
+        assert tower.feature_map(pictures(2, 64)).shape == (2, 1280, 2, 2)
+
+
+def test_packaged_text_tower_agrees_with_its_model_card():
+    tower = towers.minilm().eval()
+    texts = ["A dog runs in the snow.", "A puppy is running through snow.", "The stock market fell."]
+    with torch.inference_mode():
+        alone = torch.cat([tower([text]) for text in texts])
+        together = tower(texts)
+    assert together.shape == (3, towers.text_width("minilm")) == (3, 384)
+    assert torch.allclose(alone, together, atol=1e-5)  # padding changes nothing
+    likeness = together @ together.T
+    assert likeness[0, 1] > 0.7 > 0.3 > likeness[0, 2]
+
+
+def test_a_missing_hub_or_folder_is_one_sentence(tmp_path):
+    with pytest.raises(LabError, match="could not be loaded"):
+        towers.clip_text("nobody/no-such-model")
+    with pytest.raises(LabError, match="its folder is incomplete"):
+        towers.clip_text(str(tmp_path))
+
+
+def test_weights_of_another_tower_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(LabError, match="does not hold this tower's weights"):
+        towers.resnet50(str(tmp_path / "other.pth"))
+    with pytest.raises(LabError, match="is no file"):
+        towers.resnet50(str(tmp_path / "none.pth"))
