@@ -70,7 +70,9 @@ def augment(
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
         some = {name: values[part] for name, values in draws.items()}
-        view = _move(pixels[part], some, crop_scale, flip, rotation)
+        view = pixels[part]
+        if crop_scale < 1 or flip or rotation:
+            view = _move(view, some, crop_scale, flip, rotation)
         view = _colour(view, some, jitter) if jitter else view
         view = _erase(view, some, erasing) if erasing else view
         views[part] = view
@@ -94,8 +96,8 @@ def draw(image_ids: Tensor | np.ndarray | Sequence[int], *, seed: int, epoch: in
     ids = image_ids.cpu().numpy() if isinstance(image_ids, Tensor) else np.asarray(image_ids)
     state = _mix(np.array([[seed & _MASK]], dtype=np.uint64))
     for key in (np.array([[epoch & _MASK]], dtype=np.uint64), ids.astype(np.int64).view(np.uint64)[:, None]):
-        state = _mix(state ^ _mix(key))  # (1, 1), then (B, 1)
-    bits = _mix(state + _mix(np.arange(len(PARAMETERS), dtype=np.uint64)))  # (B, P)
+        state = _mix(state + key)  # (1, 1), then (B, 1)
+    bits = _mix(state + np.arange(len(PARAMETERS), dtype=np.uint64))  # (B, P)
     return dict(zip(PARAMETERS, (bits >> np.uint64(11)).T * 2.0**-53, strict=True))
 
 
@@ -156,22 +158,20 @@ def _move(pixels: Tensor, draws: Draws, crop_scale: float, flip: float, rotation
         area, CROP_RATIO, draws["crop_ratio"], (draws["crop_left"], draws["crop_top"]), pixels.shape
     )
     flips = draws["flip"] < flip
-    if rotation or (crop_scale < 1 and pixels.device.type != "cpu"):
+    if rotation or pixels.device.type != "cpu":
         return _sample(pixels, boxes, flips, np.radians(rotation) * (2 * draws["angle"] - 1))
-    if crop_scale < 1:
-        pixels = _resize_boxes(pixels, boxes)
-    if flips.any():
-        mirrored = pixels.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)  # fastest as channels_last
-        pixels = torch.where(_column(flips, pixels.device), mirrored, pixels)
-    return pixels
+    return _resize_boxes(pixels, boxes, flips)
 
 
-def _resize_boxes(pixels: Tensor, boxes: np.ndarray) -> Tensor:
-    """Each box resized to the whole, bilinear, in uint8: on a CPU 6 times as fast as `_sample`."""
+def _resize_boxes(pixels: Tensor, boxes: np.ndarray, flips: np.ndarray) -> Tensor:
+    """Each box, perhaps mirrored, resized to the whole in uint8: on a CPU several times as fast as `_sample`."""
     resized = torch.empty_like(pixels)
-    for picture, (left, top, w, h), out in zip(pixels, boxes.tolist(), resized, strict=True):
+    for picture, (left, top, w, h), flip, out in zip(pixels, boxes.tolist(), flips, resized, strict=True):
         box = picture[top : top + h, left : left + w].permute(2, 0, 1)[None]  # (1, 3, h, w)
-        out.copy_(F.interpolate(box, size=picture.shape[:2], mode="bilinear")[0].permute(1, 2, 0))
+        box = box.flip(3) if flip else box
+        if (h, w) != picture.shape[:2]:
+            box = F.interpolate(box, size=picture.shape[:2], mode="bilinear")
+        out.copy_(box[0].permute(1, 2, 0))
     return resized
 
 

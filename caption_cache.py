@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cache import atomic_path
 from captions import CaptionTable, Strings
 from data_folder import stamp
 
@@ -41,14 +40,8 @@ def save_table(path: Path, table: CaptionTable, stamps: dict[str, tuple[int, int
     if table.categories is not None:
         arrays["category_names"], codes = np.unique(table.categories, return_inverse=True)
         arrays["category_codes"] = codes.astype(np.int32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
+    with atomic_path(path) as beside, open(beside, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def load_table(path: Path, root: Path) -> CaptionTable | None:

@@ -14,8 +14,8 @@ import numpy as np
 
 from errors import LabError, nearest
 
+UNUSED = "unused"  # split of images that belong to none
 SPLIT_ORDER = ("train", "restval", "val", "test")  # others come after, by name
-EXAMPLES_KEPT = 100  # problems of one kind in one file that are kept one by one; the rest is a count
 
 
 class Strings(Sequence[str]):
@@ -164,29 +164,6 @@ class CaptionTable:
 def split_rank(name: str) -> tuple[int, str]:
     """Sort key of a split's name: train, restval, val, test, then others."""
     return (SPLIT_ORDER.index(name) if name in SPLIT_ORDER else len(SPLIT_ORDER)), name
-
-
-class Problems:
-    """What was left out or repaired while reading, bounded in memory however bad the files are."""
-
-    def __init__(self) -> None:
-        self._shown: list[dict[str, Any]] = []
-        self._seen: Counter[tuple[str, str]] = Counter()
-
-    def add(self, kind: str, file: str, what: str, place: str = "", count: int = 1) -> None:
-        """Note a problem of this kind in this file; `place` is a line, a row or an image."""
-        self._seen[kind, file] += 1
-        if self._seen[kind, file] <= EXAMPLES_KEPT:
-            where = f"{file}: {place}" if place else file
-            self._shown.append({"kind": kind, "where": where, "what": what, "count": count})
-
-    def rows(self) -> list[dict[str, Any]]:
-        more = [
-            {"kind": kind, "where": file, "what": "more of the same", "count": seen - EXAMPLES_KEPT}
-            for (kind, file), seen in self._seen.items()
-            if seen > EXAMPLES_KEPT
-        ]
-        return self._shown + more
 
 
 def clean_text(text: str) -> tuple[str, str]:

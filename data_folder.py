@@ -6,14 +6,15 @@ import codecs
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from captions import Problems
 from errors import LabError
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+EXAMPLES_KEPT = 100  # problems of one kind in one file that are kept one by one; the rest is a count
 ABSENT = (-1, -1)  # the stamp of a file that is not there
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -82,6 +83,29 @@ def _decode_line(line: bytes, number: int, repaired: dict[int, str]) -> str:
         return line.decode("cp1252")  # Latin-1 with the quotes and dashes that Windows puts in its gap
     except UnicodeDecodeError:
         return line.decode("latin-1")
+
+
+class Problems:
+    """What was left out or repaired while reading, bounded in memory however bad the files are."""
+
+    def __init__(self) -> None:
+        self._shown: list[dict[str, Any]] = []
+        self._seen: Counter[tuple[str, str]] = Counter()
+
+    def add(self, kind: str, file: str, what: str, place: str = "", count: int = 1) -> None:
+        """Note a problem of this kind in this file; `place` is a line, a row or an image."""
+        self._seen[kind, file] += 1
+        if self._seen[kind, file] <= EXAMPLES_KEPT:
+            where = f"{file}: {place}" if place else file
+            self._shown.append({"kind": kind, "where": where, "what": what, "count": count})
+
+    def rows(self) -> list[dict[str, Any]]:
+        more = [
+            {"kind": kind, "where": file, "what": "more of the same", "count": seen - EXAMPLES_KEPT}
+            for (kind, file), seen in self._seen.items()
+            if seen > EXAMPLES_KEPT
+        ]
+        return self._shown + more
 
 
 class DataFolder:

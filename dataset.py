@@ -175,9 +175,13 @@ def make_loader(
     pin_memory: bool = False,
 ) -> DataLoader:
     """Batches of images, each with its captions; `loader.batch_sampler.epoch` chooses the order."""
-    batches = EpochBatches(len(dataset), batch_size, shuffle=shuffle, seed=seed)
     return DataLoader(
-        dataset, batch_sampler=batches, collate_fn=_as_is, num_workers=num_workers, pin_memory=pin_memory
+        dataset,
+        batch_sampler=EpochBatches(len(dataset), batch_size, shuffle=shuffle, seed=seed),
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # its own, so that starting an epoch draws nothing from the global one
     )
 
 

@@ -102,11 +102,15 @@ def metrics_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
 
 @dataclass
 class Found:
-    """What a query found: pictures, nearest first, with their cosine similarities."""
+    """What a query found: pictures, nearest first, with their cosine similarities.
+
+    Args: correct: whether each is the query's own picture, where the query is a caption of the gallery.
+    """
 
     query: str
     pictures: list[Path]
     scores: list[float]
+    correct: list[bool] | None
 
 
 def search_text(gallery: Gallery, queries: Sequence[str], k: int = 5) -> list[Found]:
@@ -116,9 +120,16 @@ def search_text(gallery: Gallery, queries: Sequence[str], k: int = 5) -> list[Fo
     texts = text_features(gallery.run.model, gallery.run.config, list(queries))
     scores, rows = (texts @ gallery.image_features.T).topk(k, dim=1)
     return [
-        Found(query, gallery.dataset.pictures(row.tolist()), score.tolist())
-        for query, row, score in zip(queries, rows, scores, strict=True)
+        Found(query, gallery.dataset.pictures(items.tolist()), score.tolist(), _own(gallery, query, items))
+        for query, items, score in zip(queries, rows, scores, strict=True)
     ]
+
+
+def _own(gallery: Gallery, query: str, items: Tensor) -> list[bool] | None:
+    """Which items have this caption, or None where no picture of the gallery has it."""
+    table = gallery.dataset.table
+    owners = {int(table.caption_image_ids[row]) for row, text in enumerate(table.captions) if text == query}
+    return [int(gallery.image_id[item]) in owners for item in items.tolist()] if owners else None
 
 
 def class_features(run: Run, labels: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> Tensor:

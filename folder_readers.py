@@ -6,12 +6,11 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from captions import split_rank
+from captions import UNUSED, split_rank
 from data_folder import DataFolder, join
 from errors import LabError
 from table_builder import TableBuilder
 
-UNUSED = "unused"  # split of images that belong to none
 SPLIT_FOLDERS = {
     "train": "train",
     "val": "val",

@@ -8,14 +8,13 @@ whole gallery: recall is then 1, and so is the chance level beside it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from errors import LabError, choose
-from ranks import CROWD_LIMIT, IdList, QueryRanks, Ranks, match_ranks
-
-__all__ = ["QueryRanks", "Ranks", "match_ranks", "retrieval_metrics"]  # and everything defined below
+from ranks import CROWD_LIMIT, IdList, QueryRanks, Ranks, as_ids, match_ranks
 
 
 def retrieval_metrics(
@@ -249,3 +248,168 @@ def _hits_of_chunk(crowd: np.ndarray, sizes: Sequence[int], k: int, log_factoria
         share = np.exp(rest - log_choose(num_others, size - 1))
         hits[row] = (ways[:, : share.shape[1]] * share).sum(1)
     return hits
+
+
+# ---- protocols -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a gallery is made from an evaluation set."""
+
+    description: str
+    num_images: int | None = None  # the set must hold exactly so many
+    captions: int | None = None  # the first so many of each image; None for all
+    folds: int = 1  # consecutive equal parts, each a gallery of its own; figures are their means
+
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    "full": Protocol("every image and caption given"),
+    "one_caption": Protocol("every image given, its first caption alone", captions=1),
+    "coco_5k": Protocol("COCO Karpathy test, 5,000 images, five captions each", 5000, 5),
+    "coco_1k_fivefold": Protocol(
+        "COCO Karpathy test, mean of five galleries of 1,000 images, five captions each", 5000, 5, 5
+    ),
+    "flickr_1k": Protocol("Flickr 1K test, 1,000 images, five captions each", 1000, 5),
+}
+
+
+def evaluate_protocol(
+    name: str,
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    image_id: IdList,
+    text_id: IdList,
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[str, float | str]:
+    """`retrieval_metrics` under a named protocol of PROTOCOLS, with its name and description.
+
+    Captions count in the order of their rows, folds in the order of the images' first rows. Folds and
+    limits on captions leave out whatever has id -1. The mean over folds stands under each name.
+
+    Raises: LabError if there is no such protocol or the set is not the one it is defined on.
+    """
+    protocol = choose(PROTOCOLS, name, "protocol")
+    image_ids = as_ids(image_id, len(image_features), "image_id")
+    text_ids = as_ids(text_id, len(text_features), "text_id")
+    figures = [
+        retrieval_metrics(
+            image_features[images], text_features[texts], image_ids[images], text_ids[texts], ks
+        )
+        for images, texts in _galleries(name, protocol, image_ids, text_ids)
+    ]
+    columns = {key: [fold[key] for fold in figures] for key in figures[0]}
+    means = {k: v[0] if len(set(v)) == 1 else float(np.mean(v)) for k, v in columns.items()}
+    return {"protocol": name, "protocol_description": protocol.description, **means}
+
+
+def _galleries(
+    name: str, protocol: Protocol, image_id: np.ndarray, text_id: np.ndarray
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows of images and of texts of each of the protocol's galleries."""
+    if protocol.captions is None:
+        return [(torch.arange(len(image_id)), torch.arange(len(text_id)))]
+    ids, first = np.unique(image_id, return_index=True)
+    rows = np.sort(first[ids != -1])
+    position = _occurrence(text_id)
+    kept = np.isin(text_id, image_id[rows]) & (position < protocol.captions)
+    if protocol.num_images is not None:
+        short = len(rows) * protocol.captions - np.count_nonzero(kept)
+        if len(rows) != protocol.num_images or short:
+            raise LabError(
+                f"protocol {name!r} is {protocol.description}; this set holds {len(rows):,} images "
+                f"and lacks {max(short, 0):,} captions. Choose 'full' or 'one_caption'"
+            )
+    parts = np.array_split(rows, protocol.folds)
+    texts = [np.flatnonzero(kept & np.isin(text_id, image_id[part])) for part in parts]
+    return [(torch.from_numpy(part), torch.from_numpy(text)) for part, text in zip(parts, texts, strict=True)]
+
+
+def _occurrence(ids: np.ndarray) -> np.ndarray:
+    """For every row, how many rows before it have the same id."""
+    order = np.argsort(ids, kind="stable")
+    _, first, counts = np.unique(ids[order], return_index=True, return_counts=True)
+    occurrence = np.empty(len(ids), dtype=np.int64)
+    occurrence[order] = np.arange(len(ids)) - np.repeat(first, counts)
+    return occurrence
+
+
+@dataclass(frozen=True)
+class Published:
+    """One system's figures; recalls are at 1, 5 and 10, or at 1 alone."""
+
+    system: str
+    protocol: str  # a name in PROTOCOLS
+    dataset: str
+    num_images: int
+    captions_per_image: int
+    i2t: tuple[float, ...]
+    t2i: tuple[float, ...]
+
+
+PUBLISHED: tuple[Published, ...] = (
+    Published(
+        "ResNet50 + frozen CLIP text, course labs",
+        "one_caption",
+        "COCO val2014",
+        40_504,
+        1,
+        (0.064, 0.178, 0.253),
+        (0.093, 0.229, 0.314),
+    ),
+    Published(
+        "the same with BatchNorm in the head",
+        "one_caption",
+        "COCO val2014",
+        40_504,
+        1,
+        (0.086, 0.218, 0.303),
+        (0.118, 0.280, 0.371),
+    ),
+    Published(
+        "CLIP ViT-B/32 zero-shot",
+        "coco_5k",
+        "COCO Karpathy test",
+        5_000,
+        5,
+        (0.501, 0.750, 0.835),
+        (0.304, 0.559, 0.669),
+    ),
+    Published("LiT coco_B16B", "coco_5k", "COCO test", 5_000, 5, (0.472,), (0.321,)),
+    Published(
+        "VSE++ ResNet152",
+        "coco_5k",
+        "COCO Karpathy test",
+        5_000,
+        5,
+        (0.413, 0.711, 0.812),
+        (0.303, 0.594, 0.724),
+    ),
+    Published(
+        "CLIP ViT-B/32 fine-tuned on COCO",
+        "coco_5k",
+        "COCO Karpathy test",
+        5_000,
+        5,
+        (0.622, 0.856, 0.917),
+        (0.469, 0.749, 0.836),
+    ),
+    Published(
+        "VSE++ ResNet152",
+        "flickr_1k",
+        "Flickr30k test",
+        1_000,
+        5,
+        (0.529, 0.805, 0.872),
+        (0.396, 0.701, 0.795),
+    ),
+    Published(
+        "CLIP ViT-B/32 zero-shot",
+        "flickr_1k",
+        "Flickr30k test",
+        1_000,
+        5,
+        (0.789, 0.949, 0.982),
+        (0.588, 0.836, 0.900),
+    ),
+)

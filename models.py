@@ -176,6 +176,11 @@ class CLIPModel(nn.Module):
             "logit_scale": self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp(),
         }
 
+    @property
+    def temperature(self) -> float:
+        """1 / exp(logit_scale), at least 0.01."""
+        return math.exp(-min(self.logit_scale.item(), MAX_LOGIT_SCALE))
+
     def parts(self) -> dict[str, nn.Module]:
         """The model's parts by name, for tables and learning rates."""
         parts: dict[str, nn.Module | None] = {

@@ -23,6 +23,7 @@ from errors import LabError
 CROWD_LIMIT = 10  # crowds are told apart up to this many captions an image
 TILES = {"cpu": (2048, 512)}  # texts by images: as much as a CPU's cache holds
 GPU_TILE = (8192, 4096)
+KEPT_BYTES = 256 << 20
 IdList = Sequence[int] | np.ndarray | torch.Tensor
 
 
@@ -103,8 +104,8 @@ def match_ranks(
         or if there is no match at all.
     """
     _check_features(image_features, text_features)
-    image_ids = _as_ids(image_id, len(image_features), "image_id")
-    text_ids = _as_ids(text_id, len(text_features), "text_id")
+    image_ids = as_ids(image_id, len(image_features), "image_id")
+    text_ids = as_ids(text_id, len(text_features), "text_id")
     layout = _lay_out(image_ids, text_ids, _distinct_images(image_features, image_ids))
     default = TILES.get(image_features.device.type, GPU_TILE)
     with _full_float32(image_features.device):
@@ -117,7 +118,8 @@ def match_ranks(
 # ---- input -----------------------------------------------------------------------------------------
 
 
-def _as_ids(ids: IdList, rows: int, name: str) -> np.ndarray:
+def as_ids(ids: IdList, rows: int, name: str) -> np.ndarray:
+    """(rows,) int64 ids. Raises: LabError if they are no whole numbers or not one a row."""
     array = torch.as_tensor(ids).detach().cpu().numpy()
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise LabError(
@@ -280,6 +282,7 @@ class _Tiles:
         self.image_block = torch.zeros(width, image_features.shape[1], device=self.device)
         self.product = torch.empty(height, width, device=self.device)
         self.hits = torch.empty_like(self.product)
+        self.kept: dict[tuple[tuple[int, int], tuple[int, int]], torch.Tensor] = {}
 
     def scores(
         self, matches_only: bool = False
@@ -291,14 +294,23 @@ class _Tiles:
                 own = self.layout.matches(texts, images)
                 if matches_only and own.start == own.stop:
                     continue
-                _load(self.image_block, self.image_features, self.layout.image_rows[slice(*images)])
-                torch.mm(self.text_block, self.image_block.T, out=self.product)
-                yield texts, images, self.product[: texts[1] - texts[0], : images[1] - images[0]]
+                tile = self._multiply(texts, images, keep=matches_only)
+                yield texts, images, tile[: texts[1] - texts[0], : images[1] - images[0]]
+
+    def _multiply(self, texts: tuple[int, int], images: tuple[int, int], keep: bool) -> torch.Tensor:
+        """One tile of the product; tiles that hold matches are needed twice and kept, up to a limit."""
+        if (texts, images) in self.kept:
+            return self.kept.pop((texts, images))
+        _load(self.image_block, self.image_features, self.layout.image_rows[slice(*images)])
+        torch.mm(self.text_block, self.image_block.T, out=self.product)
+        if keep and (len(self.kept) + 1) * self.product.nbytes <= KEPT_BYTES:
+            self.kept[texts, images] = self.product.clone()
+        return self.product
 
 
 def _load(block: torch.Tensor, features: torch.Tensor, rows: np.ndarray) -> None:
     """Put the named rows into `block` as float32."""
-    block[: len(rows)] = features[torch.from_numpy(rows).to(features.device)]
+    block[: len(rows)] = features.index_select(0, torch.from_numpy(rows).to(features.device))
 
 
 # ---- counting --------------------------------------------------------------------------------------
@@ -340,17 +352,22 @@ def _count_better(
             width = min(prefix, images[1]) - images[0]
             if width <= 0:
                 break
-            at = offsets[images[0] : images[0] + width] + slot
+            at_images = slice(images[0], images[0] + width)
+            at = offsets[at_images] + slot
             above = torch.ge(tile[:, :width], falling[at], out=hits[:, :width])
             texts_before[at] += above.sum(0).long()
             if matched and slot == 0:
-                _add_crowd(at_least[images[0] : images[0] + width], above, owner[span] - owner[texts[0]])
+                _add_crowd(at_least[at_images], tiles.hits[: len(tile)], owner[span] - owner[texts[0]])
     return texts_before, images_before, at_least
 
 
 def _add_crowd(at_least: torch.Tensor, above: torch.Tensor, group: torch.Tensor) -> None:
-    """Add, for every query, the images of this tile of which 1, 2, ... captions stand `above` it."""
+    """Add, for every query, the images of this tile of which 1, 2, ... captions stand `above` it.
+
+    `above` keeps the tile's unused columns: whole rows add up ten times faster than cut ones.
+    """
     captions = above.new_zeros(int(group[-1]) + 1, above.shape[1]).index_add_(0, group, above)
+    captions = captions[:, : len(at_least)]
     reached = torch.empty_like(captions)
     for count in range(1, at_least.shape[1]):
         at_least[:, count] += torch.ge(captions, count, out=reached).sum(0).long()

@@ -10,10 +10,10 @@ from typing import Any
 
 from caption_cache import cache_path, load_table, save_table
 from caption_rows import csv_rows, karpathy_object, piped_rows
-from captions import CaptionTable, Strings, split_rank
+from captions import UNUSED, CaptionTable, Strings, split_rank
 from data_folder import DataFolder, join
 from errors import LabError, choose, nearest
-from folder_readers import UNUSED, read_class_folders, read_sidecar, split_aliases
+from folder_readers import read_class_folders, read_sidecar, split_aliases
 from table_builder import TableBuilder, is_id
 
 __all__ = ["READERS", "CaptionTable", "Strings", "read_captions"]
@@ -225,11 +225,9 @@ def _annotation_file(folder: DataFolder, given: str | Path | None) -> str:
     names = [
         name for name, is_folder in folder.listing("").items() if name.endswith(".json") and not is_folder
     ]
-    if given is None and (
-        file := folder.first("annotations.json") or (names[0] if len(names) == 1 else None)
-    ):
-        return file
-    if given is not None and folder.look(file := folder.user_path(given)):
+    only = names[0] if len(names) == 1 else "annotations.json"
+    file = (folder.first("annotations.json") or only) if given is None else folder.user_path(given)
+    if folder.look(file):
         return file
     raise LabError(
         f"{folder.root} holds no {given or 'annotations.json'}; name the file with annotation_file "

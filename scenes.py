@@ -605,7 +605,7 @@ def _draw_files(jobs: list[_Job], num_workers: int | None) -> None:
     """Draw by several processes; by default only on Linux, where they start at no cost."""
     if num_workers is None:
         num_workers = min(len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1, len(jobs) // 64 + 1)
-    bar = partial(tqdm, total=len(jobs), desc="drawing scenes", unit="picture")
+    bar = partial(tqdm, total=len(jobs), desc="drawing scenes", unit="picture", mininterval=0.5)
     if num_workers <= 1:
         for job in bar(jobs):
             _draw_file(job)

@@ -17,6 +17,7 @@ from compat import get_device
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -67,13 +68,12 @@ def fit(
     Raises: LabError if the run's folder holds another data set's or another configuration's run.
     """
     trainer = Trainer(config, show=show)
-    if resume == "auto" and trainer.finished():
-        return load_run(trainer.folder, **trainer.places())
-    if resume == "never":
-        trainer.clear()
-    trainer.prepare(resume)
-    with stop_after_step() as stop:
-        trainer.run(stop, on_epoch)
+    if resume != "auto" or not trainer.finished():
+        with alone(trainer.folder), stop_after_step() as stop:
+            if resume == "never":
+                trainer.clear()
+            trainer.prepare(resume)
+            trainer.run(stop, on_epoch)
     return load_run(trainer.folder, **trainer.places())
 
 
@@ -110,7 +110,7 @@ class Trainer:
     def clear(self) -> None:
         """Forget an earlier run of this name."""
         for path in [*self.folder.glob("checkpoints/*"), *self.folder.glob("*.*")]:
-            if path.is_file():
+            if path.is_file() and path.name != ".lock":
                 path.unlink()
 
     def prepare(self, resume: str) -> None:
@@ -286,6 +286,17 @@ class Trainer:
 
 class Stopped(Exception):  # noqa: N818  a signal, not an error
     """Training was asked to stop; everything is saved."""
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within, no other process trains in this folder. Raises: LabError if one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise LabError(f"another process is training {folder}; wait for it, or stop it first.") from error
 
 
 @contextmanager

@@ -237,7 +237,7 @@ def train_epoch(
     return {
         "train_loss": progress.loss_sum / progress.images,
         "learning_rate": max(group["lr"] for group in optimizer.param_groups),
-        "temperature": 1 / features["logit_scale"].item(),
+        "temperature": model.temperature,
         "images_per_second": progress.images / progress.seconds,
         "data_share": progress.data_seconds / progress.seconds,
         "train_seconds": progress.seconds,

@@ -8,18 +8,13 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import compat  # noqa: F401  before any test imports torchvision
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(2)
 
 
 def write_coco(root: Path, counts: dict[str, int], size: int = 48, captions: int = 3) -> Path:

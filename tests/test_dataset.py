@@ -1,0 +1,108 @@
+"""Items, batches, order, and what is left out."""
+
+import numpy as np
+import pytest
+import torch
+
+from config import make_config
+from conftest import write_coco
+from dataset import COCOClipDataset, EpochBatches, load_table, make_loader, prepare_data
+from errors import LabError
+
+
+@pytest.fixture
+def dataset(coco, tmp_path):
+    return COCOClipDataset("train", data_dir=coco, cache_dir=tmp_path / "cache", image_size=32)
+
+
+def test_an_item_is_an_image_with_all_its_captions(dataset):
+    item = dataset[4]
+    assert item["image"].shape == (3, 32, 32)
+    assert item["image"].dtype == torch.uint8
+    assert item["text"] == dataset.table.captions_of(4)
+    assert item["image_id"].tolist() == [5]
+    assert item["text_id"].tolist() == [5, 5, 5]
+
+
+def test_a_batch_matches_by_ids(dataset):
+    batch = next(iter(make_loader(dataset, 5)))
+    assert batch["image"].shape == (5, 3, 32, 32)
+    assert len(batch["text"]) == 15
+    for text, ident in zip(batch["text"], batch["text_id"].tolist(), strict=True):
+        assert f"number {ident} " in text
+
+
+def test_an_epoch_sees_every_image_once_in_an_order_of_its_own():
+    batches = EpochBatches(25, 8, shuffle=True, seed=1)
+    first = [row for batch in batches for row in batch]
+    assert sorted(first) == list(range(25))
+    assert [row for batch in batches for row in batch] == first
+    batches.epoch = 1
+    assert [row for batch in batches for row in batch] != first
+    assert [len(batch) for batch in batches] == [8, 8, 9]  # a last batch of one joins the one before
+
+
+def test_an_epoch_continues_from_any_step():
+    batches = EpochBatches(30, 7, shuffle=True, seed=3)
+    whole = list(batches)
+    batches.start = 2
+    assert list(batches) == whole[2:]
+    assert len(batches) == len(whole) == 5
+
+
+def test_captions_are_drawn_anew_each_epoch(coco, tmp_path):
+    dataset = COCOClipDataset(data_dir=coco, cache_dir=tmp_path, image_size=16, captions_per_image=1, seed=5)
+    drawn = []
+    for epoch in range(8):
+        dataset.set_epoch(epoch)
+        batch = dataset.__getitems__(list(range(24)))
+        assert len(batch["text"]) == 24
+        drawn.append(tuple(batch["text"]))
+        assert dataset.__getitems__([3, 1])["text"] == [drawn[-1][3], drawn[-1][1]]  # whatever the batch
+    assert len(set(drawn)) == 8
+    assert {texts[0] for texts in drawn} == set(dataset.table.captions_of(0))
+
+
+def test_cached_features_stand_in_for_pictures_and_captions(dataset):
+    table = dataset.table
+    images, texts = torch.arange(24.0)[:, None], torch.arange(72.0)[:, None]
+    batch = COCOClipDataset(table=table, images=images, text_features=texts).__getitems__([2, 7])
+    assert batch["image"].flatten().tolist() == [2, 7]
+    assert batch["text"].flatten().tolist() == [6, 7, 8, 21, 22, 23]
+    with pytest.raises(LabError, match="one row for each"):
+        COCOClipDataset(table=table, images=images[:-1])
+
+
+def test_an_undecodable_picture_is_left_out_and_counted(tmp_path):
+    root = write_coco(tmp_path / "coco", {"train": 6})
+    broken = root / "train2014" / "COCO_train2014_000000000003.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    dataset = COCOClipDataset(data_dir=root, cache_dir=tmp_path / "cache", image_size=16)
+    assert len(dataset) == 5
+    assert list(dataset.left_out) == ["train2014/COCO_train2014_000000000003.jpg"]
+    assert dataset.left_out.popitem()[1]
+    seen = torch.cat([batch["image_id"] for batch in make_loader(dataset, 2)])
+    assert sorted(seen.tolist()) == [1, 2, 4, 5, 6]
+
+
+def test_max_samples_spreads_over_each_split(coco):
+    table = load_table(make_config(data_dir=coco, max_samples=5))
+    assert table.split_sizes() == {"train": 5, "val": 5}
+    assert np.diff(table.split("train").image_ids).max() > 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data_dir": "no/such/folder"}, "does not exist or is empty"),
+        ({"data_dir": "no/such/folder", "source": None}, "does not exist or is empty"),
+    ],
+)
+def test_a_missing_folder_says_so(settings, message):
+    with pytest.raises(LabError, match=message):
+        prepare_data(make_config(**settings))
+
+
+def test_a_missing_split_names_those_there(coco):
+    with pytest.raises(LabError, match=r"'test' holds no image.* train \(24 images\), val \(8 images\)"):
+        load_table(make_config(data_dir=coco), ("test",))

@@ -1,0 +1,105 @@
+"""The documented usage, word for word, with small towers saved to disk and loaded by the same calls."""
+
+import gzip
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torchvision
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+import towers
+from compat import get_device
+from config import DEFAULT_CONFIG, make_config
+from conftest import write_coco
+from errors import LabError
+from train import fit
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> Path:
+    """A tiny CLIP text tower with CLIP's own vocabulary, as save_pretrained leaves it."""
+    folder = tmp_path_factory.mktemp("clip")
+    packed = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+    merges = gzip.open(packed, "rt", encoding="utf-8").read().split("\n")[1 : 49152 - 256 - 2 + 1]
+    vocabulary = open_clip.SimpleTokenizer().encoder
+    vocabulary = {k.replace("<start_of_text>", "<|startoftext|>").replace("<end_of_text>", "<|endoftext|>"): v for k, v in vocabulary.items()}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, projection_dim=512)
+    CLIPTextModelWithProjection(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def resnet_weights(tmp_path, monkeypatch):
+    """ResNet50's weights where torchvision looks for the downloaded file, made at random."""
+    torch.manual_seed(0)
+    name = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.url.rsplit("/", 1)[1]
+    path = tmp_path / "hub" / "checkpoints" / name
+    path.parent.mkdir(parents=True)
+    torch.save(torchvision.models.resnet50().state_dict(), path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+
+def test_documented_usage(tmp_path, monkeypatch, clip_folder, resnet_weights):
+    write_coco(tmp_path / "data" / "coco2014", {"train": 6, "val": 4})
+    monkeypatch.chdir(tmp_path)
+    text_encoder = towers.clip_text(str(clip_folder))
+
+    from config import DEFAULT_CONFIG
+    from dataset import COCOClipDataset
+    from models import CLIPModel, InfoNCELoss
+    from utils import train_epoch, validate
+
+    train_dataset = COCOClipDataset(split="train")
+    model = CLIPModel(text_encoder, use_batch_norm=True)
+
+    from dataset import make_loader
+
+    train_loader = make_loader(train_dataset, 3)
+    criterion = InfoNCELoss()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    before = model.image_head[0].weight.clone()
+    row = train_epoch(model, train_loader, criterion, optimizer, scheduler, epoch=0, config=DEFAULT_CONFIG)
+    assert row["train_loss"] > 0
+    assert not torch.equal(model.image_head[0].weight, before)
+    found = validate(model, make_loader(COCOClipDataset(split="val"), 4), criterion)
+    assert found["num_images"] == 4
+    assert found["num_texts"] == 12
+    assert 0 <= found["i2t_recall@1"] <= 1
+
+
+def test_the_documented_preset_end_to_end(tmp_path, clip_folder, resnet_weights):
+    root = write_coco(tmp_path / "coco", {"train": 6, "val": 4})
+    small = dict(data_dir=root, cache_dir=tmp_path / "cache", runs_dir=tmp_path / "runs", text_model=str(clip_folder))
+    config = make_config("coco_resnet50", num_epochs=1, batch_size=3, image_size=64, **small)
+    run = fit(config, show=False)
+    assert run.finished
+    assert run.folder.name.startswith("coco_resnet50_")
+    assert (run.folder / "best.safetensors").is_file()
+    assert len(list((tmp_path / "cache" / "features").glob("text-clip-*.safetensors"))) == 2
+
+
+def test_clip_tokens_are_clips(clip_folder):
+    ids = towers.clip_text(str(clip_folder)).tokenize(["a dog in the snow"])["input_ids"][0].tolist()
+    assert ids == open_clip.tokenize(["a dog in the snow"])[0, : len(ids)].tolist()
+    assert len(ids) == 7
+
+
+def test_a_half_loaded_tokenizer_is_refused(clip_folder, tmp_path):
+    for file in clip_folder.iterdir():
+        if file.name not in ("vocab.json", "merges.txt", "tokenizer.json"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(LabError, match="knows .* tokens but its model 49408|could not be loaded"):
+        towers.clip_text(str(tmp_path))
+
+
+def test_default_config_is_the_preset():
+    assert make_config("coco_resnet50") == DEFAULT_CONFIG
+    assert get_device("cpu").type == "cpu"
