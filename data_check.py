@@ -293,8 +293,8 @@ def _texts(report: Mapping[str, Any]) -> Rows:
 
 
 def _others(report: Mapping[str, Any]) -> Rows:
-    for kind in ("malformed row", "refused path", "missing image", "no caption"):
-        yield f"{kind}s", report["problem_counts"].get(kind, 0), _examples(report, kind)
+    for kind, finding in OTHER_FINDINGS.items():
+        yield finding, report["problem_counts"].get(kind, 0), _examples(report, kind)
 
 
 def _examples(report: Mapping[str, Any], kind: str) -> str:
@@ -306,6 +306,12 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
 
 
+OTHER_FINDINGS = {
+    "malformed row": "malformed rows",
+    "refused path": "refused paths",
+    "missing image": "missing images",
+    "no caption": "images without captions",
+}
 ROWS: Sequence[Callable[[Mapping[str, Any]], Rows]] = (
     _amounts,
     _sizes,

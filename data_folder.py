@@ -96,7 +96,7 @@ class Problems:
         """Note a problem of this kind in this file; `place` is a line, a row or an image."""
         self._seen[kind, file] += 1
         if self._seen[kind, file] <= EXAMPLES_KEPT:
-            where = f"{file}: {place}" if place else file
+            where = ": ".join(part for part in (file, place) if part)
             self._shown.append({"kind": kind, "where": where, "what": what, "count": count})
 
     def rows(self) -> list[dict[str, Any]]:

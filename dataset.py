@@ -74,7 +74,7 @@ class COCOClipDataset(Dataset):
         bad = images.bad if isinstance(images, ImageCache) else bad or {}
         self.left_out = {table.paths[row]: cause for row, cause in bad.items()}
         silent = np.flatnonzero(np.diff(table.offsets) == 0)
-        self.left_out.update({table.paths[row]: "no caption" for row in silent})
+        self.left_out.update({table.paths[row]: "no caption" for row in silent.tolist()})
         dropped = np.union1d(np.fromiter(bad, dtype=np.int64, count=len(bad)), silent)
         self.rows = np.setdiff1d(np.arange(len(table)), dropped)  # items are rows of the table
         if not len(self.rows):
@@ -160,7 +160,7 @@ class EpochBatches(Sampler[list[int]]):
             yield order[step * self.batch_size : stop].tolist()
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     """Batches arrive whole from `__getitems__`."""
     return batch
 
@@ -216,7 +216,9 @@ def load_table(config: Config, splits: tuple[str, ...] | None = None) -> Caption
 @functools.lru_cache(maxsize=4)
 def _read_once(reader: str, data_dir: str, karpathy_file: str, seed: int) -> CaptionTable:
     linked = is_linked(data_dir)
-    return read_captions(reader, data_dir, seed=seed, follow_links=linked, karpathy_file=karpathy_file or None)
+    return read_captions(
+        reader, data_dir, seed=seed, follow_links=linked, karpathy_file=karpathy_file or None
+    )
 
 
 def prepare_data(config: Config) -> Path:

@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from compat import get_device
 
@@ -138,10 +139,8 @@ def cached_image_features(
 
     def compute(chunk: Sequence[int]) -> Tensor:
         if not tower:
-            frozen = config.updated(image_tower_mode="frozen")
-            tower.append(
-                build_image_tower(frozen).to(get_device(config.device)).to(memory_format=torch.channels_last)
-            )
+            built: Any = build_image_tower(config.updated(image_tower_mode="frozen"))
+            tower.append(built.to(get_device(config.device)).to(memory_format=torch.channels_last))
         return encode_images(tower[0], images, rows[np.asarray(chunk)], bar)
 
     with tqdm(total=len(rows), desc="pictures", unit="", disable=not progress, leave=False) as bar:
@@ -217,7 +216,8 @@ def text_tower(config: Config) -> towers.TextTower:
 @functools.lru_cache(maxsize=2)
 def _text_tower(tower: str, model: str | None, device: str) -> towers.TextTower:
     frozen = Config(text_tower=tower, text_model=model, text_tower_mode="frozen")
-    return build_text_tower(frozen).to(device).eval()
+    loaded: Any = build_text_tower(frozen)
+    return loaded.to(device).eval()
 
 
 @torch.inference_mode()

@@ -32,13 +32,13 @@ import PIL
 import simplejpeg
 import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
-from pictures import UndecodableImage, decode_rgb
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cache import atomic_path, fingerprint
 from data_folder import stamp
 from errors import LabError
+from pictures import UndecodableImage, decode_rgb
 
 FORMAT_VERSION = 1  # raise it when the same file gives other pixels, or the layout changes
 VERSIONS = {"format": FORMAT_VERSION, "pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__}

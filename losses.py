@@ -81,7 +81,7 @@ class InfoNCELoss(nn.Module):
         logits = scale * image_features @ text_features.T  # (I, T)
         if logit_bias is not None:
             logits = logits + logit_bias
-        matches = match_mask(*logits.shape, image_id, text_id).to(logits.device)
+        matches = match_mask(len(image_features), len(text_features), image_id, text_id).to(logits.device)
         smoothing = self.label_smoothing
         to_text = spread_cross_entropy(logits, matches, smoothing)
         to_image = spread_cross_entropy(logits.T, matches.T, smoothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ class AttentionPooling(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.score = nn.Sequential(nn.Linear(width, width // 8), nn.Tanh(), nn.Linear(width // 8, 1))
-        nn.init.zeros_(self.score[2].weight)
+        nn.init.zeros_(self.score[2].weight)  # type: ignore[arg-type]
 
     def weights(self, feature_map: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, h, w), each picture's weights summing to 1."""
@@ -100,8 +101,8 @@ class CLIPModel(nn.Module):
 
     def __init__(
         self,
-        text_encoder: nn.Module,
-        image_encoder: nn.Module | None = None,
+        text_encoder: Any,
+        image_encoder: Any = None,
         *,
         image_head: str = "mlp",
         text_head: str = "identity",
@@ -115,8 +116,8 @@ class CLIPModel(nn.Module):
         learn_temperature: bool = False,
     ) -> None:
         super().__init__()
-        self.image_encoder = towers.resnet50() if image_encoder is None else image_encoder
-        self.text_encoder = text_encoder
+        self.image_encoder: Any = towers.resnet50() if image_encoder is None else image_encoder
+        self.text_encoder: Any = text_encoder
         if use_attention_pooling and isinstance(self.image_encoder, towers.CachedTower):
             self.image_encoder.feature_map(torch.empty(0))  # raises the one explanation
         self.image_pooling = AttentionPooling(self.image_encoder.width) if use_attention_pooling else None

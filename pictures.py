@@ -69,9 +69,10 @@ class UndecodableImage(LabError):  # noqa: N818
 def decode_rgb(source: str | os.PathLike[str] | bytes, size: int, resize: str = "crop") -> np.ndarray:
     """The picture as a square of RGB pixels.
 
-    A JPEG over twice as large as needed is decoded at a fraction of its size first, then resized
-    with antialiased bilinear weights: 1.7 times as fast as Pillow's full decoding on 640 x 480
-    JPEGs, and within 2 grey levels of it on average.
+    A JPEG at least twice as large as needed is decoded at a fraction of its size, then resized with
+    antialiased bilinear weights. Against Pillow's full decoding and the same weights this takes 0.55
+    of the time at 640 x 480 -> 224, and photographs differ by 2 grey levels on average (3 where the
+    fraction alone does it, as at 448 -> 224).
 
     Args:
         source: path or bytes of a picture file.
@@ -133,8 +134,9 @@ def _decode_jpeg(data: bytes, size: int | None) -> Image.Image | None:
         if colours not in ("YCbCr", "Gray", "RGB"):
             simplejpeg.decode_jpeg(data, "CMYK")  # for its complaints alone
             return None
-        least = min(size, width, height) if size else 0  # 0: all of it
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least, min_width=least)  # (H, W, 3)
+        least = min(size or width, width, height)
+        reduction = {"min_height": least, "min_width": least, "min_factor": 2}
+        pixels = simplejpeg.decode_jpeg(data, "RGB", **reduction)  # (H, W, 3)
     except ValueError as error:
         if isinstance(error, UndecodableImage):
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import html as markup
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 
 
-def run_notebook(notebook: str | Path, parameters: dict[str, Any], folder: str | Path = "outputs") -> dict[str, Path]:
+def run_notebook(
+    notebook: str | Path, parameters: dict[str, Any], folder: str | Path = "outputs"
+) -> dict[str, Path]:
     """Execute a notebook with parameters and export what it shows.
 
     Args:
@@ -39,10 +42,16 @@ def run_notebook(notebook: str | Path, parameters: dict[str, Any], folder: str |
     except papermill.PapermillExecutionError as error:
         raise LabError(f"{notebook} failed: {error.ename}: {error.evalue}; see {executed}.") from error
     shown = widgets_as_text(nbformat.read(executed, as_version=4))
-    html = executed.with_suffix(".html")
-    body, _ = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url="").from_notebook_node(shown)
-    html.write_text(without_network(body), encoding="utf-8")
-    return {"notebook": executed, "html": html, "figures": save_figures(shown, folder / f"{notebook.stem}_figures")}
+    page = executed.with_suffix(".html")
+    body, _ = HTMLExporter(
+        exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url=""
+    ).from_notebook_node(shown)
+    page.write_text(without_network(body), encoding="utf-8")
+    return {
+        "notebook": executed,
+        "html": page,
+        "figures": save_figures(shown, folder / f"{notebook.stem}_figures"),
+    }
 
 
 def widgets_as_text(notebook: Any) -> Any:
@@ -71,7 +80,7 @@ def _widget_text(state: dict[str, Any], model: str) -> str:
     if "max" in values:
         share = values["value"] / (values["max"] or 1)
         return f"|{'█' * round(20 * share):<20}|"
-    return re.sub(r"<[^>]+>", "", str(values.get("value", ""))).strip()
+    return markup.unescape(re.sub(r"<[^>]+>", "", str(values.get("value", "")))).strip()
 
 
 def without_network(html: str) -> str:

@@ -64,6 +64,8 @@ class ImageTower(nn.Module):
 
     def __init__(self, body: nn.Module, width: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         self.body = body
         self.width = width
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -130,7 +132,7 @@ def efficientnet_lite0(weights: str = "pretrained") -> ImageTower:
 class _EfficientNetBody(nn.Module):
     """The package's network without its classifier."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: Any) -> None:
         super().__init__()
         net._fc = nn.Identity()
         self.net = net
@@ -179,12 +181,12 @@ class TextTower(nn.Module):
         return POOLINGS[self.pooling](self.encoder(**tokens), tokens["attention_mask"])
 
 
-def _mean_pooling(output: transformers.utils.ModelOutput, mask: Tensor) -> Tensor:
+def _mean_pooling(output: Any, mask: Tensor) -> Tensor:
     hidden = output.last_hidden_state * mask[:, :, None]  # (B, L, W)
     return F.normalize(hidden.sum(dim=1) / mask.sum(dim=1, keepdim=True), dim=-1)
 
 
-def _text_embeds(output: transformers.utils.ModelOutput, mask: Tensor) -> Tensor:
+def _text_embeds(output: Any, mask: Tensor) -> Tensor:
     return output.text_embeds
 
 

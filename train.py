@@ -121,7 +121,7 @@ class Trainer:
         self.val_loader = self._loader(self.val_set, shuffle=False)
         self.model = build_model(config).to(self.device)
         if self.device.type == "cuda" or config.image_tower_mode != "cached":
-            self.model = self.model.to(memory_format=torch.channels_last)
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.criterion = build_loss(config).to(self.device)
         self.optimizer = build_optimizer(self.model, config)
         self.scheduler = build_scheduler(self.optimizer, config, len(self.loader))
@@ -277,7 +277,7 @@ class Trainer:
                 "finished": finished,
                 "epochs": len(self.history),
                 "train_seconds": round(seconds, 1),
-                "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {self.device}",
+                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.device}",
                 "torch": torch.__version__,
                 "data": self.data,
             },

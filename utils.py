@@ -18,13 +18,13 @@ from compat import get_device
 import numpy as np
 import pandas as pd
 import torch
-from augment import augment
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from augment import augment
 from cache import atomic_path
 from config import Config, load_config
 from errors import LabError, choose
@@ -261,7 +261,7 @@ def _step(
 
 def _start_at(loader: DataLoader, epoch: int, step: int) -> None:
     """Choose the epoch's order and first step, for loaders made by `make_loader`."""
-    sampler = getattr(loader, "batch_sampler", None)
+    sampler: Any = getattr(loader, "batch_sampler", None)
     if hasattr(sampler, "start"):
         sampler.epoch, sampler.start = epoch, step
     if hasattr(loader.dataset, "set_epoch"):
@@ -343,7 +343,7 @@ def validate(
 
 def random_states() -> dict[str, Any]:
     """States of every random generator in use, loadable without pickle's code."""
-    state = np.random.get_state()  # noqa: NPY002
+    state: Any = np.random.get_state()  # noqa: NPY002
     return {
         "python": random.getstate(),
         "numpy": (state[0], state[1].tolist(), *state[2:]),
@@ -425,7 +425,7 @@ class Run:
     @property
     def best_epoch(self) -> int:
         """The epoch, from 1, whose weights are kept."""
-        return int(self.history.loc[self.history[self.config.best_metric].idxmax(), "epoch"])
+        return int(self.history["epoch"].iloc[self.history[self.config.best_metric].argmax()])
 
     @functools.cached_property
     def model(self) -> CLIPModel:

@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import compat  # noqa: F401  before any test imports torchvision
+
 import numpy as np
 import pytest
 from PIL import Image

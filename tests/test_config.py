@@ -54,15 +54,25 @@ def test_a_mistake_names_the_field(change, message):
 def test_files_flat_and_sectioned_load_alike(tmp_path):
     flat, sections = tmp_path / "flat.yaml", tmp_path / "sections.json"
     flat.write_text("preset: flickr8k\nbatch_size: 64\nuse_batch_norm: true\n")
-    sections.write_text(json.dumps({"preset": "flickr8k", "model": {"use_batch_norm": True}, "fit": {"batch_size": 64}}))
-    assert load_config(flat) == load_config(sections) == make_config("flickr8k", batch_size=64, use_batch_norm=True)
+    sections.write_text(
+        json.dumps({"preset": "flickr8k", "model": {"use_batch_norm": True}, "fit": {"batch_size": 64}})
+    )
+    assert (
+        load_config(flat)
+        == load_config(sections)
+        == make_config("flickr8k", batch_size=64, use_batch_norm=True)
+    )
     saved = make_config("quickstart", seed=3).save(tmp_path / "saved.yaml")
     assert load_config(saved) == make_config("quickstart", seed=3)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("- a\n- b\n", "must hold `field: value` lines"), ("a: [", "neither YAML nor JSON"), ("x: {seed: 1}\ny: {seed: 2}", "twice")],
+    [
+        ("- a\n- b\n", "must hold `field: value` lines"),
+        ("a: [", "neither YAML nor JSON"),
+        ("x: {seed: 1}\ny: {seed: 2}", "twice"),
+    ],
 )
 def test_a_bad_file_says_so(tmp_path, content, message):
     path = tmp_path / "bad.yaml"

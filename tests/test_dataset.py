@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from conftest import write_coco
 
 from config import make_config
-from conftest import write_coco
 from dataset import COCOClipDataset, EpochBatches, load_table, make_loader, prepare_data
 from errors import LabError
 

@@ -4,16 +4,17 @@ import gzip
 import json
 from pathlib import Path
 
+from compat import get_device
+
 import open_clip
 import pytest
 import torch
 import torchvision
+from conftest import write_coco
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 import towers
-from compat import get_device
 from config import DEFAULT_CONFIG, make_config
-from conftest import write_coco
 from errors import LabError
 from train import fit
 
@@ -23,14 +24,19 @@ def clip_folder(tmp_path_factory) -> Path:
     """A tiny CLIP text tower with CLIP's own vocabulary, as save_pretrained leaves it."""
     folder = tmp_path_factory.mktemp("clip")
     packed = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-    merges = gzip.open(packed, "rt", encoding="utf-8").read().split("\n")[1 : 49152 - 256 - 2 + 1]
+    merges = gzip.decompress(packed.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
     vocabulary = open_clip.SimpleTokenizer().encoder
-    vocabulary = {k.replace("<start_of_text>", "<|startoftext|>").replace("<end_of_text>", "<|endoftext|>"): v for k, v in vocabulary.items()}
+    vocabulary = {
+        k.replace("<start_of_text>", "<|startoftext|>").replace("<end_of_text>", "<|endoftext|>"): v
+        for k, v in vocabulary.items()
+    }
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
     CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
     torch.manual_seed(0)
-    config = CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, projection_dim=512)
+    config = CLIPTextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, projection_dim=512
+    )
     CLIPTextModelWithProjection(config).save_pretrained(folder)
     return folder
 
@@ -77,7 +83,9 @@ def test_documented_usage(tmp_path, monkeypatch, clip_folder, resnet_weights):
 
 def test_the_documented_preset_end_to_end(tmp_path, clip_folder, resnet_weights):
     root = write_coco(tmp_path / "coco", {"train": 6, "val": 4})
-    small = dict(data_dir=root, cache_dir=tmp_path / "cache", runs_dir=tmp_path / "runs", text_model=str(clip_folder))
+    small = dict(
+        data_dir=root, cache_dir=tmp_path / "cache", runs_dir=tmp_path / "runs", text_model=str(clip_folder)
+    )
     config = make_config("coco_resnet50", num_epochs=1, batch_size=3, image_size=64, **small)
     run = fit(config, show=False)
     assert run.finished
@@ -96,7 +104,7 @@ def test_a_half_loaded_tokenizer_is_refused(clip_folder, tmp_path):
     for file in clip_folder.iterdir():
         if file.name not in ("vocab.json", "merges.txt", "tokenizer.json"):
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(LabError, match="knows .* tokens but its model 49408|could not be loaded"):
+    with pytest.raises(LabError, match=r"knows .* tokens but its model 49408|could not be loaded"):
         towers.clip_text(str(tmp_path))
 
 

@@ -6,10 +6,10 @@ import sys
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 
 import evaluate
 from config import make_config
-from conftest import ROOT
 from errors import LabError
 from scenes import load_scenes, write_scenes
 from train import fit
@@ -31,7 +31,13 @@ def run(home):
 def config_of(home, **settings):
     places = dict(data_dir=home / "scenes", cache_dir=home / "cache", runs_dir=home / "runs", device="cpu")
     return make_config(
-        "quickstart", image_tower_mode="cached", image_size=64, num_epochs=4, batch_size=16, **places, **settings
+        "quickstart",
+        image_tower_mode="cached",
+        image_size=64,
+        num_epochs=4,
+        batch_size=16,
+        **places,
+        **settings,
     )
 
 
@@ -43,7 +49,11 @@ def gallery(run):
 def test_metrics_state_their_protocol_and_are_read_once(run):
     found = evaluate.evaluate_run(run)
     assert set(found) == {"test", "novel"}
-    assert (found["test"]["split"], found["test"]["num_images"], found["test"]["num_texts"]) == ("test", 20, 100)
+    assert (found["test"]["split"], found["test"]["num_images"], found["test"]["num_texts"]) == (
+        "test",
+        20,
+        100,
+    )
     assert found["novel"]["captions_per_image"] == 5
     assert all(0 <= value <= 1 for name, value in found["test"].items() if "recall@" in name)
     kept = load_run(run.folder)

@@ -53,7 +53,9 @@ def test_minus_one_never_matches_itself():
 
 def test_own_temperature_counts_only_when_called_bare():
     images, texts = features(4), features(4, seed=1)
-    assert torch.allclose(InfoNCELoss(0.5)(images, texts), InfoNCELoss(0.07)(images, texts, torch.tensor(2.0)))
+    assert torch.allclose(
+        InfoNCELoss(0.5)(images, texts), InfoNCELoss(0.07)(images, texts, torch.tensor(2.0))
+    )
 
 
 def test_a_gradient_step_lowers_it():

@@ -15,17 +15,23 @@ class TinyImageTower(towers.ImageTower):
     """Three convolutions, so that tests are fast."""
 
     def __init__(self, width: int = 16) -> None:
-        body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, width, 3, 2, 1))
+        body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, width, 3, 2, 1)
+        )
         super().__init__(body, width, (0.5,) * 3, (0.5,) * 3)
 
 
 def tiny_model(**settings) -> CLIPModel:
     torch.manual_seed(0)
-    return CLIPModel(towers.CachedTower(12), TinyImageTower(), **{"text_head": "linear", "embed_dim": 10, **settings})
+    return CLIPModel(
+        towers.CachedTower(12), TinyImageTower(), **{"text_head": "linear", "embed_dim": 10, **settings}
+    )
 
 
 def pictures(count: int = 4, size: int = 16) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def test_named_features_are_normalised():
@@ -71,7 +77,11 @@ def test_frozen_towers_keep_statistics_and_get_no_gradient():
 
 
 def test_flags_change_the_model_as_they_say():
-    plain, normed, pooled = tiny_model(), tiny_model(use_batch_norm=True), tiny_model(use_attention_pooling=True)
+    plain, normed, pooled = (
+        tiny_model(),
+        tiny_model(use_batch_norm=True),
+        tiny_model(use_attention_pooling=True),
+    )
     assert [type(layer).__name__ for layer in normed.image_head] == [
         "Linear", "BatchNorm1d", "GELU", "Dropout", "Linear", "BatchNorm1d"]  # fmt: skip
     assert not any(isinstance(layer, nn.BatchNorm1d) for layer in plain.image_head)
@@ -83,7 +93,9 @@ def test_flags_change_the_model_as_they_say():
 
 def test_attention_over_a_cached_tower_is_an_error_that_says_so():
     with pytest.raises(LabError, match="attention pooling needs a feature map"):
-        CLIPModel(towers.CachedTower(4), towers.CachedTower(6), text_head="linear", use_attention_pooling=True)
+        CLIPModel(
+            towers.CachedTower(4), towers.CachedTower(6), text_head="linear", use_attention_pooling=True
+        )
 
 
 def test_identity_head_asks_for_the_tower_width():
@@ -91,7 +103,9 @@ def test_identity_head_asks_for_the_tower_width():
         tiny_model(text_head="identity")
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(3, 5), ["a caption"], torch.zeros(2, 3, 8, 8, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(3, 5), ["a caption"], torch.zeros(2, 3, 8, 8, dtype=torch.uint8)]
+)
 def test_a_cached_tower_refuses_what_is_not_its_features(wrong):
     with pytest.raises(LabError, match=r"takes \(batch, 12\) features"):
         towers.CachedTower(12)(wrong)
@@ -115,7 +129,9 @@ def test_the_seed_makes_the_weights():
 
 
 def test_documented_loss_names_are_understood():
-    assert all(isinstance(build_loss(Config(loss=n)), InfoNCELoss) for n in ("infonce", "InfoNCELoss", "info_nce"))
+    assert all(
+        isinstance(build_loss(Config(loss=n)), InfoNCELoss) for n in ("infonce", "InfoNCELoss", "info_nce")
+    )
     with pytest.raises(LabError, match="loss 'infonec' does not exist; did you mean 'infonce'"):
         build_loss(Config(loss="infonec"))
 

@@ -1,0 +1,685 @@
+"""Readers: every layout gives the same table, and hostile files cost a row or say what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SHARED
+
+from captions import CaptionTable, Strings
+from errors import LabError
+from readers import READERS, read_captions
+
+WORDS = "a red dog runs over green grass near the old house".split()
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"pixels of " + name.encode())
+
+
+def text_of(number: int, each: int) -> str:
+    return f"{WORDS[number % len(WORDS)]} {number} {each}"
+
+
+def contents(table: CaptionTable) -> dict[str, tuple[str, list[str]]]:
+    """path -> (split, captions), and a look at the table's own rules."""
+    assert table.image_ids.dtype == table.caption_image_ids.dtype == np.int64
+    assert len(set(table.image_ids.tolist())) == len(table) == len(table.paths) == len(table.splits)
+    assert table.image_ids.min() >= 0
+    by_id: dict[int, list[str]] = {}
+    for image_id, caption in zip(table.caption_image_ids.tolist(), table.captions, strict=True):
+        by_id.setdefault(image_id, []).append(caption)
+    assert list(by_id) == table.image_ids.tolist()
+    for row, image_id in enumerate(table.image_ids.tolist()):
+        assert table.captions_of(row) == by_id[image_id]
+    rows = zip(table.paths, table.splits.tolist(), table.image_ids.tolist(), strict=True)
+    return {path: (split, by_id[image_id]) for path, split, image_id in rows}
+
+
+def kinds(table: CaptionTable) -> list[tuple[str, str]]:
+    return [(problem["kind"], problem["where"]) for problem in table.problems]
+
+
+def categories(table: CaptionTable) -> list[str]:
+    assert table.categories is not None
+    return table.categories.tolist()
+
+
+# ---------------------------------------------------------------- layouts, 6 images with 2 captions each
+
+CAPTIONS = [[text_of(number, each) for each in range(2)] for number in range(6)]
+SPLITS = ["train", "train", "train", "val", "val", "test"]
+
+
+def coco_file(split: str, numbers: list[int], **extra) -> str:
+    images = [
+        {"id": 100 + n, "file_name": f"COCO_{split}2014_{n}.jpg", "height": 4, "width": 4} for n in numbers
+    ]
+    annotations = [
+        {"id": 9 * n + k, "image_id": 100 + n, "caption": text}
+        for n in numbers
+        for k, text in enumerate(CAPTIONS[n])
+    ]
+    return json.dumps({"info": {}, "licenses": [], "images": images, "annotations": annotations, **extra})
+
+
+def write_coco(root: Path, images: str = "{}2014", top: str = "") -> None:
+    for split in ("train", "val", "test"):
+        numbers = [n for n in range(6) if SPLITS[n] == split]
+        touch(root / top, *(f"{images.format(split)}/COCO_{split}2014_{n}.jpg" for n in numbers))
+        file = root / top / "annotations" / f"captions_{split}2014.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(coco_file(split, numbers))
+
+
+def write_kaggle_coco(root: Path) -> None:
+    write_coco(root, "images/{}2014", "coco2014")
+
+
+def write_flickr8k(root: Path, lists: bool = True) -> None:
+    touch(root, *(f"Images/{n}.jpg" for n in range(6)))
+    rows = [f"{n}.jpg,{text}" for n in range(6) for text in CAPTIONS[n]]
+    (root / "captions.txt").write_text("\n".join(["image,caption", *rows, ""]))
+    for name, split in {"train": "train", "dev": "val", "test": "test"}.items() if lists else ():
+        names = [f"{n}.jpg" for n in range(6) if SPLITS[n] == split]
+        (root / f"Flickr_8k.{name}Images.txt").write_text("\n".join(names) + "\n")
+
+
+def karpathy(dataset: str) -> str:
+    images = []
+    for n in range(6):
+        image = {"split": SPLITS[n], "filename": f"{n}.jpg", "imgid": n, "sentids": [2 * n, 2 * n + 1]}
+        image["sentences"] = [{"raw": t, "tokens": t.split(), "imgid": n, "sentid": 0} for t in CAPTIONS[n]]
+        if dataset == "coco":
+            image |= {"filepath": "val2014", "filename": f"COCO_val2014_{n}.jpg", "cocoid": 500 + n}
+        images.append(image)
+    return json.dumps({"dataset": dataset, "images": images})
+
+
+def write_karpathy_coco(root: Path) -> None:
+    touch(root, *(f"images/val2014/COCO_val2014_{n}.jpg" for n in range(6)))
+    (root / "dataset_coco.json").write_text(karpathy("coco"))
+
+
+def write_karpathy_flickr30k(root: Path) -> None:
+    touch(root, *(f"flickr30k_images/flickr30k_images/{n}.jpg" for n in range(6)))
+    (root / "dataset_flickr30k.json").write_text(karpathy("flickr30k"))
+
+
+def write_json(root: Path) -> None:
+    touch(root, *(f"images/{n}.jpg" for n in range(6)))
+    splits: dict[str, list] = {"train": [], "validation": [], "test": []}
+    for n in range(6):
+        rows = splits[SPLITS[n].replace("val", "validation")]
+        if n % 2:  # captions as a list, or one row a caption
+            rows.append({"image_path": f"images/{n}.jpg", "caption": CAPTIONS[n], "id": 40 + n})
+        else:
+            rows += [{"image_path": f"images/{n}.jpg", "caption": t, "id": 40 + n} for t in CAPTIONS[n]]
+    (root / "annotations.json").write_text(json.dumps({"splits": splits}))
+
+
+def write_sidecar(root: Path) -> None:
+    for n in range(6):
+        folder = {"val": "valid"}.get(SPLITS[n], SPLITS[n])
+        touch(root, f"{folder}/{n}.jpg")
+        (root / folder / f"{n}.txt").write_text("\n".join(CAPTIONS[n]) + "\n")
+
+
+LAYOUTS: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
+    "coco": ("coco", write_coco, {}),
+    "coco from Kaggle": ("coco", write_kaggle_coco, {}),
+    "coco, Karpathy's split": ("coco", write_karpathy_coco, {"karpathy_file": "dataset_coco.json"}),
+    "flickr8k": ("flickr8k", write_flickr8k, {}),
+    "flickr30k, Karpathy's split": (
+        "flickr30k",
+        write_karpathy_flickr30k,
+        {"karpathy_file": "dataset_flickr30k.json"},
+    ),
+    "json": ("json", write_json, {}),
+    "sidecar": ("sidecar", write_sidecar, {}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_table(layout, tmp_path):
+    reader, write, options = LAYOUTS[layout]
+    write(tmp_path)
+    table = read_captions(reader, tmp_path, **options)
+    found = contents(table)
+    assert [found[path] for path in sorted(found, key=lambda path: path[-5])] == [
+        (split, captions) for split, captions in zip(SPLITS, CAPTIONS, strict=True)
+    ]
+    assert all(table.path_of(row).read_bytes().startswith(b"pixels of") for row in range(6))
+    assert table.problems == []
+    assert table.split_sizes() == {"train": 3, "val": 2, "test": 1}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_cache_gives_the_same_table_until_a_source_changes(layout, tmp_path):
+    reader, write, options = LAYOUTS[layout]
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    data.mkdir()
+    write(data)
+    first = read_captions(reader, data, cache_dir=cache, **options)
+    (stored,) = cache.iterdir()
+    written = stored.stat().st_mtime_ns
+    second = read_captions(reader, data, cache_dir=cache, **options)
+    assert stored.stat().st_mtime_ns == written
+    assert contents(second) == contents(first)
+    assert second.image_ids.tolist() == first.image_ids.tolist()
+    os.remove(first.path_of(0))  # a folder changes
+    third = read_captions(reader, data, cache_dir=cache, **options)
+    assert first.paths[0] not in third.paths
+    assert len(third) == 5
+    if reader != "sidecar":  # there the files themselves are the list, and their positions the ids
+        assert third.image_ids.tolist() == first.image_ids.tolist()[1:]
+    stored.write_bytes(stored.read_bytes()[:-100])  # a half-written cache
+    assert contents(read_captions(reader, data, cache_dir=cache, **options)) == contents(third)
+
+
+def test_changed_captions_are_read_again(tmp_path):
+    write_flickr8k(tmp_path)
+    cache = tmp_path / "cache"
+    read_captions("flickr8k", tmp_path, cache_dir=cache)
+    text = (tmp_path / "captions.txt").read_text().replace("1.jpg,red 1 0", "1.jpg,a very red one")
+    (tmp_path / "captions.txt").write_text(text)
+    table = read_captions("flickr8k", tmp_path, cache_dir=cache)
+    assert table.captions_of(1) == ["a very red one", "red 1 1"]
+    os.remove(tmp_path / "Flickr_8k.testImages.txt")
+    assert read_captions("flickr8k", tmp_path, cache_dir=cache).split_sizes()["unused"] == 1
+
+
+def test_coco_ids_are_cocos(tmp_path):
+    write_coco(tmp_path)
+    assert read_captions("coco", tmp_path).image_ids.tolist() == [100, 101, 102, 103, 104, 105]
+    write_karpathy_coco(tmp_path)
+    table = read_captions("coco", tmp_path, karpathy_file=tmp_path / "dataset_coco.json")
+    assert table.image_ids.tolist() == [500, 501, 502, 503, 504, 505]
+
+
+def test_coco_reads_every_split_there_is(tmp_path):
+    write_coco(tmp_path)
+    touch(tmp_path, "novel2014/COCO_novel2014_9.jpg")
+    row = {"id": 9, "file_name": "COCO_novel2014_9.jpg", "category": "cube"}
+    novel = {"images": [row], "annotations": [{"image_id": 9, "caption": "a cube"}]}
+    (tmp_path / "annotations" / "captions_novel2014.json").write_text(json.dumps(novel))
+    (tmp_path / "annotations" / "instances_val2014.json").write_text("{}")
+    table = read_captions("coco", tmp_path)
+    assert table.split_sizes() == {"train": 3, "val": 2, "test": 1, "novel": 1}
+    assert categories(table.split("novel")) == ["cube"]
+    assert categories(table.split("train")) == ["", "", ""]
+
+
+def test_json_ids_that_are_not_the_images_own_become_positions(tmp_path):
+    touch(tmp_path, "a.jpg", "b.jpg")
+    rows = [
+        {"image_path": "a.jpg", "caption": "x", "id": 7},
+        {"image_path": "b.jpg", "caption": "y", "id": 7},
+    ]
+    (tmp_path / "only.json").write_text(json.dumps({"splits": {"train": rows[:1], "test": rows[1:]}}))
+    assert read_captions("json", tmp_path).image_ids.tolist() == [0, 1]
+    rows[1]["id"] = 8
+    rows[1]["category"] = "cat"
+    (tmp_path / "only.json").write_text(json.dumps({"splits": {"train": rows[:1], "test": rows[1:]}}))
+    table = read_captions("json", tmp_path / "only.json")
+    assert table.image_ids.tolist() == [7, 8]
+    assert categories(table) == ["", "cat"]
+
+
+def test_flickr30k_reports_its_broken_row(tmp_path):
+    touch(tmp_path, "flickr30k_images/1.jpg", "flickr30k_images/2.jpg")
+    (tmp_path / "results.csv").write_text(
+        "image_name| comment_number| comment\n"
+        "1.jpg| 0| Two men | three bars .\n"
+        '1.jpg| 1| A "quoted" man\n'
+        "2.jpg| 3| A dog .\n"
+        "2.jpg| 4   A dog runs across the grass .\n"
+    )
+    table = read_captions("flickr30k", tmp_path)
+    assert [captions for _, captions in contents(table).values()] == [
+        ["Two men | three bars .", 'A "quoted" man'],
+        ["A dog ."],
+    ]
+    assert kinds(table) == [("malformed row", "results.csv: line 5")]
+
+
+def test_seeded_split_by_image(tmp_path):
+    touch(tmp_path, *(f"Images/{n:03d}.jpg" for n in range(50)))
+    rows = [f"{n:03d}.jpg,caption {k}" for n in range(50) for k in range(2)]
+    (tmp_path / "captions.txt").write_text("\n".join(["image,caption", *rows]))
+    tables = [read_captions("flickr8k", tmp_path, seed=seed) for seed in (0, 0, 1)]
+    assert tables[0].split_sizes() == {"train": 40, "val": 5, "test": 5}
+    assert tables[0].splits.tolist() == tables[1].splits.tolist() != tables[2].splits.tolist()
+
+
+def test_class_folders(tmp_path):
+    touch(tmp_path, "train/sea_horse/1.jpg", "train/dog/1.png", "test/dog/deep/1.jpg", "train/dog/notes.txt")
+    table = read_captions("class_folders", tmp_path)
+    assert contents(table) == {
+        "train/dog/1.png": ("train", ["a photo of a dog"]),
+        "train/sea_horse/1.jpg": ("train", ["a photo of a sea horse"]),
+        "test/dog/deep/1.jpg": ("test", ["a photo of a dog"]),
+    }
+    assert categories(table) == ["dog", "sea horse", "dog"]
+    drawn = read_captions("class_folders", tmp_path, template="a drawing of one {}")
+    assert drawn.captions[0] == "a drawing of one dog"
+
+
+def test_a_class_named_train_is_a_class(tmp_path):
+    touch(tmp_path, *(f"{name}/{n}.jpg" for name in ("train", "bus") for n in range(10)))
+    table = read_captions("class_folders", tmp_path)
+    assert set(categories(table)) == {"train", "bus"}
+    assert table.split_sizes() == {"train": 16, "val": 2, "test": 2}
+
+
+def test_sidecars(tmp_path):
+    touch(tmp_path, "a.jpg", "b.png", "c.JPG", "deep/d.jpg", "e.jpg", ".hidden.jpg")
+    (tmp_path / "a.txt").write_text("one\n\n  two  \n")
+    (tmp_path / "a.json").write_text('{"category": "numbers", "caption": "not used"}')
+    (tmp_path / "b.json").write_text('{"caption": ["three", "four"]}')
+    (tmp_path / "c.txt").write_text("five")
+    (tmp_path / "c.json").write_text("{broken")
+    (tmp_path / "deep/d.txt").write_text("six")
+    table = read_captions("sidecar", tmp_path)
+    assert {path: captions for path, (_, captions) in contents(table).items()} == {
+        "a.jpg": ["one", "two"],
+        "b.png": ["three", "four"],
+        "c.JPG": ["five"],
+        "deep/d.jpg": ["six"],
+    }
+    assert categories(table) == ["numbers", "", "", ""]
+    assert kinds(table) == [("malformed row", "c.json"), ("no caption", "e.jpg")]
+
+
+# ---------------------------------------------------------------- hostile captions.txt
+
+# what was tried (bytes after the header) -> captions of a.jpg and b.jpg, kinds of problems
+CSV_TRIED: dict[str, tuple[bytes, list[str], list[str]]] = {
+    "plain": (b"a.jpg,A dog .\nb.jpg,A cat .\n", ["A dog .", "A cat ."], []),
+    "CRLF": (b"a.jpg,A dog\r\nb.jpg,A cat\r\n", ["A dog", "A cat"], []),
+    "old Mac newlines": (b"a.jpg,A dog\rb.jpg,A cat\r", ["A dog", "A cat"], []),
+    "comma in quotes": (b'a.jpg,"A dog, a cat"\n', ["A dog, a cat"], []),
+    "commas without quotes": (b"a.jpg,A dog, a cat, a cow\n", ["A dog, a cat, a cow"], []),
+    "doubled quotes": (b'a.jpg,"A ""big"" dog"\n', ['A "big" dog'], []),
+    "quotes inside a bare caption": (b'a.jpg,A 6" dog\nb.jpg,A cat\n', ['A 6" dog', "A cat"], []),
+    "newline in a quoted caption": (b'a.jpg,"A dog\nruns"\nb.jpg,A cat\n', ["A dog runs", "A cat"], []),
+    "CRLF in a quoted caption": (b'a.jpg,"A dog\r\nruns"\r\nb.jpg,A cat\r\n', ["A dog runs", "A cat"], []),
+    "quote never closed": (b'a.jpg,"A dog\nb.jpg,A cat\n', ["A cat"], ["malformed row"]),
+    "text after the closing quote": (b'a.jpg,"A" dog\nb.jpg,A cat\n', ["A cat"], ["malformed row"]),
+    "NUL bytes": (b"a.jpg,A \0dog\nb.jpg,A cat\n", ["A dog", "A cat"], ["repaired text"]),
+    "control characters": (b"a.jpg,A\x07 dog\x1b\n", ["A dog"], ["repaired text"]),
+    "emoji": ("a.jpg,A 🐕 and a 👩‍👩‍👧 \n".encode(), ["A 🐕 and a 👩‍👩‍👧"], []),
+    "Latin-1 line among UTF-8": (
+        b"a.jpg,A caf\xe9\n" + "b.jpg,A café\n".encode(),
+        ["A café", "A café"],
+        ["repaired text"],
+    ),
+    "Windows quotes": (b"a.jpg,A \x93dog\x94\n", ["A \u201cdog\u201d"], ["repaired text"]),
+    "line separators inside a line": ("a.jpg,A\u2028dog\x85runs\n".encode(), ["A dog runs"], []),
+    "tabs and runs of spaces": (b"a.jpg,  A\t dog   \n", ["A dog"], []),
+    "empty caption": (b"a.jpg,\na.jpg,A dog\na.jpg,   \n", ["A dog"], ["empty caption", "empty caption"]),
+    "row without a caption": (b"a.jpg\nb.jpg,A cat\n", ["A cat"], ["malformed row"]),
+    "row without an image": (b",A dog\nb.jpg,A cat\n", ["A cat"], ["malformed row"]),
+    "blank lines": (b"\n\na.jpg,A dog\n\n", ["A dog"], []),
+    "image that does not exist": (b"x.jpg,A\na.jpg,A dog\n", ["A dog"], ["missing image"]),
+    "path upwards": (b"../secret.jpg,A\na.jpg,A dog\n", ["A dog"], ["refused path"]),
+    "path down and upwards": (b"a/../../secret.jpg,A\na.jpg,A dog\n", ["A dog"], ["refused path"]),
+    "Windows path upwards": (b"..\\secret.jpg,A\na.jpg,A dog\n", ["A dog"], ["refused path"]),
+    "absolute path": (b"/etc/passwd,A\na.jpg,A dog\n", ["A dog"], ["refused path"]),
+    "drive letter": (b"C:\\a.jpg,A\na.jpg,A dog\n", ["A dog"], ["refused path"]),
+    "link that leads outside": (b"link.jpg,A\na.jpg,A dog\n", ["A dog"], ["refused path", "missing image"]),
+    "link that leads nowhere": (b"dangling.jpg,A\na.jpg,A dog\n", ["A dog"], ["missing image"]),
+    "link inside the folder": (b"inner.jpg,A dog\n", ["A dog"], []),
+    "folder in place of a file": (b"folder.jpg,A\na.jpg,A dog\n", ["A dog"], ["missing image"]),
+    "caption of 200,000 letters": (
+        b"a.jpg," + b"x" * 200_000 + b"\nb.jpg,A cat\n",
+        ["A cat"],
+        ["malformed row"],
+    ),
+}
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    root = tmp_path / "data"
+    touch(root, "Images/a.jpg", "Images/b.jpg", "Images/folder.jpg/x")
+    touch(tmp_path, "secret.jpg")
+    (root / "Images/link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (root / "Images/dangling.jpg").symlink_to(root / "Images/gone.jpg")
+    (root / "Images/inner.jpg").symlink_to(root / "Images/a.jpg")
+    return root
+
+
+@pytest.mark.parametrize("name", CSV_TRIED)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "BOM"])
+def test_hostile_csv(name, mark, hostile):
+    rows, captions, problems = CSV_TRIED[name]
+    (hostile / "captions.txt").write_bytes(mark + b"image,caption\n" + rows)
+    table = read_captions("flickr8k", hostile)
+    noted = [
+        p for p in table.problems if p["where"] != "Images/link.jpg" or name == "link that leads outside"
+    ]
+    assert sorted(problem["kind"] for problem in noted) == sorted(problems)
+    assert list(table.captions) == captions
+    assert "secret" not in " ".join(table.paths)
+
+
+def test_utf16(hostile):
+    text = "image,caption\na.jpg,A café 🐕\n"
+    (hostile / "captions.txt").write_bytes(text.encode("utf-16"))
+    assert list(read_captions("flickr8k", hostile).captions) == ["A café 🐕"]
+
+
+def test_links_are_followed_when_asked(hostile):
+    (hostile / "captions.txt").write_text("image,caption\nlink.jpg,A secret\n")
+    with pytest.raises(LabError, match="none of the 1 images"):
+        read_captions("flickr8k", hostile)
+    table = read_captions("flickr8k", hostile, follow_links=True)
+    assert list(table.captions) == ["A secret"]
+    assert table.problems == []
+
+
+def test_linked_folders_and_caption_files_are_refused(tmp_path):
+    outside = tmp_path / "outside"
+    write_flickr8k(outside)
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "Images").symlink_to(outside / "Images")
+    (inside / "captions.txt").write_bytes((outside / "captions.txt").read_bytes())
+    with pytest.raises(LabError, match="none of the 6 images"):
+        read_captions("flickr8k", inside)
+    assert len(read_captions("flickr8k", inside, follow_links=True)) == 6
+    (inside / "captions.txt").unlink()
+    (inside / "captions.txt").symlink_to(outside / "captions.txt")
+    with pytest.raises(LabError, match="link that leads outside"):
+        read_captions("flickr8k", inside)
+
+
+def test_loops_of_links_end(tmp_path):
+    touch(tmp_path, "a/1.jpg")
+    (tmp_path / "a/1.txt").write_text("one")
+    (tmp_path / "a/again").symlink_to(tmp_path)
+    assert read_captions("sidecar", tmp_path).paths == ["a/1.jpg"]
+
+
+# ---------------------------------------------------------------- hostile JSON
+
+# an image record and a caption record beside a good pair -> kind of problem
+COCO_TRIED: dict[str, tuple[object, object, list[str]]] = {
+    "no id": ({"file_name": "x.jpg"}, None, ["malformed row"]),
+    "text as id": ({"id": "7", "file_name": "x.jpg"}, None, ["malformed row"]),
+    "fraction as id": ({"id": 7.5, "file_name": "x.jpg"}, None, ["malformed row"]),
+    "negative id": ({"id": -1, "file_name": "x.jpg"}, None, ["malformed row"]),
+    "id beyond 63 bits": ({"id": 2**63, "file_name": "x.jpg"}, None, ["malformed row"]),
+    "true as id": ({"id": True, "file_name": "x.jpg"}, None, ["malformed row"]),
+    "list as id": (
+        {"id": [1], "file_name": "x.jpg"},
+        {"image_id": [1], "caption": "x"},
+        ["malformed row"] * 2,
+    ),
+    "number as file name": ({"id": 7, "file_name": 5}, None, ["malformed row"]),
+    "NUL in the file name": ({"id": 7, "file_name": "a\0.jpg"}, None, ["refused path"]),
+    "path upwards": ({"id": 7, "file_name": "../val2014/a.jpg"}, None, ["refused path"]),
+    "absolute path": ({"id": 7, "file_name": "/etc/passwd"}, None, ["refused path"]),
+    "image is null": (None, None, ["malformed row"]),
+    "image without captions": ({"id": 7, "file_name": "b.jpg"}, None, ["no caption"]),
+    "caption of no image": (
+        {"id": 1, "file_name": "a.jpg"},
+        {"image_id": 3, "caption": "x"},
+        ["malformed row"],
+    ),
+    "number as caption": ({"id": 1, "file_name": "a.jpg"}, {"image_id": 1, "caption": 5}, ["malformed row"]),
+    "null as caption": ({"id": 1, "file_name": "a.jpg"}, {"image_id": 1, "caption": None}, ["malformed row"]),
+    "lone surrogate": (
+        {"id": 1, "file_name": "a.jpg"},
+        {"image_id": 1, "caption": "x\ud83d"},
+        ["repaired text"],
+    ),
+    "escaped NUL": ({"id": 1, "file_name": "a.jpg"}, {"image_id": 1, "caption": "x\0y"}, ["repaired text"]),
+    "newline in a caption": ({"id": 1, "file_name": "a.jpg"}, {"image_id": 1, "caption": "x\ny"}, []),
+}
+
+
+@pytest.mark.parametrize("name", COCO_TRIED)
+def test_hostile_coco(name, tmp_path):
+    image, annotation, problems = COCO_TRIED[name]
+    touch(tmp_path, "train2014/a.jpg", "train2014/b.jpg")
+    images = [{"id": 1, "file_name": "a.jpg"}, image]
+    annotations = [{"image_id": 1, "caption": "good"}, *([annotation] if annotation else [])]
+    (tmp_path / "annotations").mkdir()
+    content = json.dumps({"images": images, "annotations": annotations})
+    (tmp_path / "annotations" / "captions_train2014.json").write_text(content)
+    table = read_captions("coco", tmp_path)
+    assert table.paths == ["train2014/a.jpg"]
+    assert table.captions_of(0)[0] == "good"
+    assert [kind for kind, _ in kinds(table)] == problems
+    extra = {"lone surrogate": ["x\ufffd"], "escaped NUL": ["xy"], "newline in a caption": ["x y"]}
+    assert table.captions_of(0)[1:] == extra.get(name, [])
+
+
+JSON_TRIED = {
+    "row that is no object": ("text", ["malformed row"]),
+    "row without a path": ({"caption": "x"}, ["malformed row"]),
+    "row without a caption": ({"image_path": "b.jpg"}, ["malformed row"]),
+    "null in a list of captions": ({"image_path": "b.jpg", "caption": ["x", None]}, ["malformed row"]),
+    "empty list of captions": ({"image_path": "b.jpg", "caption": []}, ["no caption"]),
+    "path upwards": ({"image_path": "x/../../b.jpg", "caption": "x"}, ["refused path"]),
+    "absolute path": ({"image_path": "/b.jpg", "caption": "x"}, ["refused path"]),
+    "missing file": ({"image_path": "c.jpg", "caption": "x"}, ["missing image"]),
+}
+
+
+@pytest.mark.parametrize("name", JSON_TRIED)
+def test_hostile_json(name, tmp_path):
+    row, problems = JSON_TRIED[name]
+    touch(tmp_path, "a.jpg", "b.jpg")
+    rows = [{"image_path": "a.jpg", "caption": "good"}, row]
+    (tmp_path / "annotations.json").write_text(json.dumps({"splits": {"train": rows}}), encoding="utf-8-sig")
+    table = read_captions("json", tmp_path)
+    assert table.captions_of(0) == ["good"]
+    assert [kind for kind, _ in kinds(table)] == problems
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no valid JSON"),
+        ("{", "no valid JSON"),
+        ("[" * 100_000, "no valid JSON"),
+        ('{"splits": [1]}', 'no object "splits"'),
+        ("[]", 'no object "splits"'),
+        ('{"splits": {"train": 5}}', "split 'train' .* is no list"),
+        ('{"splits": {}}', "holds no image with a caption"),
+        ('{"splits": {"train": [{"image_path": "x.jpg", "caption": "y"}]}}', "none of the 1 images .*x.jpg"),
+        ("<html>", "no valid JSON"),
+        ('{"splits": ' + "9" * 5000 + "}", "no valid JSON"),
+    ],
+)
+def test_unusable_json_is_one_sentence(content, message, tmp_path):
+    (tmp_path / "annotations.json").write_text(content)
+    with pytest.raises(LabError, match=message) as caught:
+        read_captions("json", tmp_path)
+    assert len(str(caught.value)) < 400
+
+
+# ---------------------------------------------------------------- leaks, missing things, many problems
+
+
+def test_a_leaking_split_names_the_images(tmp_path):
+    write_flickr8k(tmp_path)
+    with (tmp_path / "Flickr_8k.testImages.txt").open("a") as file:
+        file.write("0.jpg\n1.jpg\n")
+    message = (
+        r"2 images are in more than one split: Images/0.jpg \(train, test\), Images/1.jpg \(train, test\)"
+    )
+    with pytest.raises(LabError, match=message):
+        read_captions("flickr8k", tmp_path)
+
+
+def test_json_leak(tmp_path):
+    touch(tmp_path, "a.jpg")
+    row = {"image_path": "a.jpg", "caption": "x"}
+    (tmp_path / "annotations.json").write_text(
+        json.dumps({"splits": {"train": [row], "test": [row | {"image_path": "./a.jpg"}]}})
+    )
+    with pytest.raises(LabError, match=r"a.jpg \(train, test\)"):
+        read_captions("json", tmp_path)
+
+
+def test_karpathy_leak(tmp_path):
+    write_karpathy_coco(tmp_path)
+    content = json.loads(karpathy("coco"))
+    content["images"].append(content["images"][0] | {"split": "restval"})
+    (tmp_path / "dataset_coco.json").write_text(json.dumps(content))
+    with pytest.raises(LabError, match=r"COCO_val2014_0.jpg \(train, restval\)"):
+        read_captions("coco", tmp_path, karpathy_file="dataset_coco.json")
+
+
+def test_one_id_in_two_coco_splits(tmp_path):
+    write_coco(tmp_path)
+    text = coco_file("val", [3, 4]).replace('"id": 104', '"id": 100')
+    (tmp_path / "annotations" / "captions_val2014.json").write_text(text)
+    with pytest.raises(LabError, match="same id 100"):
+        read_captions("coco", tmp_path)
+
+
+MISSING: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], str]] = {
+    "folder": ("flickr8k", lambda root: None, {}, "data folder .* does not exist"),
+    "caption file": ("flickr8k", lambda root: touch(root, "Images/a.jpg"), {}, "holds no captions.txt"),
+    "annotations": (
+        "coco",
+        lambda root: touch(root, "train2014/a.jpg"),
+        {},
+        "no captions_.*2014.json .*annotations",
+    ),
+    "results.csv": ("flickr30k", lambda root: touch(root, "Images/a.jpg"), {}, "holds no results.csv"),
+    "Karpathy's file": (
+        "coco",
+        write_coco,
+        {"karpathy_file": "x.json"},
+        "karpathy_file 'x.json' does not exist",
+    ),
+    "JSON file": ("json", lambda root: touch(root, "a.jpg"), {}, "holds no annotations.json"),
+    "pictures": ("sidecar", lambda root: touch(root, "a.txt"), {}, "holds no image with a caption"),
+    "classes": ("class_folders", lambda root: touch(root, "a.jpg"), {}, "holds no image with a caption"),
+    "option": ("flickr8k", write_flickr8k, {"karpaty_file": "x"}, "no option 'karpaty_file'.*karpathy_file"),
+    "reader": ("flick8k", write_flickr8k, {}, "reader 'flick8k' does not exist; did you mean 'flickr8k'"),
+    "place for the class": ("class_folders", write_sidecar, {"template": "photo"}, "template 'photo'"),
+}
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_missing_things_say_what_to_do(what, tmp_path):
+    reader, write, options, message = MISSING[what]
+    write(tmp_path / "data")
+    with pytest.raises(LabError, match=message):
+        read_captions(reader, tmp_path / "data", **options)
+
+
+def test_missing_columns_are_named(tmp_path):
+    write_flickr8k(tmp_path)
+    (tmp_path / "captions.txt").write_text("file,caption\n0.jpg,x\n")
+    with pytest.raises(LabError, match=r"has the columns \['file', 'caption'\]; its first line must be"):
+        read_captions("flickr8k", tmp_path)
+    (tmp_path / "results.csv").write_text("image_name,comment\n0.jpg,x\n")
+    with pytest.raises(LabError, match="its first line must be image_name| comment_number| comment"):
+        read_captions("flickr30k", tmp_path)
+
+
+def test_options_left_at_none_are_not_given(tmp_path):
+    write_json(tmp_path)
+    assert len(read_captions("json", tmp_path, karpathy_file=None)) == 6
+
+
+def test_more_columns_and_another_order(tmp_path):
+    touch(tmp_path, "Images/a.jpg")
+    (tmp_path / "captions.txt").write_text(
+        'caption,number,image\n"A dog, a cat",0,a.jpg\nA dog, a cat,0,a.jpg\n'
+    )
+    table = read_captions("flickr8k", tmp_path)
+    assert list(table.captions) == ["A dog, a cat"]
+    assert kinds(table) == [("malformed row", "captions.txt: line 3")]
+
+
+def test_many_problems_stay_few_rows_but_are_all_counted(tmp_path):
+    touch(tmp_path, "Images/a.jpg")
+    rows = ["a.jpg,A dog", *(f"{n}.jpg,missing" for n in range(5000))]
+    (tmp_path / "captions.txt").write_text("\n".join(["image,caption", *rows]))
+    table = read_captions("flickr8k", tmp_path)
+    assert len(table.problems) == 101
+    assert table.problem_counts() == {"missing image": 5000}
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_take_and_split_keep_captions_with_their_images(tmp_path):
+    write_flickr8k(tmp_path)
+    table = read_captions("flickr8k", tmp_path)
+    taken = table.take([4, 0])
+    assert [taken.captions_of(row) for row in range(2)] == [CAPTIONS[4], CAPTIONS[0]]
+    assert taken.offsets.tolist() == [0, 2, 4]
+    assert contents(table.take(table.splits == "val")) == contents(table.split("val"))
+    assert len(table.split("train", "test")) == 4
+    assert len(table.take([])) == len(table.take([]).captions) == 0
+    with pytest.raises(
+        LabError, match=r"split 'vall' holds no image; did you mean 'val'\?.*train \(3 images\)"
+    ):
+        table.split("vall")
+
+
+def test_a_table_from_plain_lists():
+    table = CaptionTable(
+        root=Path("."),
+        image_ids=np.array([9, 4]),
+        paths=["x.jpg", "y.jpg"],
+        splits=np.array(["train", "val"]),
+        captions=["a", "b", "c"],
+        caption_image_ids=np.array([9, 9, 4]),
+    )
+    assert table.offsets.tolist() == [0, 2, 3]
+    assert table.split("val").captions_of(0) == ["c"]
+    ungrouped = dataclasses.replace(table, caption_image_ids=np.array([9, 4, 9]))
+    with pytest.raises(LabError, match="grouped by image"):
+        ungrouped.captions_of(0)
+
+
+def test_strings_are_a_sequence():
+    texts = ["", "a", "café 🐕", "b" * 300]
+    strings = Strings.pack(texts)
+    assert list(strings) == texts
+    assert strings == texts
+    assert strings[-1] == texts[-1]
+    assert list(strings[1:3]) == texts[1:3]
+    assert list(strings[np.array([2, 0])]) == [texts[2], texts[0]]
+    assert list(strings[np.array([False, True, False, True])]) == [texts[1], texts[3]]
+    assert "a" in strings
+    assert len(Strings.pack([])) == 0
+    with pytest.raises(IndexError):
+        strings[4]
+
+
+# ---------------------------------------------------------------- real files
+
+
+def test_flickr8k_as_it_is():
+    root = SHARED / "flickr8k"
+    if not root.is_dir():
+        pytest.skip("../shared/flickr8k is not here")
+    table = read_captions("flickr8k", root)
+    assert table.split_sizes() == {"train": 6000, "val": 1000, "test": 1000, "unused": 91}
+    assert len(table.captions) == 40_455 - table.problem_counts().get("empty caption", 0)
+    assert table.problems == []
+
+
+def test_every_reader_is_tested():
+    assert set(READERS) == {reader for reader, _, _ in LAYOUTS.values()} | {"class_folders"}
