@@ -140,7 +140,7 @@ class Config(BaseModel):
     warmup_steps: NonNegativeInt = 500
     """Steps of linear warm-up, at most a tenth of the run."""
     schedule: str = "cosine"
-    """A name of utils.SCHEDULES."""
+    """A name of optimisation.SCHEDULES."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
     ema_decay: float = Field(0.0, ge=0, lt=1)

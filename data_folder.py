@@ -138,8 +138,9 @@ class DataFolder:
         return self.stamps[full] != ABSENT
 
     def user_path(self, path: str | os.PathLike[str], folder: str = "") -> str:
-        """A path that the user gave: absolute where it exists as it stands, else below the data folder."""
-        return os.path.abspath(path) if os.path.exists(path) else os.path.join(folder, path)
+        """A path that the user gave: below the data folder where it exists there, else as it stands."""
+        below = os.path.join(folder, path)
+        return below if self.look(below) or not os.path.exists(path) else os.path.abspath(path)
 
     def in_one_of(self, folders: Sequence[str], path: str) -> str:
         """`path` below the first of the folders that holds it, or below the first of them."""

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+import data_check
+import plots_features
+import towers
 from cache import as_rows
 from captions import CaptionTable
+from cli import Parser, one_sentence
 from config import Config
 from errors import LabError
 from image_cache import ImageCache
-from readers import read_captions
+from readers import READERS, read_captions
 from scenes import write_scenes
-from sources import fetch, is_linked
+from sources import SOURCES, fetch, is_linked
 
 Batch = dict[str, Any]
 """`image`, `text`, `image_id` (I,), `text_id` (T,); see `COCOClipDataset`."""
@@ -236,3 +240,41 @@ def prepare_data(config: Config) -> Path:
             f"data_dir {folder} does not exist or is empty; give the folder of a captioned image set."
         )
     return write_scenes(folder) if source == "scenes" else fetch(source, folder.parent)
+
+
+def check_data(config: Config, folder: str | Path = "outputs/data_check") -> dict[str, Any]:
+    """Check a configuration's pictures and captions; write data_report.json and a figure into `folder`."""
+    tower = towers.text_tokenizer(config.text_tower, config.text_model)
+    _, max_length = towers.TEXT_SETTINGS[config.text_tower]
+    report = data_check.check(load_table(config), tokenizer=tower, max_length=max_length)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    data_check.save_report(report, folder)
+    plots_features.data_report(report, Path(folder) / "data_report.png")
+    return report
+
+
+def main() -> None:
+    """`python dataset.py fetch NAME` and `python dataset.py check DIR`."""
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetching = commands.add_parser("fetch", help="bring a data set to data/NAME")
+    fetching.add_argument("name", help=", ".join(SOURCES))
+    fetching.add_argument("--data_dir", default="data", help="folder of the data sets' folders")
+    fetching.add_argument("--karpathy", action="store_true", help="Karpathy's split file too")
+    checking = commands.add_parser("check", help="say what is wrong with a folder's pictures and captions")
+    checking.add_argument("data_dir", metavar="DIR")
+    checking.add_argument("--reader", default="coco", help=", ".join(READERS))
+    checking.add_argument("--text_tower", default="minilm", help="whose tokenizer measures captions")
+    checking.add_argument("--folder", default="outputs/data_check", help="where report and figure go")
+    given = vars(parser.parse_args())
+    with one_sentence():
+        if given.pop("command") == "fetch":
+            print(fetch(**given))
+            return
+        folder = given.pop("folder")
+        print(data_check.report_table(check_data(Config(**given), folder)).to_string(index=False))
+        print(f"{folder}: data_report.json, data_report.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from captions import UNUSED, split_rank
-from data_folder import DataFolder, join
+from data_folder import DataFolder, is_picture, join
 from errors import LabError
 from table_builder import TableBuilder
 
@@ -85,12 +85,19 @@ def read_class_folders(
     has_splits = bool(tops) and all(name.lower() in SPLIT_FOLDERS for name in tops)
     table = TableBuilder(folder)
     splits = split_aliases(sorted(tops, key=split_rank))
+    _note_loose(table, ["", *tops] if has_splits else [""])
     for top, split in splits.items() if has_splits else [("", UNUSED)]:
         for class_folder in folder.folders(top):
             _add_class(table, join(top, class_folder), split, class_folder.replace("_", " "), template)
     if not has_splits:
         table.split_by_seed(seed)
     return table
+
+
+def _note_loose(table: TableBuilder, places: list[str]) -> None:
+    for place in places:
+        for name in filter(is_picture, table.folder.listing(place)):
+            table.folder.problems.add("no caption", place, "a picture outside the class folders", name)
 
 
 def _add_class(table: TableBuilder, place: str, split: str, name: str, template: str) -> None:

@@ -7,11 +7,13 @@ whole gallery: recall is then 1, and so is the chance level beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import gammaln
 
 from errors import LabError, choose
 from ranks import CROWD_LIMIT, IdList, QueryRanks, Ranks, as_ids, match_ranks
@@ -208,46 +210,41 @@ def recall_by_gallery_size(ranks: Ranks, sizes: Sequence[int], k: int = 1) -> di
 
 
 def _hit_probability(crowd: np.ndarray, sizes: Sequence[int], k: int) -> np.ndarray:
-    """(S, Q) probability that `size - 1` other images, drawn at random, bring fewer than k rivals.
-
-    `crowd[q, c]` other images bring c rivals each. Ways to draw t images that bring s < k rivals in
-    all are coefficients of a product of polynomials, one factor for each c.
-    """
+    """(S, Q) probability that `size - 1` other images, drawn at random, bring fewer than k rivals."""
     kinds, back = np.unique(crowd, axis=0, return_inverse=True)
-    num_others = int(kinds[0].sum())
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, num_others + 1)))])
-    columns = [
-        _hits_of_chunk(kinds[start : start + 4096], sizes, k, log_factorial)
-        for start in range(0, len(kinds), 4096)
-    ]
-    return np.concatenate(columns, axis=1)[:, back.reshape(-1)]
+    parts = np.array_split(kinds, math.ceil(len(kinds) / 4096))
+    return np.concatenate([_hits_of(part, sizes, k) for part in parts], axis=1)[:, back.reshape(-1)]
 
 
-def _hits_of_chunk(crowd: np.ndarray, sizes: Sequence[int], k: int, log_factorial: np.ndarray) -> np.ndarray:
-    num_others = len(log_factorial) - 1
+def _hits_of(crowd: np.ndarray, sizes: Sequence[int], k: int) -> np.ndarray:
+    """The same for few queries; `crowd[q, c]` other images bring c rivals each.
 
-    def log_choose(n: np.ndarray | int, m: int) -> np.ndarray:
-        legal = (np.asarray(n) >= m) & (m >= 0)
-        rest = np.where(legal, np.asarray(n) - m, 0)
-        return np.where(legal, log_factorial[n] - log_factorial[m] - log_factorial[rest], -np.inf)
-
-    ways = np.zeros((len(crowd), k, k))  # (Q, rivals, images drawn among those that bring any)
+    The ways to draw t images that bring s < k rivals in all are the coefficients of a product of
+    polynomials, one factor for each c.
+    """
+    ways = np.zeros((len(crowd), k, k))  # (Q, rivals s, images t)
     ways[:, 0, 0] = 1
     for rivals in range(1, min(crowd.shape[1], k)):
         longer = ways.copy()
         for drawn in range(1, (k - 1) // rivals + 1):
-            factor = np.exp(log_choose(crowd[:, rivals], drawn))
-            longer[:, rivals * drawn :, drawn:] += (
-                factor[:, None, None] * ways[:, : k - rivals * drawn, : k - drawn]
-            )
+            factor = np.exp(_log_choose(crowd[:, rivals], drawn))[:, None, None]
+            longer[:, rivals * drawn :, drawn:] += factor * ways[:, : k - rivals * drawn, : k - drawn]
         ways = longer
-    ways = ways.sum(1)  # (Q, images)
-    hits = np.empty((len(sizes), len(crowd)))
-    for row, size in enumerate(sizes):
-        rest = np.stack([log_choose(crowd[:, 0], size - 1 - drawn) for drawn in range(min(k, size))], 1)
-        share = np.exp(rest - log_choose(num_others, size - 1))
-        hits[row] = (ways[:, : share.shape[1]] * share).sum(1)
-    return hits
+    ways, images = ways.sum(1), np.arange(k)  # (Q, images t)
+    num_others = crowd.sum(1, keepdims=True)
+    hits = []
+    for size in sizes:
+        rest = _log_choose(crowd[:, :1], size - 1 - images) - _log_choose(num_others, size - 1)
+        hits.append((ways * np.exp(rest)).sum(1))
+    return np.stack(hits)
+
+
+def _log_choose(total: np.ndarray, drawn: np.ndarray | int) -> np.ndarray:
+    """Logarithm of the binomial coefficient, minus infinity where nothing can be drawn so."""
+    legal = (drawn >= 0) & (total >= drawn)
+    drawn = np.where(legal, drawn, 0)
+    ways = gammaln(total + 1) - gammaln(drawn + 1) - gammaln(total - drawn + 1)
+    return np.where(legal, ways, -np.inf)
 
 
 # ---- protocols -------------------------------------------------------------------------------------

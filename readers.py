@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from caption_cache import cache_path, load_table, save_table
 from caption_rows import csv_rows, karpathy_object, piped_rows
@@ -15,6 +17,8 @@ from data_folder import DataFolder, join
 from errors import LabError, choose, nearest
 from folder_readers import read_class_folders, read_sidecar, split_aliases
 from table_builder import TableBuilder, is_id
+
+MANY_ROWS = 100_000  # of a file that takes over two seconds to read
 
 __all__ = ["READERS", "CaptionTable", "Strings", "read_captions"]
 
@@ -59,7 +63,7 @@ def read_coco(
 def _read_coco_split(table: TableBuilder, split: str, file: str, image_folder: str) -> None:
     content = table.folder.read_json(file, object_hook=_coco_object)
     known: dict[Any, str] = {}
-    for row, image in enumerate(_member(table.folder, content, "images", file)):
+    for row, image in _rows(table.folder, content, "images", file):
         place = f"images[{row}]"
         if not isinstance(image, tuple) or len(image) != 3 or not is_id(image[0]):
             table.malformed(file, place, "an image needs file_name and a whole number as id")
@@ -67,7 +71,7 @@ def _read_coco_split(table: TableBuilder, split: str, file: str, image_folder: s
             path = join(image_folder, name)
             table.add_image(path, split, image_id=image[0], category=image[2])
             known[image[0]] = path
-    for row, annotation in enumerate(_member(table.folder, content, "annotations", file)):
+    for row, annotation in _rows(table.folder, content, "annotations", file):
         place = f"annotations[{row}]"
         if not isinstance(annotation, tuple) or len(annotation) != 2 or not is_id(annotation[0]):
             table.malformed(file, place, "an annotation needs image_id and caption")
@@ -86,11 +90,12 @@ def _coco_object(record: dict[str, Any]) -> Any:
     return record
 
 
-def _member(folder: DataFolder, content: Any, key: str, file: str) -> list[Any]:
-    value = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(value, list):
+def _rows(folder: DataFolder, content: Any, key: str, file: str) -> Iterable[tuple[int, Any]]:
+    """The numbered entries of a list in a JSON file, with a progress bar where there are many."""
+    rows = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(rows, list):
         raise LabError(f"{folder.root / file} has no list {key!r}; it is not a caption file of this layout")
-    return value
+    return enumerate(tqdm(rows, f"Reading {key}", leave=False, unit=" rows", disable=len(rows) < MANY_ROWS))
 
 
 def _read_karpathy(folder: DataFolder, file: str | Path, image_folders: tuple[str, ...]) -> TableBuilder:
@@ -100,11 +105,11 @@ def _read_karpathy(folder: DataFolder, file: str | Path, image_folders: tuple[st
         raise LabError(
             f"karpathy_file {str(file)!r} does not exist; it is in Karpathy's caption_datasets.zip"
         )
-    images = _member(folder, folder.read_json(name, object_hook=karpathy_object), "images", name)
+    content = folder.read_json(name, object_hook=karpathy_object)
     table = TableBuilder(folder)
-    for row, image in enumerate(images):
+    for row, image in _rows(folder, content, "images", name):
         place = f"images[{row}]"
-        if not isinstance(image, dict) or not isinstance(image["sentences"], list) or not image["split"]:
+        if not isinstance(image, dict) or not isinstance(image.get("sentences"), list) or not image["split"]:
             table.malformed(name, place, "an image needs split, filename and sentences")
             continue
         below = table.relative(join(image["filepath"] or "", str(image["filename"])), name, place)

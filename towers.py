@@ -269,6 +269,11 @@ def text_model_name(tower: str, name: str | None = None) -> str:
     return name or {"minilm": packaged_minilm, "clip": lambda: "openai/clip-vit-base-patch32"}[tower]()
 
 
+def text_tokenizer(tower: str, name: str | None = None) -> Any:
+    """A text tower's tokenizer alone."""
+    return _load(transformers.AutoTokenizer, text_model_name(tower, name))
+
+
 def text_width(tower: str, name: str | None = None) -> int:
     """Width of a text tower, from its configuration file alone."""
     config = _load(transformers.AutoConfig, text_model_name(tower, name))

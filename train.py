@@ -30,12 +30,10 @@ from encode import open_dataset
 from errors import LabError
 from evaluate import evaluate_run
 from models import build_loss, build_model
+from optimisation import EMA, build_optimizer, build_scheduler
 from utils import (
-    EMA,
     EpochProgress,
     Run,
-    build_optimizer,
-    build_scheduler,
     last_checkpoint,
     load_checkpoint,
     load_run,

@@ -263,6 +263,7 @@ def test_seeded_split_by_image(tmp_path):
 
 def test_class_folders(tmp_path):
     touch(tmp_path, "train/sea_horse/1.jpg", "train/dog/1.png", "test/dog/deep/1.jpg", "train/dog/notes.txt")
+    touch(tmp_path, "train/loose.jpg")
     table = read_captions("class_folders", tmp_path)
     assert contents(table) == {
         "train/dog/1.png": ("train", ["a photo of a dog"]),
@@ -270,6 +271,7 @@ def test_class_folders(tmp_path):
         "test/dog/deep/1.jpg": ("test", ["a photo of a dog"]),
     }
     assert categories(table) == ["dog", "sea horse", "dog"]
+    assert kinds(table) == [("no caption", "train: loose.jpg")]
     drawn = read_captions("class_folders", tmp_path, template="a drawing of one {}")
     assert drawn.captions[0] == "a drawing of one dog"
 
@@ -464,6 +466,43 @@ def test_hostile_coco(name, tmp_path):
     assert [kind for kind, _ in kinds(table)] == problems
     extra = {"lone surrogate": ["x\ufffd"], "escaped NUL": ["xy"], "newline in a caption": ["x y"]}
     assert table.captions_of(0)[1:] == extra.get(name, [])
+
+
+KARPATHY_TRIED: dict[str, object] = {
+    "null": None,
+    "no sentences": {"split": "train", "filename": "1.jpg", "imgid": 1},
+    "sentences that are no list": {"split": "train", "filename": "1.jpg", "imgid": 1, "sentences": "x"},
+    "no split": {"filename": "1.jpg", "imgid": 1, "sentences": [{"raw": "x"}]},
+    "no file name": {"split": "train", "imgid": 1, "sentences": [{"raw": "x"}]},
+    "no id": {"split": "train", "filename": "1.jpg", "sentences": [{"raw": "x"}]},
+    "path upwards": {"split": "train", "filename": "../1.jpg", "imgid": 1, "sentences": [{"raw": "x"}]},
+    "sentence without text": {
+        "split": "train",
+        "filename": "1.jpg",
+        "imgid": 1,
+        "sentences": [{"tokens": []}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", KARPATHY_TRIED)
+def test_hostile_karpathy(name, tmp_path):
+    touch(tmp_path, "Images/0.jpg", "Images/1.jpg")
+    good = {"split": "test", "filename": "0.jpg", "imgid": 0, "sentences": [{"raw": "good"}]}
+    content = {"images": [good, KARPATHY_TRIED[name]], "dataset": "flickr30k"}
+    (tmp_path / "k.json").write_text(json.dumps(content))
+    table = read_captions("flickr30k", tmp_path, karpathy_file=tmp_path / "k.json")
+    assert contents(table) == {"Images/0.jpg": ("test", ["good"])}
+    assert table.problems[0]["kind"] in ("malformed row", "refused path", "missing image")
+
+
+def test_a_users_path_is_below_the_data_folder_or_as_it_stands(tmp_path, monkeypatch):
+    write_coco(tmp_path / "data")
+    (tmp_path / "annotations").mkdir()  # of something else, where the program was started
+    monkeypatch.chdir(tmp_path)
+    assert len(read_captions("coco", "data")) == 6
+    (tmp_path / "data" / "annotations").rename(tmp_path / "texts")
+    assert len(read_captions("coco", "data", annotations_dir="texts")) == 6
 
 
 JSON_TRIED = {

@@ -9,13 +9,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     "errors",
-    "config compat ranks uncertainty data_folder",
+    "config compat ranks uncertainty",
     "cache captions pictures downloads losses metrics plots_style cli",
     "archives table_builder image_cache augment towers plots caption_rows caption_cache scenes",
     "sources folder_readers plots_features search models",
     "readers data_check",
     "dataset",
-    "encode",
+    "encode optimisation",
     "utils",
     "evaluate",
     "train",

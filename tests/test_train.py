@@ -19,12 +19,9 @@ from config import make_config
 from errors import LabError
 from losses import InfoNCELoss
 from models import CLIPModel
+from optimisation import EMA, SCHEDULES, build_optimizer, build_scheduler
 from train import Trainer, alone, fit, stop_after_step
 from utils import (
-    EMA,
-    SCHEDULES,
-    build_optimizer,
-    build_scheduler,
     last_checkpoint,
     load_checkpoint,
     load_run,
