@@ -7,7 +7,9 @@ neither on its place in the batch nor on its neighbours, on worker processes or 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -65,27 +67,54 @@ def augment(
     if len(draws["flip"]) != len(images):
         raise LabError(f"augment takes one image id a picture, not {len(draws['flip'])} for {len(images)}.")
     pixels = images.permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3), no copy if channels_last
-    views = torch.empty_like(pixels, dtype=torch.uint8 if mean is None else torch.float32)
-    chunk = CPU_CHUNK if images.device.type == "cpu" else max(1, len(images))
-    for start in range(0, len(images), chunk):
-        part = slice(start, start + chunk)
-        some = {name: values[part] for name, values in draws.items()}
-        view = pixels[part]
+
+    def change(part: slice) -> Tensor:
+        view, some = pixels[part], {name: values[part] for name, values in draws.items()}
         if crop_scale < 1 or flip or rotation:
             view = _move(view, some, crop_scale, flip, rotation)
         view = _colour(view, some, jitter) if jitter else view
-        view = _erase(view, some, erasing) if erasing else view
-        views[part] = view
-        if mean is not None and std is not None:
-            _normalise_(views[part], mean, std)
-    return views.permute(0, 3, 1, 2)  # (B, 3, H, W)
+        return _erase(view, some, erasing) if erasing else view
+
+    return _finish(pixels, change, mean, std)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, 3, H, W) float32 `channels_last`: channels in [0, 1] minus mean, over std; without augmentation."""
     _check(images, 1.0, mean, std)
-    pixels = images.permute(0, 2, 3, 1).to(torch.float32, copy=True).contiguous()  # (B, H, W, 3)
-    return _normalise_(pixels, mean, std).permute(0, 3, 1, 2)
+    pixels = images.permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
+    return _finish(pixels, lambda part: pixels[part], mean, std)
+
+
+def _finish(
+    pixels: Tensor,
+    change: Callable[[slice], Tensor],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> Tensor:
+    """(B, 3, H, W): `change` of all pictures, normalised if asked for; on a CPU some at a time, in threads."""
+    count, height, width, _ = pixels.shape
+    scale = shift = None
+    if mean is not None and std is not None:  # rows of W * 3 keep the inner loops long
+        mean_row, std_row = (np.tile(np.array(values, dtype=np.float32), width) for values in (mean, std))
+        scale, shift = 1 / (255 * std_row), mean_row / std_row
+    if pixels.device.type != "cpu":
+        views = change(slice(None))
+        if scale is not None and shift is not None:
+            scale, shift = (torch.from_numpy(row).to(pixels.device) for row in (scale, shift))
+            views = (views.flatten(2) * scale - shift).view_as(pixels)
+        return views.permute(0, 3, 1, 2)
+    out = np.empty((count, height, width * 3), dtype=np.uint8 if scale is None else np.float32)
+
+    def fill(start: int) -> None:
+        part = slice(start, start + CPU_CHUNK)
+        out[part] = change(part).flatten(2).numpy()
+        if scale is not None:
+            out[part] *= scale
+            out[part] -= shift
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(fill, range(0, count, CPU_CHUNK)))
+    return torch.from_numpy(out).view_as(pixels).permute(0, 3, 1, 2)
 
 
 def draw(image_ids: Tensor | np.ndarray | Sequence[int], *, seed: int, epoch: int) -> Draws:
@@ -164,15 +193,19 @@ def _move(pixels: Tensor, draws: Draws, crop_scale: float, flip: float, rotation
 
 
 def _resize_boxes(pixels: Tensor, boxes: np.ndarray, flips: np.ndarray) -> Tensor:
-    """Each box, perhaps mirrored, resized to the whole in uint8: on a CPU several times as fast as `_sample`."""
-    resized = torch.empty_like(pixels)
-    for picture, (left, top, w, h), flip, out in zip(pixels, boxes.tolist(), flips, resized, strict=True):
-        box = picture[top : top + h, left : left + w].permute(2, 0, 1)[None]  # (1, 3, h, w)
-        box = box.flip(3) if flip else box
-        if (h, w) != picture.shape[:2]:
-            box = F.interpolate(box, size=picture.shape[:2], mode="bilinear")
-        out.copy_(box[0].permute(1, 2, 0))
-    return resized
+    """Each box, perhaps mirrored, resized to the whole in uint8: on a CPU several times as fast as `_sample`.
+
+    Copies are numpy's: torch would wake all its threads for each, and wait for them on a busy machine.
+    """
+    resized = np.empty(pixels.shape, dtype=np.uint8)
+    size = pixels.shape[1:3]
+    for picture, (left, top, w, h), flip, out in zip(
+        pixels.numpy(), boxes.tolist(), flips, resized, strict=True
+    ):
+        box = torch.from_numpy(picture[top : top + h, left : left + w].copy()).permute(2, 0, 1)  # (3, h, w)
+        box = F.interpolate(box[None], size=size, mode="bilinear")[0] if (h, w) != size else box
+        out[...] = box.permute(1, 2, 0).numpy()[:, :: -1 if flip else 1]
+    return torch.from_numpy(resized)
 
 
 def _sample(pixels: Tensor, boxes: np.ndarray, flips: np.ndarray, angles: np.ndarray) -> Tensor:
@@ -247,12 +280,3 @@ def _erase(pixels: Tensor, draws: Draws, probability: float) -> Tensor:
     inside = (row >= top) & (row < top + h) & (column >= left) & (column < left + w)  # (B, H, W, 1)
     colour = torch.tensor(ERASE_COLOUR, dtype=torch.uint8, device=pixels.device)
     return torch.where(inside, colour, pixels)
-
-
-def _normalise_(values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """In place on (B, H, W, 3) float32 of 0 to 255; rows of W * 3 keep the inner loop long."""
-    mean_row, std_row = (
-        torch.tensor(list(c) * values.shape[2]).to(values.device) for c in (mean, std)
-    )  # (W * 3,)
-    values.flatten(2).mul_(1 / (255 * std_row)).sub_(mean_row / std_row)  # a view: values are contiguous
-    return values

@@ -204,6 +204,13 @@ def finished_runs(runs_dir: str | Path, preset: str) -> list[Run]:
     return [run for run in runs if run.finished and run.config.preset == preset]
 
 
+def flag_settings(config: Config) -> list[Config]:
+    """The configuration under each setting of the flags; a cached image tower has no map to pool."""
+    pooling = (False,) if config.image_tower_mode == "cached" else (False, True)
+    flags = [{"use_batch_norm": norm, "use_attention_pooling": pool} for norm in (False, True) for pool in pooling]
+    return [config.updated(**setting) for setting in flags]
+
+
 def settings_label(config: Config) -> str:
     """What sets a run apart from its preset, seeds and places apart: `plain`, `bn`, `attn, num_epochs=2`."""
     flags = [short for field, short in FLAGS.items() if config[field]]

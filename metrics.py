@@ -198,8 +198,8 @@ def recall_by_gallery_size(ranks: Ranks, sizes: Sequence[int], k: int = 1) -> di
             f"{ranks.t2i.num_left_out} captions belong to no image of the gallery; "
             "leave them out before drawing recall over gallery size"
         )
-    if any(not 1 <= size <= num_images for size in sizes):
-        raise LabError(f"gallery sizes must lie between 1 and {num_images} images; got {list(sizes)}")
+    if not len(sizes) or any(not 1 <= size <= num_images for size in sizes):
+        raise LabError(f"name gallery sizes between 1 and {num_images} images; got {list(sizes)}")
     crowd = ranks.i2t.crowd
     if crowd is None or (k > CROWD_LIMIT and crowd.shape[1] > CROWD_LIMIT):
         raise LabError(f"image-to-text recall over gallery size is known up to k={CROWD_LIMIT}; lower k")

@@ -112,7 +112,8 @@ def _read_karpathy(folder: DataFolder, file: str | Path, image_folders: tuple[st
         if not isinstance(image, dict) or not isinstance(image.get("sentences"), list) or not image["split"]:
             table.malformed(name, place, "an image needs split, filename and sentences")
             continue
-        below = table.relative(join(image["filepath"] or "", str(image["filename"])), name, place)
+        file_name = image["filename"] and join(image["filepath"] or "", image["filename"])
+        below = table.relative(file_name, name, place)
         if below and is_id(image["id"]):
             path = folder.in_one_of(image_folders, below)
             table.add_image(path, str(image["split"]), image_id=image["id"])

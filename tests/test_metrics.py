@@ -279,7 +279,7 @@ def test_id_minus_one_is_only_a_distractor():
 def test_chance_is_what_random_features_reach():
     images, texts, *ids = random_set(num_images=100, captions=4)
     runs = []
-    for seed in range(60):
+    for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         noise = [torch.randn(each.shape, generator=generator) for each in (images, texts)]
         runs.append(retrieval_metrics(*noise, *ids))
@@ -301,6 +301,8 @@ def test_k_over_the_gallery_is_everything_and_so_is_chance():
 def sampled_hits(scores, relevant, k):
     """Whether each query of a drawn gallery hits, both ways, from the scores themselves."""
     kept = relevant.any(0)
+    if not kept.any():
+        return [torch.zeros(0), torch.zeros(0)]
     scores, relevant = scores[:, kept], relevant[:, kept]
     hits = []
     for square, matches in ((scores, relevant), (scores.T, relevant.T)):
@@ -335,7 +337,7 @@ def test_recall_by_gallery_size_ends_at_the_full_gallery():
 def test_captions_without_an_image_have_no_place_in_the_curve():
     with pytest.raises(LabError, match="1 captions belong to no image"):
         recall_by_gallery_size(match_ranks(*scored(HAND), *HAND_IDS), [1, 2])
-    with pytest.raises(LabError, match="between 1 and 203 images"):
+    with pytest.raises(LabError, match="sizes between 1 and 203 images"):
         recall_by_gallery_size(match_ranks(*random_set()), [500])
 
 
