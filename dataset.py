@@ -204,7 +204,8 @@ def load_table(config: Config, splits: tuple[str, ...] | None = None) -> Caption
 
     With `max_samples`, that many images of each split, evenly spread over it.
     """
-    table = _read_once(config.reader, str(config.data_dir), str(config.karpathy_file or ""), config.seed)
+    places = (str(config.data_dir), str(config.karpathy_file or ""), str(config.cache_dir / "captions"))
+    table = _read_once(config.reader, config.seed, *places)
     if splits is None:
         splits = tuple(table.split_sizes())
     rows = []
@@ -218,10 +219,14 @@ def load_table(config: Config, splits: tuple[str, ...] | None = None) -> Caption
 
 
 @functools.lru_cache(maxsize=4)
-def _read_once(reader: str, data_dir: str, karpathy_file: str, seed: int) -> CaptionTable:
-    linked = is_linked(data_dir)
+def _read_once(reader: str, seed: int, data_dir: str, karpathy_file: str, cache_dir: str) -> CaptionTable:
     return read_captions(
-        reader, data_dir, seed=seed, follow_links=linked, karpathy_file=karpathy_file or None
+        reader,
+        data_dir,
+        seed=seed,
+        cache_dir=cache_dir,
+        follow_links=is_linked(data_dir),
+        karpathy_file=karpathy_file or None,
     )
 
 

@@ -275,7 +275,7 @@ class _JpegStore(_Store):
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         pictures = np.empty((len(rows), *self.shape[1:]), dtype=np.uint8)  # (B, S, S, 3)
-        step = max(1, min(_cores(), len(rows)))
+        step = max(1, min(torch.get_num_threads(), len(rows)))
         with ThreadPoolExecutor(step) as pool:  # simplejpeg lets other threads run
             list(pool.map(lambda i: self._decode(rows[i::step], pictures[i::step]), range(step)))
         return pictures

@@ -107,6 +107,13 @@ def test_the_batch_given_is_not_changed(settings):
     assert result.dtype == (torch.float32 if "mean" in settings else torch.uint8)
 
 
+def test_views_are_made_in_inference_mode_too():
+    images = noise(40)
+    with torch.inference_mode():
+        result = view(images.clone(), **EVERYTHING, **IMAGENET)
+    assert torch.equal(result, view(images, **EVERYTHING, **IMAGENET))
+
+
 def test_with_everything_off_pictures_stay_as_they_are():
     images = noise(20)
     assert torch.equal(view(images), images)
