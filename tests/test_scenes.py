@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import scene_plan
 import scenes
 from errors import LabError
-from scenes import COLOURS, HELD_OUT_PAIRS, SHAPES, Scene, SceneObject, describe, swap_captions, write_scenes
+from scene_captions import describe, swap_captions
+from scene_plan import COLOURS, HELD_OUT_PAIRS, SHAPES, Scene, SceneObject
+from scenes import write_scenes
 
 SMALL = {"num_train": 70, "num_val": 5, "num_test": 6, "num_novel": 7, "image_size": 64}
 
@@ -102,7 +105,7 @@ def fits(told: Told, scene: Scene, closed: bool) -> bool:
 
 
 def planned(split: str, count: int, seed: int = 0) -> list[tuple[Scene, list[str]]]:
-    plan = scenes._plan_split(split, count, seed)
+    plan = scene_plan.plan_split(split, count, seed)
     return [(scene, describe(scene, random.Random(k))) for k, scene in enumerate(plan)]
 
 
@@ -167,8 +170,8 @@ def test_a_perfect_reader_finds_the_picture(split, count):
 
 
 def test_crowded_split_still_has_distinct_full_descriptions():
-    plan = scenes._plan_split("novel", 2500, 0)
-    assert len({scenes._wording(scene) for scene in plan}) == 2500
+    plan = scene_plan.plan_split("novel", 2500, 0)
+    assert len({scene_plan.wording(scene) for scene in plan}) == 2500
 
 
 def test_swaps_are_true_and_false():
@@ -197,18 +200,18 @@ def test_held_out_pairs_are_seen_in_novel_alone():
     assert set(Counter(colour for colour, _ in HELD_OUT_PAIRS).values()) == {2}
     assert set(Counter(shape for _, shape in HELD_OUT_PAIRS).values()) == {2}
     shown = {
-        split: [{o.pair for o in scene.objects} for scene in scenes._plan_split(split, 500, 0)]
-        for split in scenes.SPLITS
+        split: [{o.pair for o in scene.objects} for scene in scene_plan.plan_split(split, 500, 0)]
+        for split in scene_plan.SPLITS
     }
     for split in ("train", "val", "test"):
         assert not set().union(*shown[split]) & set(HELD_OUT_PAIRS)
     assert all(pairs & set(HELD_OUT_PAIRS) for pairs in shown["novel"])
-    assert set().union(*shown["train"]) == set(scenes.KNOWN_PAIRS)
+    assert set().union(*shown["train"]) == set(scene_plan.KNOWN_PAIRS)
     assert set().union(*shown["novel"]) >= set(HELD_OUT_PAIRS)
 
 
 def test_objects_lie_inside_and_apart():
-    for scene in scenes._plan_split("train", 500, 0):
+    for scene in scene_plan.plan_split("train", 500, 0):
         assert 1 <= len(scene.objects) <= 3
         for o in scene.objects:
             assert o.radius <= min(o.x, o.y, 1 - o.x, 1 - o.y)
@@ -218,8 +221,8 @@ def test_objects_lie_inside_and_apart():
 
 
 def test_a_longer_split_begins_with_the_shorter_one():
-    assert scenes._plan_split("test", 40, 3) == scenes._plan_split("test", 80, 3)[:40]
-    assert scenes._plan_split("test", 40, 3) != scenes._plan_split("test", 40, 4)
+    assert scene_plan.plan_split("test", 40, 3) == scene_plan.plan_split("test", 80, 3)[:40]
+    assert scene_plan.plan_split("test", 40, 3) != scene_plan.plan_split("test", 40, 4)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +237,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_layout_is_cocos(written):
     image_ids, caption_ids = [], []
-    for split, count in zip(scenes.SPLITS, (70, 5, 6, 7), strict=True):
+    for split, count in zip(scene_plan.SPLITS, (70, 5, 6, 7), strict=True):
         captions = json.loads((written / "annotations" / f"captions_{split}2014.json").read_text())
         assert captions.keys() == {"info", "licenses", "images", "annotations"}
         assert len(captions["images"]) == count
@@ -260,7 +263,7 @@ def test_instances_say_what_the_scenes_say(written):
     for row in instances["annotations"]:
         shapes.setdefault(row["image_id"], []).append(names[row["category_id"]])
     assert shapes == {image_id: [o.shape for o in scene.objects] for image_id, scene in found.items()}
-    assert list(found.values()) == scenes._plan_split("train", 70, 0)
+    assert list(found.values()) == scene_plan.plan_split("train", 70, 0)
 
 
 def test_same_bytes_whatever_the_number_of_workers(written, tmp_path):
@@ -333,28 +336,28 @@ def test_box_is_where_the_pixels_change(shape):
 @pytest.mark.parametrize("colour", COLOURS)
 def test_middle_of_a_plain_square_has_its_colour(colour):
     picture = np.asarray(scenes.draw(make("square", colour), random.Random(0)))
-    distances = {c: np.linalg.norm(picture[61, 50] - np.array(rgb)) for c, rgb in scenes._COLOURS.items()}
+    distances = {c: np.linalg.norm(picture[61, 50] - np.array(rgb)) for c, rgb in scene_plan.PAINTS.items()}
     assert min(distances, key=lambda c: distances[c]) == colour
 
 
 def test_colours_are_far_apart():
-    every = [np.array(rgb) for rgb in scenes._COLOURS.values()]
+    every = [np.array(rgb) for rgb in scene_plan.PAINTS.values()]
     assert min(np.linalg.norm(a - b) for a, b in combinations(every, 2)) > 90
-    tints = [np.array(rgb) * share for rgb in scenes._TINTS.values() for share in (1, 0.8)]
+    tints = [np.array(rgb) * share for rgb in scene_plan.TINT_PAINTS.values() for share in (1, 0.8)]
     assert min(np.linalg.norm(a - b) for a in every for b in tints) > 90
 
 
 def test_surfaces_and_backgrounds_look_different():
     squares = {
-        s: np.asarray(scenes.draw(make("square", surface=s), random.Random(0))) for s in scenes.SURFACES
+        s: np.asarray(scenes.draw(make("square", surface=s), random.Random(0))) for s in scene_plan.SURFACES
     }
     spread = {surface: picture[50:73, 40:61].std(axis=(0, 1)).max() for surface, picture in squares.items()}
     assert spread["plain"] == 0
     assert min(spread["striped"], spread["dotted"]) > 40
     pictures = [
-        scenes.draw(make("star", background=b), random.Random(0)).tobytes() for b in scenes.BACKGROUNDS
+        scenes.draw(make("star", background=b), random.Random(0)).tobytes() for b in scene_plan.BACKGROUNDS
     ]
-    assert len(set(pictures)) == len(scenes.BACKGROUNDS)
+    assert len(set(pictures)) == len(scene_plan.BACKGROUNDS)
 
 
 def test_edges_are_anti_aliased():
