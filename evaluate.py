@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ from config import FLAGS, Config, make_config
 from dataset import COCOClipDataset, make_loader
 from encode import open_dataset, text_features
 from errors import LabError
-from metrics import retrieval_metrics
+from metrics import summarise
+from ranks import Ranks, match_ranks
 from scenes import load_scenes
+from uncertainty import TEST_SAMPLE_ONLY, bootstrap_intervals
 from utils import Run, encode_loader, load_run, write_json
 
+INTERVALS = f"95 %, bootstrap over images, {TEST_SAMPLE_ONLY}"
 DEFAULT_TEMPLATES = ("a photo of {}.", "a picture of {}.", "an image with {} in it.")
 
 
@@ -44,11 +49,22 @@ class Gallery:
     def split(self) -> str:
         return self.dataset.split
 
+    @cached_property
+    def ranks(self) -> Ranks:
+        """The exact rank of every match, from which all figures follow."""
+        return match_ranks(self.image_features, self.text_features, self.image_id, self.text_id)
+
     def metrics(self) -> dict[str, Any]:
-        """Exact retrieval metrics with their protocol."""
+        """Exact retrieval metrics with their protocol, and 95 % intervals of the recalls."""
         ks = tuple(k for k in self.run.config.recall_ks if k <= len(self.image_id))
-        found = retrieval_metrics(self.image_features, self.text_features, self.image_id, self.text_id, ks)
-        return {"split": self.split, **found, "left_out": len(self.dataset.left_out)}
+        found = summarise(self.ranks, ks)
+        recalls = [name for name in found if "_recall@" in name]
+        intervals = bootstrap_intervals(self.ranks, recalls)
+        ends = {
+            f"{name}_{end}": getattr(of, end) for name, of in intervals.items() for end in ("low", "high")
+        }
+        about = {"left_out": len(self.dataset.left_out), "intervals": INTERVALS}
+        return {"split": self.split, **found, **ends, **about}
 
 
 def open_gallery(run: Run, split: str, *, show: bool = True) -> Gallery:
@@ -86,14 +102,23 @@ def chance(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def recalls_of(metrics: dict[str, Any]) -> dict[str, float]:
+    """The recalls among the figures, without their intervals' ends."""
+    return {name: value for name, value in metrics.items() if re.fullmatch(r"(i2t|t2i)_recall@\d+", name)}
+
+
 def metrics_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """Recalls in percent with their protocol, a row a split and one for its chance level."""
+    """Recalls in percent with intervals and protocol, a row a split and one for its chance level."""
     rows = []
     for split, found in metrics.items():
         protocol = {"split": split, "images": found["num_images"], "captions": found["num_texts"]}
-        for what, values in (("model", found), ("chance", chance(found))):
-            recalls = {name: round(100 * value, 1) for name, value in values.items() if "_recall@" in name}
-            rows.append({**protocol, "": what, **recalls})
+        recalls = {
+            name: f"{100 * value:.1f} [{100 * found[f'{name}_low']:.1f}, {100 * found[f'{name}_high']:.1f}]"
+            for name, value in recalls_of(found).items()
+        }
+        rows.append({**protocol, "": "model", **recalls})
+        by_chance = {name: f"{100 * value:.1f}" for name, value in chance(found).items()}
+        rows.append({**protocol, "": "chance", **by_chance})
     return pd.DataFrame(rows).set_index(["split", "images", "captions", ""])
 
 
@@ -207,7 +232,9 @@ def finished_runs(runs_dir: str | Path, preset: str) -> list[Run]:
 def flag_settings(config: Config) -> list[Config]:
     """The configuration under each setting of the flags; a cached image tower has no map to pool."""
     pooling = (False,) if config.image_tower_mode == "cached" else (False, True)
-    flags = [{"use_batch_norm": norm, "use_attention_pooling": pool} for norm in (False, True) for pool in pooling]
+    flags = [
+        {"use_batch_norm": norm, "use_attention_pooling": pool} for norm in (False, True) for pool in pooling
+    ]
     return [config.updated(**setting) for setting in flags]
 
 
@@ -233,7 +260,7 @@ def compare_runs(runs: Sequence[Run]) -> pd.DataFrame:
     rows = []
     for run in runs:
         found = evaluate_run(run)[run.config.test_splits[0]]
-        recalls = {name: value for name, value in found.items() if "_recall@" in name}
+        recalls = recalls_of(found)
         seconds = run.training.get("train_seconds", math.nan)
         rows.append({"run": settings_label(run.config), "seconds": seconds, **recalls})
     groups = pd.DataFrame(rows).groupby("run", sort=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import multiprocessing.connection
 import os
 import shutil
@@ -178,7 +179,6 @@ class _Store:
     def __init__(self, folder: Path, count: int, size: int) -> None:
         self.path = folder / self.file_name
         self.shape = (count, size, size, 3)
-        self.bytes: np.ndarray | None = None  # of the finished file, mapped when first read
         self.file: FileIO
 
     def open(self) -> None:
@@ -198,10 +198,11 @@ class _Store:
         """Everything written so far reaches the disk, whichever process wrote it."""
         os.fsync(self.file.fileno())
 
-    def file_bytes(self) -> np.ndarray:
-        if self.bytes is None:
-            self.bytes = np.asarray(np.memmap(self.path, np.uint8, "r"))
-        return self.bytes
+    @cached_property
+    def map(self) -> mmap.mmap:
+        """The finished file."""
+        with open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 class _RawStore(_Store):
@@ -231,7 +232,12 @@ class _RawStore(_Store):
         """In the parent: write what `pack` returned."""
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        return self.file_bytes().reshape(self.shape)[rows]  # (B, S, S, 3)
+        if hasattr(mmap, "MADV_WILLNEED"):  # ask for all rows at once: 5 times as fast from a cold SSD
+            each = math.prod(self.shape[1:])
+            for start in (rows * each).tolist():
+                before = start % mmap.PAGESIZE
+                self.map.madvise(mmap.MADV_WILLNEED, start - before, each + before)
+        return np.frombuffer(self.map, dtype=np.uint8).reshape(self.shape)[rows]  # (B, S, S, 3)
 
 
 class _JpegStore(_Store):
@@ -248,7 +254,7 @@ class _JpegStore(_Store):
 
     @staticmethod
     def bytes_per_picture(size: int) -> int:
-        """An estimate: Flickr8k at 224 px took 0.35 bytes a pixel, of which 700 bytes are tables."""
+        """An estimate with room to spare: Flickr8k at 224 px took 0.35 bytes a pixel, tables included."""
         return size * size // 2 + 700
 
     def present(self) -> np.ndarray:
@@ -283,7 +289,7 @@ class _JpegStore(_Store):
     def _decode(self, rows: np.ndarray, pictures: np.ndarray) -> None:
         for (start, length), picture in zip(self.table[rows], pictures, strict=True):
             try:
-                simplejpeg.decode_jpeg(self.file_bytes()[start : start + length], buffer=picture)
+                simplejpeg.decode_jpeg(self.map[start : start + length], buffer=picture)
             except ValueError as error:
                 raise LabError(
                     f"{self.path} is damaged ({error}); delete its folder and run again."
@@ -354,16 +360,18 @@ def _cores() -> int:
 
 def _lock(path: Path, progress: bool) -> AcquireReturnProxy:
     """The lock of one cache, a context; it ends with its process, however that ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         return lock.acquire(timeout=0)
-    except NotImplementedError as error:
-        raise LabError(f"{path.parent} cannot lock files; set cache_dir to a local disk.") from error
     except Timeout:
         if progress:
             print("Another process is building this image cache; waiting for it.")
         return lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise LabError(
+            f"{path.parent} cannot hold an image cache ({error}); set cache_dir to a local disk."
+        ) from error
 
 
 def _choose_form(folders: dict[str, Path], source: _Source, progress: bool) -> str:
@@ -455,50 +463,42 @@ def _results(
     source: _Source, store: Store, rows: list[int], num_workers: int
 ) -> Generator[Result, None, None]:
     """What became of each row, in order."""
-    pairs = [(row, source.paths[row]) for row in rows]
-    tasks = [pairs[first : first + ROWS_PER_TASK] for first in range(0, len(pairs), ROWS_PER_TASK)]
-    decoder = _Decoder(source.root, source.size, source.resize, store)
-    if min(num_workers, len(tasks)) <= 1:
+    tasks = [rows[first : first + ROWS_PER_TASK] for first in range(0, len(rows), ROWS_PER_TASK)]
+    num_workers = min(num_workers, len(tasks))
+    if num_workers <= 1:
         for task in tasks:
-            yield from decoder(task)
+            yield from _decode(source, store, task)
         return
-    # A fork starts at once and needs no guard in the user's script; only Linux's is safe beside threads.
+    # A fork starts at once and needs no guard in the user's script; elsewhere than on Linux it is unsafe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    decoder.store = type(store)(store.path.parent, *store.shape[:2])  # opened by each worker for itself
-    with ProcessPoolExecutor(min(num_workers, len(tasks)), context, _start_worker, (decoder,)) as pool:
+    own = type(store)(store.path.parent, *store.shape[:2])  # each worker opens its own file
+    with ProcessPoolExecutor(num_workers, context, _start_worker, (source, own)) as pool:
         for results in pool.map(_decode_in_worker, tasks):
             yield from results
 
 
-@dataclass
-class _Decoder:
-    """Decodes pictures and packs them for the store; this is what runs in the worker processes."""
-
-    root: str
-    size: int
-    resize: str
-    store: Store
-
-    def __call__(self, task: list[tuple[int, str]]) -> list[Result]:
-        return [self.decode(row, path) for row, path in task]
-
-    def decode(self, row: int, path: str) -> Result:
+def _decode(source: _Source, store: Store, rows: list[int]) -> list[Result]:
+    results: list[Result] = []
+    for row in rows:
         try:
-            picture = decode_rgb(os.path.join(self.root, path), self.size, self.resize)  # (S, S, 3)
+            path = os.path.join(source.root, source.paths[row])
+            picture = decode_rgb(path, source.size, source.resize)  # (S, S, 3)
         except UndecodableImage as error:
-            return row, None, error.cause
-        return row, self.store.pack(row, np.ascontiguousarray(picture)), ""
+            results.append((row, None, error.cause))
+        else:
+            results.append((row, store.pack(row, np.ascontiguousarray(picture)), ""))
+    return results
 
 
-_decoder: _Decoder  # a worker's own
+_worker: tuple[_Source, Store]  # what a worker process works on
 
 
-def _start_worker(decoder: _Decoder) -> None:
-    global _decoder
+def _start_worker(source: _Source, store: Store) -> None:
+    global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers an interrupt
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    decoder.store.open()
-    _decoder = decoder
+    store.open()
+    _worker = source, store
 
 
 def _exit_with_parent() -> None:
@@ -509,5 +509,5 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _decode_in_worker(task: list[tuple[int, str]]) -> list[Result]:
-    return _decoder(task)
+def _decode_in_worker(rows: list[int]) -> list[Result]:
+    return _decode(*_worker, rows)

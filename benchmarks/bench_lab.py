@@ -42,7 +42,7 @@ def train_seeds(config: Config) -> pd.DataFrame:
         run = fit(config.updated(seed=seed), resume="never")
         seconds = time.perf_counter() - start
         found = evaluate.evaluate_run(run)[config.test_splits[0]]
-        recalls = {name: 100 * value for name, value in found.items() if "_recall@" in name}
+        recalls = {name: 100 * value for name, value in evaluate.recalls_of(found).items()}
         rows.append({"seconds": seconds, "best epoch": run.best_epoch, **recalls})
     table = pd.DataFrame(rows)
     return pd.DataFrame({"mean": table.mean(), "std": table.std()}).T.round(2)

@@ -22,10 +22,11 @@ from metrics import match_ranks, recall_by_gallery_size, retrieval_metrics
 from ranks import TILES
 from uncertainty import bootstrap_interval, paired_test
 
+Features = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 NUM_IMAGES, NUM_TEXTS, WIDTH = 40_504, 202_654, 512
 
 
-def make_features(num_images: int, num_texts: int, noise: float = 6.0) -> tuple[torch.Tensor, ...]:
+def make_features(num_images: int, num_texts: int, noise: float = 6.0) -> Features:
     """Normalised random features, captions in random order and `noise` times as long off their image."""
     generator = torch.Generator().manual_seed(0)
     images = torch.nn.functional.normalize(torch.randn(num_images, WIDTH, generator=generator))

@@ -56,6 +56,9 @@ def test_metrics_state_their_protocol_and_are_read_once(run):
     )
     assert found["novel"]["captions_per_image"] == 5
     assert all(0 <= value <= 1 for name, value in found["test"].items() if "recall@" in name)
+    low, high = found["test"]["t2i_recall@5_low"], found["test"]["t2i_recall@5_high"]
+    assert low < found["test"]["t2i_recall@5"] < high
+    assert found["test"]["intervals"] == "95 %, bootstrap over images, test sample only"
     kept = load_run(run.folder)
     assert kept.metrics == found
     kept.metrics["test"]["i2t_recall@1"] = -1.0  # a second call takes what is kept

@@ -451,6 +451,11 @@ def test_what_is_written_already_counts(build, data, decoded, monkeypatch):
     assert len(decoded) == 10
 
 
+def test_a_folder_that_cannot_be_made_is_told(build, data):
+    with pytest.raises(LabError, match="cannot hold an image cache .*; set cache_dir"):
+        build(folder=data[0] / data[1][0])
+
+
 def test_an_unfinished_raw_build_makes_way_for_jpegs(build, monkeypatch, tmp_path):
     def undecodable_then_interrupt(path, size, resize, original=image_cache.decode_rgb):
         if Path(path).name == "020.png":
