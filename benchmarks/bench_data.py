@@ -30,6 +30,7 @@ import compat  # noqa: F401  before torchvision
 from torchvision import transforms  # isort: skip
 
 import image_cache
+import image_store
 from augment import augment
 from image_cache import ImageCache
 from readers import read_captions
@@ -173,7 +174,7 @@ def lay_out_cache(root: Path, paths: tuple[str, ...], folder: Path) -> None:
     source = image_cache._Source(str(root), paths, SIZE, "crop")
     place = folder / f"images_{SIZE}px_crop_{source.key[:16]}_raw"
     place.mkdir(parents=True)
-    store = image_cache._RawStore(place, len(paths), SIZE)
+    store = image_store.RawStore(place, len(paths), SIZE)
     done = np.ones(len(paths), dtype=bool)
     store.prepare(done)
     image_cache._write_done(store, done)
