@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import data_check
-import plots_features
+import plots_data
 import towers
 from cache import as_rows
 from captions import CaptionTable
@@ -254,7 +254,7 @@ def check_data(config: Config, folder: str | Path = "outputs/data_check") -> dic
     report = data_check.check(load_table(config), tokenizer=tower, max_length=max_length)
     Path(folder).mkdir(parents=True, exist_ok=True)
     data_check.save_report(report, folder)
-    plots_features.data_report(report, Path(folder) / "data_report.png")
+    plots_data.data_report(report, Path(folder) / "data_report.png")
     return report
 
 

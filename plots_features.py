@@ -13,7 +13,6 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
 
 from errors import LabError, choose
-from plots_data import data_report as data_report  # also called from here
 from plots_parts import (
     Cell,
     Picture,

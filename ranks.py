@@ -310,7 +310,12 @@ class _Tiles:
 
 def _load(block: torch.Tensor, features: torch.Tensor, rows: np.ndarray) -> None:
     """Put the named rows into `block` as float32."""
-    block[: len(rows)] = features.index_select(0, torch.from_numpy(rows).to(features.device))
+    rows_there = torch.from_numpy(rows).to(features.device)
+    part = block[: len(rows)]
+    if (features.dtype, features.device) == (block.dtype, block.device):
+        torch.index_select(features, 0, rows_there, out=part)
+    else:
+        part.copy_(features.index_select(0, rows_there))
 
 
 # ---- counting --------------------------------------------------------------------------------------
@@ -367,9 +372,10 @@ def _add_crowd(at_least: torch.Tensor, above: torch.Tensor, group: torch.Tensor)
     `above` keeps the tile's unused columns: whole rows add up ten times faster than cut ones.
     """
     captions = above.new_zeros(int(group[-1]) + 1, above.shape[1]).index_add_(0, group, above)
-    counts = torch.arange(1, at_least.shape[1], device=above.device)[:, None, None]
-    reached = captions.new_empty(len(counts), *captions.shape)
-    at_least[:, 1:] += torch.ge(captions, counts, out=reached).sum(1)[:, : len(at_least)].T.long()
+    reached = torch.empty_like(captions)
+    for count in range(1, at_least.shape[1]):
+        torch.ge(captions, count, out=reached)
+        at_least[:, count] += reached.sum(0)[: len(at_least)].long()
 
 
 def _collect(

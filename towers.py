@@ -16,7 +16,6 @@ import compat  # noqa: F401
 import huggingface_hub
 import torch
 import torch.nn.functional as F
-import torchvision
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -101,6 +100,8 @@ def _load_weights(module: nn.Module, path: str) -> None:
 
 def resnet50(weights: str = "pretrained") -> ImageTower:
     """torchvision's ResNet50 to its last feature map, 2048 channels at 1/32; CLIP's normalisation."""
+    import torchvision  # takes seconds, and only this tower needs it
+
     net = torchvision.models.resnet50(weights=None)
     if weights == "pretrained":
         source = torchvision.models.ResNet50_Weights.IMAGENET1K_V2

@@ -9,17 +9,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     "errors",
-    "config compat ranks uncertainty",
-    "cache captions pictures downloads losses metrics plots_style cli",
-    "archives table_builder image_cache augment towers plots_parts plots_data caption_rows caption_cache scenes",
-    "sources folder_readers plots plots_features plots_ranks search models",
-    "readers data_check",
+    "config compat data_folder plots_style scene_plan ranks augment",
+    "cache captions pictures downloads losses metrics cli plots_parts plots_data scene_captions scene_pictures",
+    "archives table_builder caption_rows caption_cache image_store plots uncertainty towers towers_hub scenes",
+    "sources folder_readers image_cache data_check plots_features plots_ranks models preencoded paired_cifar",
+    "readers optimisation",
     "dataset",
-    "encode optimisation",
-    "utils",
+    "encode",
+    "utils preencode",
     "evaluate",
     "train",
-    "widgets tune run_notebook",
+    "widgets run_notebook",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
