@@ -197,6 +197,11 @@ class Config(BaseModel):
         other = other or DEFAULT_CONFIG
         return {name: (self[name], other[name]) for name in self.keys() if self[name] != other[name]}
 
+    def split_groups(self) -> list[tuple[str, ...]]:
+        """The splits in use: what is trained on, validated on, and each test split."""
+        tests = ((name,) for name in self.test_splits)
+        return list(dict.fromkeys((self.train_splits, self.val_splits, *tests)))
+
     def save(self, path: str | Path) -> Path:
         """Write as YAML, readable by `load_config`."""
         path = Path(path)

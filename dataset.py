@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -245,6 +246,19 @@ def prepare_data(config: Config) -> Path:
             f"data_dir {folder} does not exist or is empty; give the folder of a captioned image set."
         )
     return write_scenes(folder) if source == "scenes" else fetch(source, folder.parent)
+
+
+def split_sizes(config: Config) -> pd.DataFrame:
+    """Images in use, their captions and images left out, a row a split; decodes pictures the first time."""
+    rows = {}
+    for splits in config.split_groups():
+        table = load_table(config, splits)
+        images = open_images(
+            table, config.cache_dir, config.image_size, config.image_resize, config.num_workers
+        )
+        dataset = COCOClipDataset("+".join(splits), table=table, images=images)
+        rows[dataset.split] = [len(dataset), dataset.num_captions, len(dataset.left_out)]
+    return pd.DataFrame(rows, index=["images", "captions", "left out"]).T
 
 
 def check_data(config: Config, folder: str | Path = "outputs/data_check") -> dict[str, Any]:

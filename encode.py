@@ -73,9 +73,30 @@ def weights_revision(name: str) -> str:
     if snapshot is not None:
         return snapshot
     path = Path(name)
-    files = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")) if path.is_dir() else [path]
+    kinds = ("*.safetensors", "*.bin", "*.json", "*.txt")  # a tokenizer's files count too
+    files = sorted(file for kind in kinds for file in path.glob(kind)) if path.is_dir() else [path]
     files = [file for file in files if file.is_file()]
     return _digest(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)) or name
+
+
+def model_revision(name: str) -> str:
+    """The same of a hub name or folder; a model not here yet is asked for first, so that its commit counts."""
+    if not Path(name).exists():
+        towers.model_config(name)
+    return weights_revision(name)
+
+
+def image_header(config: Config, images: ImageCache) -> dict[str, str]:
+    """What a cache of image features is made from: the tower, its weights and normalisation, the pictures."""
+    tower, weights = config.image_tower, config.image_weights
+    if tower in towers.IMAGE_MODELS:
+        revision = model_revision(towers.image_model_name(tower, weights))
+    else:
+        norm = towers.IMAGE_NORMS.get(tower, "its own")
+        revision = (
+            f"{weights if weights == 'pretrained' else weights_revision(weights)}, normalised by {norm}"
+        )
+    return {"encoder": tower, "revision": revision, "images": images.folder.name}
 
 
 @functools.lru_cache(maxsize=16)
@@ -98,7 +119,7 @@ def cached_text_features(config: Config, captions: Sequence[str], *, progress: b
     pooling, max_length = towers.TEXT_SETTINGS[config.text_tower]
     header = {
         "encoder": config.text_tower,
-        "revision": weights_revision(name),
+        "revision": model_revision(name),
         "max_length": str(max_length),
         "pooling": pooling,
         "captions": fingerprint(captions),
@@ -127,12 +148,7 @@ def cached_image_features(
             "image_tower_mode 'cached' needs fixed weights; set image_weights or image_tower_mode."
         )
     images = open_images(table, config.cache_dir, config.image_size, config.image_resize, config.num_workers)
-    weights = config.image_weights
-    header = {
-        "encoder": config.image_tower,
-        "revision": weights if weights == "pretrained" else weights_revision(weights),
-        "images": images.folder.name,
-    }
+    header = image_header(config, images)
     rows = np.setdiff1d(np.arange(len(table)), np.fromiter(images.bad, np.int64, len(images.bad)))
     path = _cache_path(config, "image", config.image_tower, header)
     tower: list[towers.ImageTower] = []
@@ -187,9 +203,7 @@ def open_dataset(config: Config, splits: Sequence[str], *, progress: bool = True
 def text_cache_report(config: Config) -> pd.DataFrame:
     """Opens or fills the text caches of all a configuration's splits; a row each: captions, MB, seconds, rate."""
     rows = []
-    for splits in dict.fromkeys(
-        (config.train_splits, config.val_splits, *((name,) for name in config.test_splits))
-    ):
+    for splits in config.split_groups():
         captions = load_table(config, splits).captions
         start = time.perf_counter()
         features = cached_text_features(config, captions)

@@ -94,8 +94,8 @@ def match_ranks(
     A match's score and its rivals' come from tiles of one shape, so equal features tie exactly.
 
     Args:
-        image_features: (I, D) on any device; the products are made there.
-        text_features: (T, D), any number of captions an image.
+        image_features: (I, D); the products are made on its device.
+        text_features: (T, D) on any device, any number of captions an image.
         image_id: (I,) whole numbers; -1 is an image without a caption.
         text_id: (T,) whole numbers; -1 is a caption without an image.
         tile: (texts, images) of one tile of the product; memory grows with it, never with I * T.
@@ -132,6 +132,8 @@ def as_ids(ids: IdList, rows: int, name: str) -> np.ndarray:
 
 def _largest(features: torch.Tensor, name: str) -> float:
     """The largest magnitude in (N, D) features. Raises: LabError if they cannot be ranked."""
+    if not isinstance(features, torch.Tensor):
+        raise LabError(f"{name} must be a torch tensor, not {type(features).__name__}; convert it first")
     if features.ndim != 2 or features.numel() == 0 or not features.is_floating_point():
         raise LabError(
             f"{name} must be a (rows, width) tensor of floats with at least one row; "

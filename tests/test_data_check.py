@@ -13,6 +13,7 @@ from conftest import SHARED
 from PIL import Image
 
 import data_check
+import plots_data
 from data_check import check, load_report, report_table, save_report, without_bad
 from errors import LabError
 from readers import read_captions
@@ -162,7 +163,6 @@ def test_bad_pictures_are_out_until_they_are_repaired(table, report, planted):
 
 
 def test_the_figure_can_be_drawn(report, tmp_path):
-    import plots_data
     plots_data.data_report(report, tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 5000
 

@@ -382,9 +382,17 @@ def test_a_protocol_refuses_another_set():
 
 
 def test_published_points_name_protocols_and_stand_in_order():
+    assert len(metrics.PUBLISHED) == 8
     for point in metrics.PUBLISHED:
         assert metrics.PROTOCOLS[point.protocol].num_images in (None, point.num_images)
         assert all(list(way) == sorted(way) and 0 < way[0] < 1 for way in (point.i2t, point.t2i))
+
+
+def test_published_points_leave_out_what_was_not_reported():
+    assert ("LiT coco_B16B, trained on COCO alone", 5000, 0.321) in metrics.published_points("t2i", 1)
+    assert len(metrics.published_points("i2t", 10)) == 7
+    with pytest.raises(LabError, match="published k '3' does not exist"):
+        metrics.published_points(k=3)
 
 
 # ---- bad input ---------------------------------------------------------------------------------------
@@ -402,6 +410,7 @@ BAD = {
     "list of whole numbers": (EYE, EYE, [0.5, 1.0, 2.0], IDS),
     "of floats with at least one row": (EYE[:0], EYE, [], IDS),
     "text_features must be a .rows, width. tensor": (EYE, EYE.long(), IDS, IDS),
+    "must be a torch tensor, not ndarray": (EYE.numpy(), EYE, IDS, IDS),
     "overflow float32": (EYE * 1e30, EYE * 1e30, IDS, IDS),
 }
 

@@ -1,0 +1,57 @@
+"""Command lines: fields are flags, files and presets come first, mistakes end in one sentence."""
+
+import pytest
+
+from cli import run_command
+from config import Config, make_config
+
+
+def called(*words: str) -> tuple[Config, str]:
+    seen = []
+
+    def command(config: Config, resume: str = "auto") -> None:
+        seen.append((config, resume))
+
+    run_command(command, "a command", list(words))
+    return seen[0]
+
+
+def test_it_starts_from_quickstart():
+    assert called() == (make_config("quickstart"), "auto")
+
+
+def test_flags_are_fields():
+    config, resume = called(
+        "--preset", "flickr8k", "--data_dir", "DIR", "--num_epochs", "20", "--use_batch_norm", "true",
+        "--test_splits", "a,b", "--resume", "never",
+    )  # fmt: skip
+    expected = make_config("flickr8k", data_dir="DIR", num_epochs=20, use_batch_norm=True, test_splits=("a", "b"))
+    assert (config, resume) == (expected, "never")
+
+
+@pytest.mark.parametrize("words", [("{}",), ("--config", "{}")])
+def test_a_file_comes_before_flags(tmp_path, words):
+    path = tmp_path / "my.yaml"
+    path.write_text("preset: flickr8k\nbatch_size: 32\nseed: 5\n")
+    config, _ = called(*(word.format(path) for word in words), "--seed", "6")
+    assert config == make_config("flickr8k", batch_size=32, seed=6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--bach_size", "3"], "unrecognized arguments: --bach_size; did you mean '--batch_size'?"),
+        (["--num_epoch", "3"], "did you mean '--num_epochs'?"),
+        (["--preset", "quick"], "error: preset 'quick' does not exist; did you mean 'quickstart'?"),
+        (["--batch_size", "many"], "error: configuration field 'batch_size' takes int"),
+        (["none.yaml"], "error: configuration file none.yaml does not exist"),
+        (["--image_tower_mode", "thawed"], "takes"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        called(*words)
+    said = f"{stop.value.code}" + capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert stop.value.code != 0
