@@ -1,4 +1,8 @@
-"""Runs a tower once over texts or images and fills a cache; opens datasets with what is cached."""
+"""Runs a tower once over texts or images and fills a cache; opens datasets with what is cached.
+
+`python encode.py --image_tower siglip --text_tower e5 --data_dir DIR --reader coco --folder OUT` encodes every
+split: into this lab's caches, and into OUT as tensors with one row a pair.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,14 @@ from tqdm.auto import tqdm
 
 import towers
 from cache import as_rows, cached_features, fingerprint
-from captions import CaptionTable
+from captions import UNUSED, CaptionTable
+from cli import run_command
 from config import Config
-from dataset import COCOClipDataset, load_table, open_images
+from dataset import COCOClipDataset, load_table, open_images, prepare_data
 from errors import LabError
 from image_cache import ImageCache
 from models import CLIPModel, build_image_tower, build_text_tower
+from preencoded import write_pairs
 
 TOKENS_PER_BATCH = 4096
 IMAGES_PER_BATCH = 64
@@ -132,7 +138,7 @@ def cached_text_features(config: Config, captions: Sequence[str], *, progress: b
             tower.append(text_tower(config))
         return encode_texts(tower[0], [captions[row] for row in rows], bar)
 
-    with tqdm(total=len(captions), desc="captions", unit="", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(captions), desc="captions", unit="", disable=not progress, delay=1) as bar:
         return cached_features(path, header, len(captions), compute)
 
 
@@ -159,7 +165,7 @@ def cached_image_features(
             tower.append(built.to(get_device(config.device)).to(memory_format=torch.channels_last))
         return encode_images(tower[0], images, rows[np.asarray(chunk)], bar)
 
-    with tqdm(total=len(rows), desc="pictures", unit="", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(rows), desc="pictures", unit="", disable=not progress, delay=1) as bar:
         good = cached_features(path, header, len(rows), compute, chunk=1024)
     if len(rows) == len(table):
         return good, {}
@@ -254,3 +260,49 @@ def image_features(model: CLIPModel, config: Config, images: Tensor) -> Tensor:
         frozen = config.updated(image_tower_mode="frozen")
         images = build_image_tower(frozen).to(device).eval()(images)
     return model.encode_image(images).float().cpu()
+
+
+def preencode(config: Config, folder: str | Path, *, progress: bool = True) -> pd.DataFrame:
+    """Encode every split's pictures and captions and write them to `folder`, one row a pair.
+
+    The caches are filled on the way; interrupted, it continues from them. A tower that takes one size of
+    picture gets it, whatever image_size says.
+
+    Returns: images, captions and pairs of each split, and the widths of their features.
+    """
+    size = towers.image_size(config.image_tower, config.image_weights) or config.image_size
+    if size != config.image_size:
+        print(f"pictures are {size} x {size} pixels, as image tower {config.image_tower!r} takes them.")
+        config = config.updated(image_size=size)
+    about = config.model_dump(
+        mode="json", include={"image_tower", "image_weights", "text_tower", "text_model"}
+    )
+    rows = []
+    for split in [split for split in load_table(config).split_sizes() if split != UNUSED]:
+        table = load_table(config, (split,))
+        texts = cached_text_features(config, table.captions, progress=progress)
+        images, bad = cached_image_features(config, table, progress=progress)
+        pairs = write_pairs(folder, split, table, images, texts, bad=list(bad), about=about)
+        rows.append(
+            {
+                "split": split,
+                "images": len(table) - len(bad),
+                "captions": len(table.captions),
+                "pairs": pairs,
+                "image width": images.shape[1],
+                "text width": texts.shape[1],
+            }
+        )
+    return pd.DataFrame(rows).set_index("split")
+
+
+def main(config: Config, folder: str = "outputs/embeddings") -> None:
+    """Pre-encode a data set for training heads alone, and say where everything lies."""
+    prepare_data(config)
+    print(preencode(config, folder).to_string())
+    print(f"{folder}: {{split}}_image_embeddings.pt, {{split}}_text_embeddings.pt, {{split}}_metadata.json")
+    print(f"{config.cache_dir / 'features'}: the same by image and caption, for towers in mode 'cached'")
+
+
+if __name__ == "__main__":
+    run_command(main, __doc__)

@@ -240,11 +240,8 @@ def _hits_of(crowd: np.ndarray, sizes: Sequence[int], k: int) -> np.ndarray:
 
 
 def _log_choose(total: np.ndarray, drawn: np.ndarray | int) -> np.ndarray:
-    """Logarithm of the binomial coefficient, minus infinity where nothing can be drawn so."""
-    legal = (drawn >= 0) & (total >= drawn)
-    drawn = np.where(legal, drawn, 0)
-    ways = gammaln(total + 1) - gammaln(drawn + 1) - gammaln(total - drawn + 1)
-    return np.where(legal, ways, -np.inf)
+    """Logarithm of the binomial coefficient; gammaln's poles make the impossible minus infinity."""
+    return gammaln(total + 1) - gammaln(drawn + 1) - gammaln(total - drawn + 1)
 
 
 # ---- protocols -------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def match_ranks(
     text_ids = as_ids(text_id, len(text_features), "text_id")
     layout = _lay_out(image_ids, text_ids, _distinct_images(image_features, image_ids))
     default = TILES.get(image_features.device.type, GPU_TILE)
-    with _full_float32(image_features.device):
+    with _full_float32():
         tiles = _Tiles(image_features, text_features, layout, tile or default)
         scores = _match_scores(tiles, layout)
         better = _count_better(tiles, layout, scores)
@@ -231,12 +231,12 @@ def _lay_out(image_id: np.ndarray, text_id: np.ndarray, rows: np.ndarray) -> _La
 
 
 @contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Products in true float32, whatever autocast or TF32 setting the training left behind."""
+def _full_float32() -> Iterator[None]:
+    """Products in true float32, whatever setting the training left behind; `out=` ignores autocast."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        with torch.inference_mode():
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -257,7 +257,7 @@ def _spans(total: int, limit: int, stops: np.ndarray | None = None) -> list[tupl
 
 
 def _full_tile(spans: list[tuple[int, int]]) -> int:
-    """The longest span, rounded up to whole cache lines: the product of odd shapes is 40 % slower."""
+    """The longest span, rounded up to 16: at odd edges the product is slower and differs in last bits."""
     return math.ceil(max(end - start for start, end in spans) / 16) * 16
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from errors import LabError, choose
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
+transformers.utils.logging.disable_progress_bar()
 
 HALF = (0.5, 0.5, 0.5)
 LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3  # EfficientNet-Lite's own preprocessing

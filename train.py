@@ -196,29 +196,26 @@ class Trainer:
 
     def run(self, stop: threading.Event, on_epoch: Callable[[pd.DataFrame], None] | None) -> None:
         """Train to the end, or to the first step after `stop` is set."""
-        epochs = range(len(self.history), self.config.num_epochs)
-        bar = tqdm(total=self.config.num_epochs, initial=len(self.history), desc=self.folder.name, unit="epoch",
-                   disable=not self.show)  # fmt: skip
-        with bar:
-            for epoch in epochs:
+        total = self.config.num_epochs * len(self.loader)
+        with tqdm(
+            total=total, initial=self.steps, desc=self.folder.name, unit="step", disable=not self.show
+        ) as bar:
+            for epoch in range(len(self.history), self.config.num_epochs):
                 try:
-                    self._epoch(epoch, stop)
+                    self._epoch(epoch, stop, bar)
                 except Stopped:
                     self.save()
-                    tqdm.write(
+                    bar.write(
                         f"stopped at epoch {epoch + 1}, step {self.progress.step}; run again to continue."
                     )
                     return
-                bar.update()
-                row = self.history[-1]
-                bar.set_postfix(
-                    {k: f"{row[k]:.3f}" for k in ("train_loss", "val_loss", self.config.best_metric)}
-                )
                 if on_epoch is not None:
                     on_epoch(pd.DataFrame(self.history))
         self._write_training(finished=True)
 
-    def _epoch(self, epoch: int, stop: threading.Event) -> None:
+    def _epoch(self, epoch: int, stop: threading.Event, bar: tqdm) -> None:
+        bar.set_description(f"{self.folder.name}, epoch {epoch + 1} of {self.config.num_epochs}")
+
         def after_step(progress: EpochProgress) -> None:
             self.steps += 1
             if stop.is_set():
@@ -238,7 +235,7 @@ class Trainer:
             scaler=self.scaler,
             progress=self.progress,
             after_step=after_step,
-            show=self.show,
+            bar=bar,
         )
         with self.ema.applied(self.model):
             validated = validate(self.model, self.val_loader, self.criterion, self.config)

@@ -72,6 +72,7 @@ def train_epoch(
     progress: EpochProgress | None = None,
     after_step: Callable[[EpochProgress], None] | None = None,
     show: bool = True,
+    bar: tqdm | None = None,
 ) -> dict[str, float]:
     """Train on every batch once.
 
@@ -83,6 +84,7 @@ def train_epoch(
         progress: where to continue inside the epoch; updated in place.
         after_step: called after each step, to save a checkpoint or to stop by raising.
         show: a progress bar.
+        bar: a bar of the whole run to move on instead, a step each.
     Returns: train_loss (mean over images), learning_rate, temperature, images_per_second, train_seconds, data_share
         (part of the time spent waiting for data).
     Raises: LabError on a non-finite loss, naming the images of the batch.
@@ -93,17 +95,12 @@ def train_epoch(
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     _start_at(train_loader, epoch, progress.step)
     model.train()
-    total = len(train_loader)
-    bar = tqdm(
-        total=total,
-        initial=progress.step,
-        desc=f"epoch {epoch + 1}",
-        unit="step",
-        disable=not show,
-        leave=False,
+    own = tqdm(
+        total=len(train_loader), desc=f"epoch {epoch + 1}", unit="step", disable=not show or bar is not None
     )
+    shown = own if bar is None else bar
     mark = time.perf_counter()
-    with bar:
+    with own:
         for batch in train_loader:
             waited = time.perf_counter() - mark
             batch = to_device(batch, device)
@@ -128,8 +125,8 @@ def train_epoch(
             progress.loss_sum += value * len(batch["image_id"])
             progress.data_seconds += waited
             progress.seconds += time.perf_counter() - mark
-            bar.update()
-            bar.set_postfix(loss=f"{progress.loss_sum / progress.images:.3f}", refresh=False)
+            shown.set_postfix(loss=f"{progress.loss_sum / progress.images:.3f}", refresh=False)
+            shown.update()
             if after_step is not None:
                 after_step(progress)
             mark = time.perf_counter()
@@ -205,7 +202,7 @@ def encode_loader(
         k: [] for k in ("image_features", "text_features", "image_id", "text_id")
     }
     loss_sum = float("nan") if criterion is None else 0.0
-    for batch in tqdm(loader, desc="encode", unit="batch", disable=not show, leave=False):
+    for batch in tqdm(loader, desc="encode", unit="batch", disable=not show, delay=1):
         batch = to_device(batch, device)
         with autocast(config, device):
             features = model(batch["image"], batch["text"])

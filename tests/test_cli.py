@@ -25,7 +25,9 @@ def test_flags_are_fields():
         "--preset", "flickr8k", "--data_dir", "DIR", "--num_epochs", "20", "--use_batch_norm", "true",
         "--test_splits", "a,b", "--resume", "never",
     )  # fmt: skip
-    expected = make_config("flickr8k", data_dir="DIR", num_epochs=20, use_batch_norm=True, test_splits=("a", "b"))
+    expected = make_config(
+        "flickr8k", data_dir="DIR", num_epochs=20, use_batch_norm=True, test_splits=("a", "b")
+    )
     assert (config, resume) == (expected, "never")
 
 

@@ -251,6 +251,23 @@ def test_autocast_and_gradients_change_nothing():
     assert inside == retrieval_metrics(images.detach(), texts, *ids)
 
 
+def test_products_are_full_float32_whatever_was_set(monkeypatch):
+    seen, product = [], torch.mm
+
+    def spy(*args, **options):
+        seen.append(torch.get_float32_matmul_precision())
+        return product(*args, **options)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        match_ranks(*random_set(num_images=10))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {"highest"}
+
+
 # ---- the gallery -------------------------------------------------------------------------------------
 
 
