@@ -114,11 +114,17 @@ def cached_features(
                 path.unlink()
         parts = path.with_suffix(".parts")
         for start in range(0, num_rows, chunk):
-            part, part_header = parts / f"{start:09d}.safetensors", {**header, "start": str(start)}
+            part, part_header = (
+                parts / f"{start:09d}.safetensors",
+                {**header, "start": str(start), "chunk": str(chunk)},
+            )
             if not _is_good(part, part_header):
                 write_features(part, compute(range(start, min(start + chunk, num_rows))), part_header)
         starts = range(0, num_rows, chunk)
-        pieces = [open_features(parts / f"{i:09d}.safetensors", {**header, "start": str(i)}) for i in starts]
+        pieces = [
+            open_features(parts / f"{i:09d}.safetensors", {**header, "start": str(i), "chunk": str(chunk)})
+            for i in starts
+        ]
         write_features(path, torch.cat(pieces), header)
         shutil.rmtree(parts)
         return open_features(path, header)

@@ -201,7 +201,7 @@ def build_image_tower(config: Config) -> nn.Module:
     """The image tower, or what stands for it where its features are cached."""
     make = choose(towers.IMAGE_TOWERS, config.image_tower, "image_tower")
     if config.image_tower_mode == "cached":
-        return towers.CachedTower(towers.IMAGE_WIDTHS[config.image_tower])
+        return towers.CachedTower(towers.image_width(config.image_tower, config.image_weights))
     return make(config.image_weights)
 
 
