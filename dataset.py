@@ -261,15 +261,15 @@ def split_sizes(config: Config) -> pd.DataFrame:
     return pd.DataFrame(rows, index=["images", "captions", "left out"]).T
 
 
-def check_data(config: Config, folder: str | Path = "outputs/data_check") -> dict[str, Any]:
-    """Check a configuration's pictures and captions; write data_report.json and a figure into `folder`."""
+def check_data(config: Config, folder: str | Path = "outputs/data_check") -> pd.DataFrame:
+    """What is wrong with a configuration's pictures and captions, as a table; report and figure in `folder`."""
     tower = towers.text_tokenizer(config.text_tower, config.text_model)
     _, max_length = towers.TEXT_SETTINGS[config.text_tower]
     report = data_check.check(load_table(config), tokenizer=tower, max_length=max_length)
     Path(folder).mkdir(parents=True, exist_ok=True)
     data_check.save_report(report, folder)
     plots_data.data_report(report, Path(folder) / "data_report.png")
-    return report
+    return data_check.report_table(report).set_index("finding")
 
 
 def main() -> None:
@@ -291,7 +291,7 @@ def main() -> None:
             print(fetch(**given))
             return
         folder = given.pop("folder")
-        print(data_check.report_table(check_data(Config(**given), folder)).to_string(index=False))
+        print(check_data(Config(**given), folder).to_string())
         print(f"{folder}: data_report.json, data_report.png")
 
 

@@ -1,12 +1,14 @@
 """Items, batches, order, and what is left out."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from conftest import write_coco
 
 from config import make_config
-from dataset import COCOClipDataset, EpochBatches, load_table, make_loader, prepare_data
+from dataset import COCOClipDataset, EpochBatches, load_table, main, make_loader, prepare_data, split_sizes
 from errors import LabError
 
 
@@ -106,3 +108,27 @@ def test_a_missing_folder_says_so(settings, message):
 def test_a_missing_split_names_those_there(coco):
     with pytest.raises(LabError, match=r"'test' holds no image.* train \(24 images\), val \(8 images\)"):
         load_table(make_config(data_dir=coco), ("test",))
+
+
+def test_check_from_a_shell(tmp_path, monkeypatch, capsys):
+    root = write_coco(tmp_path / "coco", {"train": 6})
+    (root / "train2014" / "COCO_train2014_000000000002.jpg").write_bytes(b"<html>not found</html>")
+    monkeypatch.setattr("sys.argv", ["dataset.py", "check", str(root), "--folder", str(tmp_path / "out")])
+    main()
+    said = capsys.readouterr().out
+    assert re.search(r"undecodable images +1 ", said)
+    assert re.search(r"captions +18 +3 to 3 an image", said)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"data_report.json", "data_report.png"}
+    monkeypatch.setattr("sys.argv", ["dataset.py", "fetch", "coco"])
+    with pytest.raises(SystemExit, match="did you mean 'coco2014'"):
+        main()
+
+
+def test_split_sizes_count_what_is_left_out(tmp_path):
+    root = write_coco(tmp_path / "coco", {"train": 6, "val": 4})
+    (root / "val2014" / "COCO_val2014_000000000008.jpg").write_bytes(b"")
+    config = make_config(data_dir=root, cache_dir=tmp_path / "cache", image_size=16)
+    assert split_sizes(config).to_dict("index") == {
+        "train": {"images": 6, "captions": 18, "left out": 0},
+        "val": {"images": 3, "captions": 9, "left out": 1},
+    }
