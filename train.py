@@ -27,13 +27,14 @@ from cli import run_command
 from config import Config, run_name
 from dataset import COCOClipDataset, make_loader, prepare_data
 from encode import open_dataset
-from errors import LabError
+from errors import LabError, choose
 from evaluate import evaluate_run
 from models import build_loss, build_model
 from optimisation import EMA, build_optimizer, build_scheduler
 from utils import (
     EpochProgress,
     Run,
+    goodness,
     last_checkpoint,
     load_checkpoint,
     load_run,
@@ -239,7 +240,7 @@ class Trainer:
         )
         with self.ema.applied(self.model):
             validated = validate(self.model, self.val_loader, self.criterion, self.config)
-            self._keep_best(validated[self.config.best_metric])
+            self._keep_best(validated)
         row = {
             "epoch": epoch + 1,
             **trained,
@@ -251,13 +252,13 @@ class Trainer:
         self.save()
         self._write_training(finished=False)
 
-    def _keep_best(self, value: float) -> None:
+    def _keep_best(self, validated: dict[str, Any]) -> None:
         """Write best.safetensors, and what it is, if no earlier epoch was better."""
+        metric = self.config.best_metric
+        value = goodness(choose(validated, metric, "best_metric"), metric)
         if math.isnan(value):
-            raise LabError(
-                f"best_metric {self.config.best_metric!r} is nan on the validation split; choose another."
-            )
-        if value > max((row[self.config.best_metric] for row in self.history), default=-math.inf):
+            raise LabError(f"best_metric {metric!r} is nan on the validation split; choose another.")
+        if value > max((goodness(row[metric], metric) for row in self.history), default=-math.inf):
             weights = {name: tensor.contiguous().cpu() for name, tensor in self.model.state_dict().items()}
             with atomic_path(self.folder / "best.safetensors") as beside:
                 save_file(

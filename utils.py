@@ -291,6 +291,11 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 # --- runs ---
 
 
+def goodness(value: Any, metric: str) -> Any:
+    """A figure such that more is better: losses and ranks change their sign."""
+    return -value if metric.endswith(("loss", "_rank")) else value
+
+
 @dataclass
 class Run:
     """A run's folder: configuration, history, metrics, weights.
@@ -321,7 +326,8 @@ class Run:
     @property
     def best_epoch(self) -> int:
         """The epoch, from 1, whose weights are kept."""
-        return int(self.history["epoch"].iloc[self.history[self.config.best_metric].argmax()])
+        metric = self.config.best_metric
+        return int(self.history["epoch"].iloc[goodness(self.history[metric], metric).argmax()])
 
     @functools.cached_property
     def model(self) -> CLIPModel:

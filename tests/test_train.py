@@ -248,3 +248,12 @@ def test_weights_of_the_best_epoch_are_kept(small):
     run = fit(small, show=False)
     assert run.best_epoch == 1 + int(run.history["rsum"].argmax())
     assert Trainer(small, show=False).data["train"]["images"] == 24
+
+
+def test_the_metric_that_chooses_may_be_a_loss_and_must_exist(small):
+    run = fit(small.updated(best_metric="val_loss"), show=False)
+    assert run.best_epoch == 1 + int(run.history["val_loss"].argmin())
+    with pytest.raises(
+        LabError, match="best_metric 'i2t_recal@1' does not exist; did you mean 'i2t_recall@1'"
+    ):
+        fit(small.updated(best_metric="i2t_recal@1"), show=False)
