@@ -33,7 +33,9 @@ from models import CLIPModel, build_image_tower, build_text_tower
 from preencoded import write_pairs
 
 TOKENS_PER_BATCH = 4096
-IMAGES_PER_BATCH = 64
+PIXELS_PER_BATCH = {
+    "cpu": 4 * 224**2
+}  # activations stay in the processor's cache: 2.5 to 3.6 times 64 pictures
 
 
 def encode_texts(tower: towers.TextTower, texts: Sequence[str], bar: tqdm | None = None) -> Tensor:
@@ -63,10 +65,11 @@ def encode_images(
     """(len(rows), width) float32 features of decoded pictures."""
     tower.eval()
     device = next(tower.parameters()).device
+    batch = max(1, PIXELS_PER_BATCH.get(device.type, 256 * 224**2) // images.size**2)
     features = []
     with torch.inference_mode():
-        for start in range(0, len(rows), IMAGES_PER_BATCH):
-            some = np.asarray(rows[start : start + IMAGES_PER_BATCH])
+        for start in range(0, len(rows), batch):
+            some = np.asarray(rows[start : start + batch])
             features.append(tower(images.gather(some).to(device)).float().cpu())
             if bar is not None:
                 bar.update(len(some))

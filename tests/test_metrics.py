@@ -200,19 +200,19 @@ def test_a_collapsed_model_has_no_recall():
 
 @pytest.mark.parametrize("tile", [None, (64, 48), (7, 5), (3000, 33)])
 def test_copies_of_an_image_tie_exactly_wherever_they_stand(tile):
-    originals = torch.randn(97, 512, generator=torch.Generator().manual_seed(1))
+    originals = torch.randn(23, 512, generator=torch.Generator().manual_seed(1))
     images, texts = originals.repeat(3, 1), originals.repeat_interleave(2, 0)
-    image_id = torch.arange(3 * 97)
+    image_id = torch.arange(3 * 23)
     found = match_ranks(
-        F.normalize(images), F.normalize(texts), image_id, image_id[:97].repeat(2).sort()[0], tile
+        F.normalize(images), F.normalize(texts), image_id, image_id[:23].repeat(2).sort()[0], tile
     )
-    assert found.t2i.best.tolist() == [3] * 194
-    assert found.i2t.values.tolist() == [1, 2] * 97
+    assert found.t2i.best.tolist() == [3] * 46
+    assert found.i2t.values.tolist() == [1, 2] * 23
 
 
-@pytest.mark.parametrize("tile", [(1, 1), (17, 50), (2000, 11), (64, 32)])
+@pytest.mark.parametrize("tile", [(1, 1), (17, 50), (2000, 5), (32, 8)])
 def test_the_tile_changes_nothing(tile):
-    data = random_set(num_images=30, captions=3)
+    data = random_set(num_images=12, captions=3)
     whole, tiled = match_ranks(*data), match_ranks(*data, tile=tile)
     for way in ("i2t", "t2i"):
         assert np.array_equal(getattr(whole, way).values, getattr(tiled, way).values)
@@ -220,10 +220,10 @@ def test_the_tile_changes_nothing(tile):
 
 
 def test_tiles_that_are_not_kept_are_made_again_alike(monkeypatch):
-    data = random_set()
-    kept = match_ranks(*data, tile=(64, 64))
+    data = random_set(num_images=40)
+    kept = match_ranks(*data, tile=(64, 16))
     monkeypatch.setattr(ranks_module, "KEPT_BYTES", 0)
-    again = match_ranks(*data, tile=(64, 64))
+    again = match_ranks(*data, tile=(64, 16))
     assert np.array_equal(kept.i2t.values, again.i2t.values)
     assert np.array_equal(kept.t2i.values, again.t2i.values)
 
