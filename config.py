@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic import ValidationError as PydanticError
 
 from errors import LabError, choose, nearest
+from presets import FAST_RUN, PRESETS
 
 
 class Config(BaseModel):
@@ -53,6 +54,10 @@ class Config(BaseModel):
     """Folder of decoded pictures and encoded features."""
     runs_dir: Path = Path("runs")
     """Folder that holds one folder a run."""
+    base_data_dir: Path | None = None
+    """Folder that data_dir, cache_dir and runs_dir are taken relative to; none: the working folder."""
+    checkpoint_dir: Path | None = None
+    """Folder for checkpoints, such as a mounted Drive, one folder a run in it; none: inside the run's folder."""
 
     # --- data ---
     source: str | None = "coco2014"
@@ -75,6 +80,16 @@ class Config(BaseModel):
     """Side of the square picture, pixels."""
     image_resize: Literal["crop", "squash"] = "crop"
     """Centre crop of the shorter side, or both sides squashed to the square."""
+    different_class_prob: float = Field(0.5, ge=0, le=1)
+    """Paired pictures: probability that left and right are drawn from different classes."""
+    pairs_per_epoch: PositiveInt | None = None
+    """Paired pictures: pairs drawn for an epoch; none: one for each picture."""
+    balance_by: Literal["none", "category"] = "none"
+    """Draw training images so that categories come equally often."""
+    min_per_category: PositiveInt = 2
+    """Categories with fewer training images are left out when balancing."""
+    max_per_category: PositiveInt | None = None
+    """At most this many training images of a category an epoch when balancing; none: the median."""
 
     # --- augmentation of training pictures ---
     augment_crop_scale: float = Field(1.0, gt=0, le=1)
@@ -87,6 +102,16 @@ class Config(BaseModel):
     """Largest rotation, degrees."""
     augment_erasing: float = Field(0.0, ge=0, le=1)
     """Probability that a rectangle is erased."""
+    augment_swap_sides: bool = False
+    """Swap the words left and right in the captions of a flipped picture; else such pictures are not flipped."""
+
+    # --- augmentation of training captions (needs a text tower that is not cached) ---
+    augment_word_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that a word is left out."""
+    augment_reorder: float = Field(0.0, ge=0, le=1)
+    """Probability that the clauses of a caption change places."""
+    max_caption_variations: PositiveInt = 1
+    """Different variations of a caption that are made at most, the caption itself among them."""
 
     # --- image tower ---
     image_tower: str = "resnet50"
@@ -95,6 +120,20 @@ class Config(BaseModel):
     """Trained; run without gradients; or run once and its features cached."""
     image_weights: str = "pretrained"
     """`pretrained`, `random`, or a file of weights."""
+    image_patch_size: PositiveInt = 16
+    """Vision transformer built here: side of a patch, pixels."""
+    image_width: PositiveInt = 768
+    """Vision transformer built here: width of its tokens."""
+    image_num_layers: PositiveInt = 12
+    """Vision transformer built here: blocks."""
+    image_num_heads: PositiveInt = 12
+    """Vision transformer built here: attention heads."""
+    image_mlp_ratio: PositiveFloat = 4.0
+    """Vision transformer built here: hidden width of a block's MLP over its width."""
+    image_dropout: float = Field(0.0, ge=0, lt=1)
+    """Vision transformer built here: dropout."""
+    image_freeze_layers: NonNegativeInt = 0
+    """First layers of a trainable image tower that stay frozen, the embedding with the first."""
 
     # --- text tower ---
     text_tower: str = "clip"
@@ -103,6 +142,22 @@ class Config(BaseModel):
     """Trained; run without gradients; or run once and its features cached."""
     text_model: str | None = None
     """Hub name or folder for the text tower; none: the tower's own."""
+    text_width: PositiveInt = 512
+    """Text transformer built here: width of its tokens."""
+    text_num_layers: PositiveInt = 8
+    """Text transformer built here: blocks."""
+    text_num_heads: PositiveInt = 8
+    """Text transformer built here: attention heads."""
+    text_mlp_ratio: PositiveFloat = 4.0
+    """Text transformer built here: hidden width of a block's MLP over its width."""
+    text_dropout: float = Field(0.0, ge=0, lt=1)
+    """Text transformer built here: dropout."""
+    text_freeze_layers: NonNegativeInt = 0
+    """First layers of a trainable text tower that stay frozen, the embedding with the first."""
+
+    # --- starting point ---
+    start_from: Path | None = None
+    """A finished run's folder whose weights this one starts from; none: the towers' own."""
 
     # --- heads ---
     image_head: str = "mlp"
@@ -115,6 +170,16 @@ class Config(BaseModel):
     """Width of the heads' hidden layer."""
     head_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout in the heads."""
+    head_num_heads: PositiveInt = 8
+    """Attention heads of head `attention`."""
+    head_num_layers: PositiveInt = 2
+    """Self-attention layers of head `attention`."""
+    head_num_tokens: PositiveInt = 8
+    """Tokens that head `attention` splits an embedding into."""
+    use_layer_norm: bool = False
+    """LayerNorm at the end of head `mlp`."""
+    freeze_projections: bool = False
+    """Keep the heads, and a pretrained CLIP's own projections, as they are."""
 
     # --- loss ---
     loss: str = "infonce"
@@ -125,6 +190,40 @@ class Config(BaseModel):
     """Train the temperature, clamped at 1/100."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of each target spread over the whole batch."""
+    logit_bias: float | None = None
+    """Bias of loss `sigmoid` at the start, always trained; none: the log odds of a match in a batch."""
+    negatives: Literal["batch", "queue", "bank"] = "batch"
+    """What an image is contrasted with beside its batch: nothing, recent features, every training caption."""
+    queue_size: PositiveInt = 4096
+    """Images, and as many captions, whose recent features `queue` holds."""
+    bank_refresh_steps: PositiveInt = 20
+    """Steps after which `bank` encodes all captions anew, where the text head learns."""
+    margin: PositiveFloat = 0.5
+    """Losses `contrastive` and `triplet`: how much nearer a match must be than a negative, cosine."""
+    num_hard_negatives: PositiveInt = 3
+    """Loss `contrastive`: hardest negatives in the batch counted for each query."""
+    focal_gamma: NonNegativeFloat = 0.0
+    """Softmax losses: weight queries by (1 - probability of their match) to this power; 0 is off."""
+    triplet_mining: Literal["mean", "semi_hard", "hardest"] = "hardest"
+    """Loss `triplet`: which negatives count."""
+    triplet_warmup_epochs: NonNegativeInt = 1
+    """Loss `triplet`: epochs over the mean of all negatives before the hardest alone (Faghri et al. 2018)."""
+    swap_weight: NonNegativeFloat = 0.0
+    """Paired pictures: weight of a term that holds the caption with left and right swapped at a margin."""
+    swap_margin: PositiveFloat = 0.2
+    """Paired pictures: how much nearer the right order must be than the swapped one, cosine."""
+
+    # --- mined negatives ---
+    mining: Literal["none", "random", "semantic"] = "none"
+    """Extra captions a batch brings as negatives: none, any, or the nearest wrong ones under the current model."""
+    num_mined: PositiveInt = 3
+    """Mined captions an image brings."""
+    mining_refresh_epochs: PositiveInt = 1
+    """Epochs after which negatives are mined anew."""
+    mining_margin: float = Field(0.95, gt=0, le=1)
+    """A candidate scored above this share of the match's score is taken for a match and left out."""
+    mining_neighbour_batches: bool = False
+    """Build batches so that images near one another under the current model meet."""
 
     # --- optimisation ---
     num_epochs: PositiveInt = 10
@@ -132,33 +231,65 @@ class Config(BaseModel):
     batch_size: PositiveInt = 128
     """Images a step; each brings its captions."""
     learning_rate: PositiveFloat = 1e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; of heads and projections where towers have their own."""
     image_tower_learning_rate: PositiveFloat | None = None
     """Peak learning rate of a trainable image tower; none: learning_rate."""
+    text_tower_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of a trainable text tower; none: learning_rate."""
+    freeze_tower_epochs: NonNegativeInt = 0
+    """First epochs in which trainable towers stay as they are and only heads learn."""
+    freeze_batch_norm: bool = False
+    """Keep a trainable tower's BatchNorm statistics; with micro-batches the only exact setting."""
+    gradient_checkpointing: bool = False
+    """Recompute a transformer tower's activations in the backward pass: less memory, a third more time."""
     weight_decay: NonNegativeFloat = 0.01
     """AdamW's decay; norms, biases and the temperature have none."""
     warmup_steps: NonNegativeInt = 500
     """Steps of linear warm-up, at most a tenth of the run."""
+    warmup_epochs: NonNegativeFloat | None = None
+    """Linear warm-up in epochs instead of steps, as given; none: warmup_steps."""
     schedule: str = "cosine"
     """A name of optimisation.SCHEDULES."""
+    schedule_cycles: PositiveInt = 3
+    """Schedules `step` and `restarts`: equal parts of the run."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of the running average of weights that is validated and kept; 0 is off."""
+    patience: PositiveInt | None = None
+    """Stop after this many validations without a better best_metric; none: never."""
+    best_metric: str = "rsum"
+    """Validation figure that chooses the best epoch; rsum is the sum of the six recalls."""
+    eval_every: PositiveInt = 1
+    """Epochs between validations; the last epoch is always validated."""
+    interpolate_weights: bool = False
+    """After training, keep the mixture of starting and best weights that validates best (WiSE-FT)."""
 
     # --- machine (no part of a run's name) ---
     device: str = "auto"
     """auto, cpu, cuda, mps."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where a GPU has it, fp16 on older GPUs, fp32 elsewhere."""
+    """auto: bf16 where a GPU has it, fp16 on older GPUs; on a CPU bf16 where one step of the model is faster so."""
+    micro_batch_size: PositiveInt | None = None
+    """Images that pass the towers at once; the loss still sees the whole batch, in two passes (Gao et al. 2021).
+    Accumulating gradients over small batches would not do: it adds no negatives. None: the whole batch, halved
+    where memory runs out."""
+    compile: bool = False
+    """Compile the model; where that fails it runs as it is."""
+    allow_tf32: bool = True
+    """TensorFloat-32 products of float32 numbers on GPUs that have them."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time, also on a GPU."""
     num_workers: NonNegativeInt = 0
     """Loader processes; the image cache rarely needs one."""
     checkpoint_minutes: PositiveFloat = 1.0
     """Minutes between checkpoints inside an epoch."""
+    keep_every_epochs: PositiveInt | None = None
+    """Epochs after which the weights are kept for good beside the best; none: never."""
+    tensorboard: bool = False
+    """Write the run's TensorBoard log beside its history."""
 
     # --- evaluation (no part of a run's name) ---
-    best_metric: str = "rsum"
-    """Validation figure that chooses the best epoch; rsum is the sum of the six recalls."""
     recall_ks: tuple[PositiveInt, ...] = (1, 5, 10)
     """The K of Recall@K."""
 
@@ -226,55 +357,27 @@ def _explain(error: PydanticError) -> str:
     return f"configuration field {name!r} takes {kind}: {first['msg']}, not {first['input']!r}."
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # Generated scenes, nothing to download: the whole notebook in minutes on two cores.
-    "quickstart": dict(
-        source="scenes",
-        data_dir="data/scenes",
-        test_splits=("test", "novel"),
-        image_size=112,
-        image_tower="efficientnet_lite0",
-        text_tower="minilm",
-        text_head="linear",
-        num_epochs=4,
-        batch_size=32,
-        learning_rate=1e-3,
-        warmup_steps=40,
-    ),
-    # Real photographs, frozen towers, heads only.
-    "flickr8k": dict(
-        source="flickr8k",
-        data_dir="data/flickr8k",
-        reader="flickr8k",
-        test_splits=("test",),
-        image_tower="efficientnet_lite0",
-        image_tower_mode="cached",
-        text_tower="minilm",
-        text_head="mlp",
-        head_hidden_dim=2048,
-        head_dropout=0.5,
-        temperature=0.05,
-        weight_decay=0.05,
-        num_epochs=14,
-        batch_size=512,
-        learning_rate=1e-3,
-        warmup_steps=20,
-    ),
-    # The documented lab: ResNet50 against frozen CLIP text embeddings on COCO 2014.
-    "coco_resnet50": {},
-}
-
-FAST_RUN: dict[str, Any] = dict(max_samples=64, num_epochs=2, batch_size=32, warmup_steps=2)
-"""Overrides that take any preset through every section in well under a minute."""
-
 FLAGS: dict[str, str] = {"use_batch_norm": "bn", "use_attention_pooling": "attn"}
 """The flags that stand in a run's name, and how."""
 
 NOT_IN_NAME = frozenset(
-    "preset seed source data_dir cache_dir runs_dir karpathy_file test_splits device precision num_workers "
-    "checkpoint_minutes recall_ks".split()
+    "preset seed source data_dir cache_dir runs_dir base_data_dir checkpoint_dir karpathy_file test_splits device "
+    "precision micro_batch_size compile allow_tf32 deterministic gradient_checkpointing num_workers "
+    "checkpoint_minutes keep_every_epochs tensorboard recall_ks".split()
 )
 """Fields that change where or how fast a run is computed, not what is computed."""
+
+
+DOCUMENTED: dict[str, Callable[[Any], tuple[str, Any]]] = {
+    "output_dim": lambda value: ("embed_dim", value),
+    "hidden_dim": lambda value: ("head_hidden_dim", value),
+    "num_heads": lambda value: ("head_num_heads", value),
+    "num_layers": lambda value: ("head_num_layers", value),
+    "dropout": lambda value: ("head_dropout", value),
+    "freeze_image_encoder": lambda value: ("image_tower_mode", "frozen" if value else "trainable"),
+    "freeze_text_encoder": lambda value: ("text_tower_mode", "frozen" if value else "trainable"),
+}
+"""Other names that files of settings may use, and what they set here."""
 
 
 def make_config(preset: str = "coco_resnet50", *, fast_run: bool = False, **overrides: Any) -> Config:
@@ -282,8 +385,14 @@ def make_config(preset: str = "coco_resnet50", *, fast_run: bool = False, **over
 
     Raises: LabError on an unknown preset or field, or a value of the wrong type.
     """
-    values = dict(choose(PRESETS, preset, "preset"))
-    return Config(preset=preset, **{**values, **(FAST_RUN if fast_run else {}), **overrides})
+    preset_values = dict(choose(PRESETS, preset, "preset"))
+    values = {**preset_values, **(FAST_RUN if fast_run else {}), **overrides}
+    base = values.pop("base_data_dir", None)
+    config = Config(preset=preset, **values)
+    if base is not None:
+        for place in ("data_dir", "cache_dir", "runs_dir"):
+            config[place] = Path(base) / config[place]
+    return config
 
 
 def load_config(path: str | Path, **overrides: Any) -> Config:
@@ -310,9 +419,12 @@ def read_overrides(path: str | Path) -> dict[str, Any]:
     for name, value in loaded.items():
         section = value if isinstance(value, Mapping) else {name: value}
         for field, setting in section.items():
+            field, setting = DOCUMENTED.get(str(field), lambda given, field=str(field): (field, given))(
+                setting
+            )
             if field in values:
                 raise LabError(f"{path} sets {field!r} twice; keep one.")
-            values[str(field)] = setting
+            values[field] = setting
     return values
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import data_check
 import plots_data
 import towers
-from cache import as_rows
+from cache import as_rows, fingerprint
 from captions import CaptionTable
 from cli import Parser, one_sentence
 from config import Config
@@ -95,6 +95,25 @@ class COCOClipDataset(Dataset):
         """Captions of the images in use."""
         return int(np.diff(self.table.offsets)[self.rows].sum())
 
+    @property
+    def items_per_epoch(self) -> int:
+        """Items that training sees in an epoch."""
+        return len(self)
+
+    def epoch_order(self, epoch: int, seed: int) -> np.ndarray:
+        """(items_per_epoch,) item numbers in the order that training sees them in an epoch."""
+        return np.random.default_rng((seed, epoch)).permutation(len(self))
+
+    def describe(self) -> dict[str, Any]:
+        """What it holds, and a digest that tells it from another."""
+        return {
+            "splits": self.split,
+            "images": len(self),
+            "captions": self.num_captions,
+            "left_out": self.left_out,
+            "sha256": fingerprint([*self.table.paths, *self.table.captions]),
+        }
+
     def set_epoch(self, epoch: int) -> None:
         """Draw captions for this epoch; matters only with `captions_per_image`."""
         self.epoch = epoch
@@ -143,13 +162,28 @@ class COCOClipDataset(Dataset):
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Batches of item numbers: a permutation by seed and epoch, from any step on.
+    """Batches of item numbers: an order by seed and epoch, from any step on, or one process's share of it.
 
     The last batch is short; one of a single item, which BatchNorm refuses, joins the batch before it.
+
+    Args:
+        batch_size: of all processes together.
+        order: epoch -> item numbers in their order; the same count every epoch.
+        num_items: how many that are.
+        rank, world_size: each of `world_size` processes takes its own run of every batch.
     """
 
-    def __init__(self, num_items: int, batch_size: int, *, shuffle: bool, seed: int = 0) -> None:
-        self.num_items, self.batch_size, self.shuffle, self.seed = num_items, batch_size, shuffle, seed
+    def __init__(
+        self,
+        num_items: int,
+        batch_size: int,
+        order: Callable[[int], np.ndarray],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.num_items, self.batch_size, self.order = num_items, batch_size, order
+        self.rank, self.world_size = rank, world_size
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -157,12 +191,11 @@ class EpochBatches(Sampler[list[int]]):
         return max(1, full + (rest > 1))
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(self.num_items)
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_items)
+        order = self.order(self.epoch)
         for step in range(self.start, len(self)):
             stop = self.num_items if step == len(self) - 1 else (step + 1) * self.batch_size
-            yield order[step * self.batch_size : stop].tolist()
+            batch = order[step * self.batch_size : stop]
+            yield np.array_split(batch, self.world_size)[self.rank].tolist()
 
 
 def _as_is(batch: Any) -> Any:
@@ -178,11 +211,18 @@ def make_loader(
     seed: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DataLoader:
     """Batches of images, each with its captions; `loader.batch_sampler.epoch` chooses the order."""
+    items = dataset.items_per_epoch if shuffle else len(dataset)
+
+    def order(epoch: int) -> np.ndarray:
+        return dataset.epoch_order(epoch, seed) if shuffle else np.arange(items)
+
     return DataLoader(
         dataset,
-        batch_sampler=EpochBatches(len(dataset), batch_size, shuffle=shuffle, seed=seed),
+        batch_sampler=EpochBatches(items, batch_size, order, rank=rank, world_size=world_size),
         collate_fn=_as_is,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -182,7 +182,7 @@ def _cache_path(config: Config, kind: str, encoder: str, header: dict[str, str])
     return config.cache_dir / "features" / f"{kind}-{encoder}-{name}.safetensors"
 
 
-def open_dataset(config: Config, splits: Sequence[str], *, progress: bool = True) -> COCOClipDataset:
+def open_captioned(config: Config, splits: Sequence[str], *, progress: bool = True) -> COCOClipDataset:
     """The dataset of some splits, its pictures decoded and its cached features filled."""
     table = load_table(config, tuple(splits))
     texts = (

@@ -18,9 +18,10 @@ import plots
 from cli import one_sentence
 from config import FLAGS, Config, make_config
 from dataset import COCOClipDataset, make_loader
-from encode import open_dataset, text_features
+from encode import text_features
 from errors import LabError
 from metrics import summarise
+from open_data import open_dataset
 from ranks import Ranks, match_ranks
 from scenes import load_scenes
 from uncertainty import TEST_SAMPLE_ONLY, bootstrap_intervals

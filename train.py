@@ -22,14 +22,14 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from cache import atomic_path, fingerprint
+from cache import atomic_path
 from cli import run_command
 from config import Config, run_name
 from dataset import COCOClipDataset, make_loader, prepare_data
-from encode import open_dataset
 from errors import LabError, choose
 from evaluate import evaluate_run
 from models import build_loss, build_model
+from open_data import open_dataset
 from optimisation import EMA, build_optimizer, build_scheduler
 from utils import (
     EpochProgress,
@@ -86,7 +86,7 @@ class Trainer:
         prepare_data(config)
         self.train_set = open_dataset(config, config.train_splits, progress=show)
         self.val_set = open_dataset(config, config.val_splits, progress=show)
-        self.data = {"train": describe(self.train_set), "val": describe(self.val_set)}
+        self.data = {"train": self.train_set.describe(), "val": self.val_set.describe()}
         self._check_data()
 
     def places(self) -> dict[str, Any]:
@@ -314,18 +314,6 @@ def stop_after_step() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def describe(dataset: COCOClipDataset) -> dict[str, Any]:
-    """What a dataset holds, and a digest that tells it from another."""
-    table = dataset.table
-    return {
-        "splits": dataset.split,
-        "images": len(dataset),
-        "captions": dataset.num_captions,
-        "left_out": dataset.left_out,
-        "sha256": fingerprint([*table.paths, *table.captions]),
-    }
 
 
 def main(config: Config, resume: str = "auto") -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 
 import evaluate
 from config import Config, make_config
-from encode import open_dataset
+from open_data import open_dataset
 from run_notebook import run_notebook, tables
 from train import fit
 

@@ -110,5 +110,8 @@ def test_every_field_has_help_and_is_read_somewhere():
         if path.name != "config.py":
             tree = ast.parse(path.read_text())
             read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            read |= {
+                node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)
+            }  # builders pass by name
     assert not [name for name in Config.model_fields if name not in read]
     assert not [name for name, field in Config.model_fields.items() if not field.description]

@@ -34,8 +34,18 @@ def test_a_batch_matches_by_ids(dataset):
         assert f"number {ident} " in text
 
 
+def shuffled(items: int, seed: int):
+    return lambda epoch: np.random.default_rng((seed, epoch)).permutation(items)
+
+
+def test_processes_share_every_batch():
+    whole = list(EpochBatches(25, 8, shuffled(25, 1)))
+    shares = [list(EpochBatches(25, 8, shuffled(25, 1), rank=rank, world_size=3)) for rank in range(3)]
+    assert [[*a, *b, *c] for a, b, c in zip(*shares, strict=True)] == whole
+
+
 def test_an_epoch_sees_every_image_once_in_an_order_of_its_own():
-    batches = EpochBatches(25, 8, shuffle=True, seed=1)
+    batches = EpochBatches(25, 8, shuffled(25, 1))
     first = [row for batch in batches for row in batch]
     assert sorted(first) == list(range(25))
     assert [row for batch in batches for row in batch] == first
@@ -45,7 +55,7 @@ def test_an_epoch_sees_every_image_once_in_an_order_of_its_own():
 
 
 def test_an_epoch_continues_from_any_step():
-    batches = EpochBatches(30, 7, shuffle=True, seed=3)
+    batches = EpochBatches(30, 7, shuffled(30, 3))
     whole = list(batches)
     batches.start = 2
     assert list(batches) == whole[2:]
