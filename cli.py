@@ -34,19 +34,27 @@ def run_command(
     """Call `command(config, **options)` with what the shell says; bad input ends in one sentence.
 
     Every field of Config is a flag. `--preset NAME` is where the settings start (`quickstart`), a file given
-    by `--config` or as the first word comes next, flags last. The command's other parameters are flags too.
+    by `--config` or as the first word comes next, flags last. The command's other parameters are flags too (a last
+    underscore, which keeps a name apart from a function's, is no part of the flag).
     """
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("config_file", nargs="?", help="YAML or JSON file of settings")
     parser.add_argument("--config", dest="config_flag", help="the same, as a flag")
     options = [p for p in inspect.signature(command).parameters.values() if p.name != "config"]
     for option in options:
-        parser.add_argument(f"--{option.name}", default=option.default, type=type(option.default))
+        _add_flag(parser, option.name.rstrip("_"), option.default)
     arguments = sys.argv[1:] if arguments is None else arguments
     with one_sentence():
         config = parse_config(parser, arguments)
         given, _ = parser.parse_known_args(arguments)
-        command(config, **{option.name: getattr(given, option.name) for option in options})
+        command(config, **{option.name: getattr(given, option.name.rstrip("_")) for option in options})
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
+    if isinstance(default, bool):
+        parser.add_argument(f"--{name}", default=default, action=argparse.BooleanOptionalAction)
+    else:
+        parser.add_argument(f"--{name}", default=default, type=type(default))
 
 
 def parse_config(parser: argparse.ArgumentParser, arguments: list[str]) -> Config:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import Config
 from errors import choose
+from margin_losses import ContrastiveLoss, TripletLoss
 from matching import match_mask
 
 SCORES_AT_ONCE = 1 << 25  # 128 MiB of float32: a larger gallery passes in pieces, recomputed backwards
@@ -152,7 +153,12 @@ def even_bias(batch_size: int) -> float:
     return -math.log(max(1, batch_size - 1))
 
 
-LOSSES: dict[str, type[nn.Module]] = {"infonce": InfoNCELoss, "sigmoid": SigmoidLoss}
+LOSSES: dict[str, type[nn.Module]] = {
+    "infonce": InfoNCELoss,
+    "sigmoid": SigmoidLoss,
+    "contrastive": ContrastiveLoss,
+    "triplet": TripletLoss,
+}
 ALIASES: dict[str, str] = {
     "InfoNCELoss": "infonce",
     "softmax_infonce": "infonce",

@@ -79,6 +79,7 @@ class CLIPModel(nn.Module):
         self.frozen, self.freeze_batch_norm = frozen, freeze_batch_norm
         for part in self._frozen_parts():
             part.requires_grad_(False)
+        self.held = False
         self.train()
 
     def _frozen_parts(self) -> list[nn.Module]:
@@ -90,9 +91,20 @@ class CLIPModel(nn.Module):
         """As usual, but frozen parts stay in eval mode, so that BatchNorm statistics stay."""
         super().train(mode)
         norms = batch_norms(self.image_encoder) if self.freeze_batch_norm else []
-        for part in [*self._frozen_parts(), *norms]:
+        held = [self.image_encoder, self.text_encoder] if self.held else []
+        for part in [*self._frozen_parts(), *norms, *held]:
             part.eval()
         return self
+
+    def hold_towers(self, held: bool) -> None:
+        """Keep trainable towers as they are for a while, or let them learn again."""
+        if held != self.held:
+            self.held = held
+            trainable = [p for tower in (self.image_encoder, self.text_encoder) for p in tower.parameters()]
+            if held:
+                self._let_go = [p for p in trainable if p.requires_grad]
+            for parameter in self._let_go:
+                parameter.requires_grad_(not held)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(I, 3, H, W) pictures, or (I, width) cached features -> (I, D), L2-normalised."""

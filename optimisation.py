@@ -15,49 +15,79 @@ from errors import LabError, choose
 from models import CLIPModel
 
 
-def _cosine(progress: float) -> float:
+def _cosine(progress: float, cycles: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _linear(progress: float) -> float:
+def _linear(progress: float, cycles: int) -> float:
     return 1 - progress
 
 
-def _constant(progress: float) -> float:
+def _constant(progress: float, cycles: int) -> float:
     return 1.0
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": _cosine, "linear": _linear, "constant": _constant}
-"""Share of the peak learning rate by the share of the run after warm-up, both in [0, 1]."""
+def _step(progress: float, cycles: int) -> float:
+    """A tenth of it after each cycle."""
+    return 0.1 ** min(int(progress * cycles), cycles - 1)
+
+
+def _restarts(progress: float, cycles: int) -> float:
+    """Cosine from the peak in each cycle (SGDR, Loshchilov & Hutter 2017)."""
+    return _cosine((progress * cycles) % 1 if progress < 1 else 1.0, cycles)
+
+
+SCHEDULES: dict[str, Callable[[float, int], float]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "constant": _constant,
+    "step": _step,
+    "restarts": _restarts,
+}
+"""Share of the peak learning rate by the share of the run after warm-up, both in [0, 1], and the cycles."""
 
 
 def build_optimizer(model: CLIPModel, config: Config) -> torch.optim.AdamW:
-    """AdamW; the image tower may have its own rate; norms, biases and the temperature no decay."""
-    tower_rate = config.image_tower_learning_rate or config.learning_rate
+    """AdamW, fused where there is such a kernel; towers may have their own rates; see `_rate` and `_decay`."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = tower_rate if name.startswith("image_encoder.") else config.learning_rate
-            decay = config.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
+            key = _rate(name, config), config.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault(key, []).append(parameter)
     if not groups:
         raise LabError(
             "nothing to train: every part is frozen or cached and has no head; make one trainable."
         )
     rows = [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
-    return torch.optim.AdamW(rows)
+    fused = all(
+        p.device.type in ("cpu", "cuda") and p.is_floating_point() for ps in groups.values() for p in ps
+    )
+    return torch.optim.AdamW(rows, fused=fused)
+
+
+def _rate(name: str, config: Config) -> float:
+    """A parameter's peak learning rate: a tower's own, but that of heads for a tower's projection."""
+    rates = {
+        "image_encoder.": config.image_tower_learning_rate,
+        "text_encoder.": config.text_tower_learning_rate,
+    }
+    own = [rate for part, rate in rates.items() if name.startswith(part) and "projection" not in name]
+    return own[0] if own and own[0] is not None else config.learning_rate
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int) -> LambdaLR:
     """Linear warm-up, then `config.schedule` to the last step; one call of `step` a batch."""
     shape = choose(SCHEDULES, config.schedule, "schedule")
     total = steps_per_epoch * config.num_epochs
-    warmup = min(config.warmup_steps, max(1, total // 10))
+    if config.warmup_epochs is None:
+        warmup = min(config.warmup_steps, max(1, total // 10))
+    else:
+        warmup = round(config.warmup_epochs * steps_per_epoch)
 
     def share(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        return shape((step - warmup) / max(1, total - warmup))
+        return shape((step - warmup) / max(1, total - warmup), config.schedule_cycles)
 
     return LambdaLR(optimizer, share)
 
@@ -99,12 +129,11 @@ class EMA:
 
 
 def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager:
-    """Mixed precision of the forward pass: bf16 where a GPU has it, else fp16; fp32 on a CPU unless asked."""
+    """Mixed precision of the forward pass; `auto`, where nobody measured, is bf16 or fp16 on a GPU, else fp32."""
     precision = config.precision
     if precision == "auto":
-        precision = (
-            ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if device.type == "cuda" else "fp32"
-        )
+        half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
+        precision = half if device.type == "cuda" else "fp32"
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])

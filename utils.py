@@ -1,42 +1,60 @@
-"""One epoch of training, validation, checkpoint files, and finished runs."""
+"""One epoch of training, and validation; checkpoints and runs under one name with them."""
 
 from __future__ import annotations
 
-import functools
-import json
 import math
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from compat import get_device
-
-import numpy as np
-import pandas as pd
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from augment import augment
-from cache import atomic_path
-from config import Config, load_config
+from checkpoints import (
+    last_checkpoint,
+    load_checkpoint,
+    random_states,
+    save_checkpoint,
+    seed_everything,
+    set_random_states,
+)
+from config import Config
+from distributed import gather_rows
+from engine import Engine
 from errors import LabError
 from metrics import retrieval_metrics
-from models import CLIPModel, build_model
-from optimisation import EMA, autocast
+from models import CLIPModel
+from optimisation import autocast
+from runs import Run, goodness, load_run, read_json, write_json
+from watch import feature_spread
 
+__all__ = [
+    "EpochProgress",
+    "Run",
+    "encode_loader",
+    "goodness",
+    "last_checkpoint",
+    "load_checkpoint",
+    "load_run",
+    "random_states",
+    "read_json",
+    "run_epoch",
+    "save_checkpoint",
+    "seed_everything",
+    "set_random_states",
+    "train_epoch",
+    "validate",
+    "write_json",
+]
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  libraries draw from the global state
-    torch.manual_seed(seed)
+STEPS_BEFORE_READING = {"cpu": 1}
+"""Steps whose losses stay on the device until one reading; waiting for each would idle a GPU."""
+MOST_STEPS_BEFORE_READING = 20
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -54,6 +72,7 @@ class EpochProgress:
     step: int = 0
     images: int = 0
     loss_sum: float = 0.0
+    uniform_sum: float = 0.0
     seconds: float = 0.0
     data_seconds: float = 0.0
 
@@ -67,92 +86,109 @@ def train_epoch(
     epoch: int = 0,
     config: Config | None = None,
     *,
-    ema: EMA | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-    progress: EpochProgress | None = None,
-    after_step: Callable[[EpochProgress], None] | None = None,
     show: bool = True,
-    bar: tqdm | None = None,
 ) -> dict[str, float]:
-    """Train on every batch once.
+    """Train on every batch once; `run_epoch` with the parts of a plain run.
 
     Args:
         epoch: number from 0; order and augmentation follow from it and the seed.
         config: clipping, augmentation, precision; None: the documented defaults.
-        ema: running average to update.
-        scaler: for fp16.
-        progress: where to continue inside the epoch; updated in place.
-        after_step: called after each step, to save a checkpoint or to stop by raising.
         show: a progress bar.
-        bar: a bar of the whole run to move on instead, a step each.
-    Returns: train_loss (mean over images), learning_rate, temperature, images_per_second, train_seconds, data_share
-        (part of the time spent waiting for data).
+    Returns: as `run_epoch`.
+    """
+    engine = Engine(model, criterion, optimizer, scheduler, config)
+    total = len(train_loader)
+    with tqdm(total=total, desc=f"epoch {epoch + 1}", unit="step", disable=not show) as bar:
+        return run_epoch(engine, train_loader, epoch, bar=bar)
+
+
+def run_epoch(
+    engine: Engine,
+    loader: DataLoader,
+    epoch: int,
+    *,
+    progress: EpochProgress | None = None,
+    after_step: Callable[[Callable[[], None]], None] | None = None,
+    bar: tqdm | None = None,
+) -> dict[str, float]:
+    """Give every batch of an epoch, or of the rest of one, to the engine.
+
+    Args:
+        progress: where to continue inside the epoch; updated in place.
+        after_step: called after each step with a function that brings `progress` up to date; saves a checkpoint,
+            or stops by raising.
+        bar: moved on a step each.
+    Returns: train_loss (mean over images), learning_rate, temperature, images_per_second, train_seconds,
+        data_share (part of the time spent waiting for data).
     Raises: LabError on a non-finite loss, naming the images of the batch.
     """
-    config = config or Config()
-    device = model.logit_scale.device
     progress = progress or EpochProgress()
-    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-    _start_at(train_loader, epoch, progress.step)
-    model.train()
-    own = tqdm(
-        total=len(train_loader), desc=f"epoch {epoch + 1}", unit="step", disable=not show or bar is not None
-    )
-    shown = own if bar is None else bar
+    meter = _Meter(engine, progress, epoch, bar)
+    _start_at(loader, epoch, progress.step)
+    if hasattr(engine.criterion, "set_epoch"):
+        engine.criterion.set_epoch(epoch)
+    engine.model.train()
     mark = time.perf_counter()
-    with own:
-        for batch in train_loader:
-            waited = time.perf_counter() - mark
-            batch = to_device(batch, device)
-            batch["image"] = _augmented(batch, config, epoch)
-            with autocast(config, device):
-                features = model(batch["image"], batch["text"])
-            loss = criterion(**features, image_id=batch["image_id"], text_id=batch["text_id"])
-            value = loss.item()
-            if not math.isfinite(value):
-                ids = batch["image_id"].tolist()
-                raise LabError(
-                    f"the loss is {value} at epoch {epoch + 1}, step {progress.step + 1} (image ids {ids[:8]}...); "
-                    "lower learning_rate or max_grad_norm; the last checkpoint is kept."
-                )
-            _step(model, loss, optimizer, scaler, config.max_grad_norm)
-            if scheduler is not None:
-                scheduler.step()
-            if ema is not None:
-                ema.update(model)
-            progress.step += 1
-            progress.images += len(batch["image_id"])
-            progress.loss_sum += value * len(batch["image_id"])
-            progress.data_seconds += waited
-            progress.seconds += time.perf_counter() - mark
-            shown.set_postfix(loss=f"{progress.loss_sum / progress.images:.3f}", refresh=False)
-            shown.update()
-            if after_step is not None:
-                after_step(progress)
-            mark = time.perf_counter()
+    for batch in loader:
+        waited = time.perf_counter() - mark
+        batch = to_device(batch, engine.device)
+        batch["image"] = _augmented(batch, engine.config, epoch)
+        loss = engine.step(batch)
+        meter.add(loss, batch["image_id"])
+        progress.data_seconds += waited
+        progress.seconds += time.perf_counter() - mark
+        if after_step is not None:
+            after_step(meter.read)
+        mark = time.perf_counter()
+    meter.read()
     return {
         "train_loss": progress.loss_sum / progress.images,
-        "learning_rate": max(group["lr"] for group in optimizer.param_groups),
-        "temperature": model.temperature,
+        "learning_rate": max(group["lr"] for group in engine.optimizer.param_groups),
+        "temperature": engine.model.temperature,
         "images_per_second": progress.images / progress.seconds,
         "data_share": progress.data_seconds / progress.seconds,
         "train_seconds": progress.seconds,
+        **engine.negatives.log(),
     }
 
 
-def _step(
-    model: nn.Module,
-    loss: Tensor,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    max_norm: float,
-) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    scaler.step(optimizer)
-    scaler.update()
+class _Meter:
+    """Adds up losses, and refuses one that is not finite; reads them from a GPU only now and then."""
+
+    def __init__(self, engine: Engine, progress: EpochProgress, epoch: int, bar: tqdm | None) -> None:
+        self.engine, self.progress, self.epoch, self.bar = engine, progress, epoch, bar
+        self.limit = STEPS_BEFORE_READING.get(engine.device.type, MOST_STEPS_BEFORE_READING)
+        self.unread: list[tuple[Tensor, Tensor, float]] = []
+
+    def add(self, loss: Tensor, image_id: Tensor) -> None:
+        images, texts = self.engine.gallery
+        self.unread.append((loss, image_id, (math.log(images) + math.log(texts)) / 2))
+        if len(self.unread) >= self.limit:
+            self.read()
+
+    def read(self) -> None:
+        """Bring the progress up to date."""
+        if not self.unread:
+            return
+        progress = self.progress
+        values = torch.stack([loss for loss, *_ in self.unread]).tolist()
+        for value, (_, image_id, uniform) in zip(values, self.unread, strict=True):
+            if not math.isfinite(value):
+                raise LabError(
+                    f"the loss is {value} at epoch {self.epoch + 1}, step {progress.step + 1} (image ids "
+                    f"{image_id.tolist()[:8]}...); lower learning_rate or max_grad_norm; the last checkpoint is kept."
+                )
+            count = len(gather_rows(image_id))
+            progress.step += 1
+            progress.images += count
+            progress.loss_sum += value * count
+            progress.uniform_sum += uniform * count
+        if self.bar is not None:
+            mean = progress.loss_sum / progress.images
+            rate = progress.images / max(progress.seconds, 1e-9)
+            self.bar.set_postfix_str(f"loss {mean:.3f}, {rate:.0f} images/s", refresh=False)
+            self.bar.update(len(self.unread))
+        self.unread.clear()
 
 
 def _start_at(loader: DataLoader, epoch: int, step: int) -> None:
@@ -230,152 +266,15 @@ def validate(
     """
     config = config or Config()
     features, loss = encode_loader(model, val_loader, config, criterion, show)
+    return {"val_loss": loss, **split_metrics(model, val_loader.dataset, features, config)}
+
+
+def split_metrics(
+    model: CLIPModel, dataset: Any, features: dict[str, Tensor], config: Config
+) -> dict[str, float]:
+    """A split's figures: the dataset's own `validation_metrics`, else those of retrieval."""
+    if hasattr(dataset, "validation_metrics"):
+        return dataset.validation_metrics(model, features, config)
     ks = tuple(k for k in config.recall_ks if k <= len(features["image_id"]))
-    return {"val_loss": loss, **retrieval_metrics(**features, ks=ks)}
-
-
-# --- checkpoint files ---
-
-
-def random_states() -> dict[str, Any]:
-    """States of every random generator in use, loadable without pickle's code."""
-    state: Any = np.random.get_state()  # noqa: NPY002
-    return {
-        "python": random.getstate(),
-        "numpy": (state[0], state[1].tolist(), *state[2:]),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` returned."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def save_checkpoint(folder: str | Path, state: dict[str, Any], step: int, keep: int = 2) -> Path:
-    """Write `step_{step}.pt` whole or not at all, then drop all but the last `keep`.
-
-    Raises: LabError if the disk is full; earlier checkpoints are kept.
-    """
-    folder = Path(folder)
-    path = folder / f"step_{step:09d}.pt"
-    with atomic_path(path) as beside:
-        torch.save(state, beside)
-    for old in sorted(folder.glob("step_*.pt"))[:-keep]:
-        old.unlink()
-    return path
-
-
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A checkpoint's content, without executing pickled code. Raises: LabError if it is damaged."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise LabError(
-            f"checkpoint {path} cannot be read ({error}); delete it to use the one before."
-        ) from error
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint of a folder, or None."""
-    return max(Path(folder).glob("step_*.pt"), default=None)
-
-
-# --- runs ---
-
-
-def goodness(value: Any, metric: str) -> Any:
-    """A figure such that more is better: losses and ranks change their sign."""
-    return -value if metric.endswith(("loss", "_rank")) else value
-
-
-@dataclass
-class Run:
-    """A run's folder: configuration, history, metrics, weights.
-
-    Args:
-        folder: where it lies.
-        config: with `runs_dir` and the other places as they were given to `load_run`, else as saved.
-        history: a row an epoch.
-        metrics: split -> metrics, once evaluated.
-        training: how it was trained: data, seconds, machine, versions, files left out.
-    """
-
-    folder: Path
-    config: Config
-    history: pd.DataFrame
-    metrics: dict[str, dict[str, Any]]
-    training: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def finished(self) -> bool:
-        """Whether training came to its end."""
-        return bool(self.training.get("finished"))
-
-    @property
-    def best_epoch(self) -> int:
-        """The epoch, from 1, whose weights are kept."""
-        metric = self.config.best_metric
-        return int(self.history["epoch"].iloc[goodness(self.history[metric], metric).argmax()])
-
-    @functools.cached_property
-    def model(self) -> CLIPModel:
-        """The best epoch's model, on the configuration's device, in eval mode."""
-        path = self.folder / "best.safetensors"
-        if not path.is_file():
-            raise LabError(
-                f"{self.folder} holds no best.safetensors: the run has not finished an epoch; train it first."
-            )
-        weights = self.config.image_weights
-        model = build_model(
-            self.config.updated(image_weights="random" if weights == "pretrained" else weights)
-        )
-        model.load_state_dict(load_file(path))
-        return model.to(get_device(self.config.device)).eval()
-
-
-def load_run(folder: str | Path, **places: Any) -> Run:
-    """Open a run's folder.
-
-    Args:
-        places: configuration fields that say where and on what to compute, such as data_dir or device.
-    Raises: LabError if the folder is missing or is not a run's.
-    """
-    folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
-        known = sorted(path.parent.name for path in folder.parent.glob("*/config.yaml"))
-        hint = f"; runs beside it: {', '.join(known)}" if known else ""
-        raise LabError(f"{folder} is not a run's folder (no config.yaml){hint}.")
-    history = folder / "history.csv"
-    return Run(
-        folder=folder,
-        config=load_config(folder / "config.yaml", **places),
-        history=pd.read_csv(history) if history.is_file() else pd.DataFrame(),
-        metrics=read_json(folder / "metrics.json"),
-        training=read_json(folder / "training.json"),
-    )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's content, or {} where there is none. Raises: LabError if it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise LabError(f"{path} is not JSON ({error}); delete it and run again.") from error
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON whole or not at all."""
-    with atomic_path(path) as beside:
-        beside.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+    spread = {f"{kind}_spread": feature_spread(features[f"{kind}_features"]) for kind in ("image", "text")}
+    return {**retrieval_metrics(**features, ks=ks), **spread}

@@ -47,7 +47,7 @@ def trainable(coco, tmp_path):
     )  # fmt: skip
 
 
-TIMINGS = ["images_per_second", "data_share", "train_seconds"]
+TIMINGS = ["images_per_second", "data_share", "train_seconds", "peak_memory_gb"]
 
 
 def outcome(run) -> tuple[dict[str, torch.Tensor], pd.DataFrame]:
@@ -195,7 +195,7 @@ def test_schedule_warms_up_and_ends():
     assert max(rates) == 0.5
     assert rates[105] == pytest.approx(0.25, rel=0.01)
     assert rates[-1] < 1e-3
-    assert [shape(0.0) for shape in SCHEDULES.values()] == [1, 1, 1]
+    assert [shape(0.0, 3) for shape in SCHEDULES.values()] == [1] * 5
 
 
 def test_norms_and_biases_have_no_decay_and_towers_their_own_rate():

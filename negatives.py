@@ -1,0 +1,169 @@
+"""What a batch is contrasted with beside itself: recent features, or every training caption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import Config
+from errors import LabError, choose
+from models import CLIPModel
+
+Features = dict[str, Tensor]
+CAPTIONS_AT_ONCE = 8192
+
+
+class BatchNegatives:
+    """The batch alone. The base of the others."""
+
+    def extended(self, features: Features, image_id: Tensor, text_id: Tensor) -> Features:
+        """The loss's arguments: features and ids, with negatives as further rows of id -1."""
+        return {**features, "image_id": image_id, "text_id": text_id}
+
+    def after_step(self, features: Features, image_id: Tensor, text_id: Tensor) -> None:
+        """Take note of a batch, once the step is done."""
+
+    def log(self) -> dict[str, float]:
+        """Figures for the history."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def _others(rows: Tensor, ids: Tensor, batch_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows whose image is not in the batch, and ids of -1 for them."""
+    rows = rows[~torch.isin(ids, batch_ids)]
+    return rows, torch.full((len(rows),), -1, dtype=ids.dtype, device=ids.device)
+
+
+class QueueNegatives(BatchNegatives):
+    """Features of recent batches, of images and of captions; those of an image in the batch stand aside.
+
+    Args: size: rows of either kind that are kept.
+    Source: MoCo, He et al. 2020, without the momentum encoder.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.rows: dict[str, Tensor] = {}
+
+    def extended(self, features: Features, image_id: Tensor, text_id: Tensor) -> Features:
+        given = super().extended(features, image_id, text_id)
+        for kind in ("image", "text") if self.rows else ():
+            kept, ids = _others(self.rows[f"{kind}_features"], self.rows[f"{kind}_id"], image_id)
+            given[f"{kind}_features"] = torch.cat([given[f"{kind}_features"], kept])
+            given[f"{kind}_id"] = torch.cat([given[f"{kind}_id"], ids])
+        return given
+
+    def after_step(self, features: Features, image_id: Tensor, text_id: Tensor) -> None:
+        new = {
+            "image_features": features["image_features"].detach(),
+            "text_features": features["text_features"].detach(),
+            "image_id": image_id,
+            "text_id": text_id,
+        }
+        for name, rows in new.items():
+            self.rows[name] = torch.cat([rows, self.rows.get(name, rows[:0])])[: self.size]
+
+    def log(self) -> dict[str, float]:
+        return {"queue_rows": float(len(self.rows.get("text_id", ())))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows = state["rows"]
+
+
+class BankNegatives(BatchNegatives):
+    """Every training caption, encoded from its cached features.
+
+    Where the text head learns, the captions are encoded anew every `refresh_steps` steps, without gradients
+    and without dropout; `bank_staleness` in the history is the mean cosine distance that a refresh moved them by.
+
+    Args:
+        model: whose text head encodes.
+        texts: (N, width) cached features of all training captions.
+        text_id: (N,) ids of their images.
+    """
+
+    def __init__(self, model: CLIPModel, texts: Tensor, text_id: Tensor, refresh_steps: int) -> None:
+        self.model, self.texts, self.refresh_steps = model, texts, refresh_steps
+        self.device = model.logit_scale.device
+        self.ids = text_id.to(self.device)
+        self.learns = any(p.requires_grad for p in model.text_head.parameters())
+        self.features: Tensor | None = None
+        self.steps = 0
+        self.staleness = 0.0
+        self.encoded_by: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def _encode(self) -> None:
+        training = self.model.training
+        self.model.eval()
+        pieces = [self.model.encode_text(rows.to(self.device)) for rows in self.texts.split(CAPTIONS_AT_ONCE)]
+        self.model.train(training)
+        new = torch.cat(pieces)
+        if self.features is not None:
+            self.staleness = 1 - (new * self.features).sum(dim=1).mean().item()
+        self.features = new
+        self.encoded_by = {k: v.detach().clone() for k, v in self.model.text_head.state_dict().items()}
+
+    def extended(self, features: Features, image_id: Tensor, text_id: Tensor) -> Features:
+        if self.features is None or (self.learns and self.steps % self.refresh_steps == 0):
+            self._encode()
+        assert self.features is not None
+        kept, ids = _others(self.features, self.ids, image_id)
+        return {
+            **features,
+            "text_features": torch.cat([features["text_features"], kept]),
+            "image_id": image_id,
+            "text_id": torch.cat([text_id, ids]),
+        }
+
+    def after_step(self, features: Features, image_id: Tensor, text_id: Tensor) -> None:
+        self.steps += 1
+
+    def log(self) -> dict[str, float]:
+        return {"bank_staleness": self.staleness} if self.learns else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        # The head that encoded the bank is far smaller than the bank, and gives the same bits again.
+        return {"steps": self.steps, "staleness": self.staleness, "encoded_by": self.encoded_by}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        if state["encoded_by"]:
+            now = {k: v.clone() for k, v in self.model.text_head.state_dict().items()}
+            self.model.text_head.load_state_dict(state["encoded_by"])
+            self._encode()
+            self.model.text_head.load_state_dict(now)
+        self.staleness = state["staleness"]
+
+
+def _bank(config: Config, model: CLIPModel, dataset: Any) -> BatchNegatives:
+    if getattr(dataset, "text_features", None) is None:
+        raise LabError(
+            "negatives 'bank' needs cached captions; set text_tower_mode to 'cached', or negatives to 'queue'."
+        )
+    ids = torch.from_numpy(dataset.table.caption_image_ids)
+    return BankNegatives(model, dataset.text_features, ids, config.bank_refresh_steps)
+
+
+NEGATIVES: dict[str, Callable[[Config, CLIPModel, Any], BatchNegatives]] = {
+    "batch": lambda config, model, dataset: BatchNegatives(),
+    "queue": lambda config, model, dataset: QueueNegatives(config.queue_size),
+    "bank": _bank,
+}
+
+
+def build_negatives(config: Config, model: CLIPModel, dataset: Any) -> BatchNegatives:
+    """What `config.negatives` names. Raises: LabError for a bank without cached captions."""
+    return choose(NEGATIVES, config.negatives, "negatives")(config, model, dataset)

@@ -1,0 +1,398 @@
+"""The parts of one run and how far they are; `train.fit` is the way to use it."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from compat import get_device
+
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from cache import atomic_path
+from checkpoints import last_checkpoint, load_checkpoint, random_states, save_checkpoint, set_random_states
+from config import Config, run_name
+from dataset import make_loader, prepare_data
+from distributed import any_of, barrier, from_main, is_main, join_group, rank, world_size
+from engine import Engine
+from errors import LabError, choose
+from interrupts import Stopped
+from logs import Board, peak_memory_gb
+from models import build_loss, build_model
+from negatives import build_negatives
+from open_data import open_dataset
+from optimisation import EMA, build_optimizer, build_scheduler
+from precision import choose_precision
+from runs import goodness, load_run, load_start, write_json
+from utils import EpochProgress, run_epoch, seed_everything, to_device, validate
+from watch import Watch
+
+OnEpoch = Callable[[pd.DataFrame], None]
+
+
+class Trainer:
+    """One run: its data at once, its model and state after `prepare`.
+
+    Args:
+        criterion, train_set, val_set: instead of the configuration's; the run's name then tells their classes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        criterion: nn.Module | None = None,
+        train_set: Any = None,
+        val_set: Any = None,
+        show: bool = True,
+    ) -> None:
+        self.device = get_device(config.device)
+        join_group(self.device)
+        self.config, self.given_criterion = config, criterion
+        self.show = show and is_main()
+        own = [type(part).__name__ for part in (criterion, train_set, val_set) if part is not None]
+        self.folder = config.runs_dir / "_".join([run_name(config), *own])
+        places = config.checkpoint_dir
+        self.checkpoints = places / self.folder.name if places else self.folder / "checkpoints"
+        if not is_main():
+            barrier()  # the main process fills the caches first
+        if train_set is None or val_set is None:
+            prepare_data(config)
+        self.train_set = train_set or open_dataset(config, config.train_splits, progress=self.show)
+        self.val_set = val_set or open_dataset(config, config.val_splits, progress=self.show)
+        if is_main():
+            barrier()
+        self.data = {"train": _described(self.train_set), "val": _described(self.val_set)}
+        self._check_data()
+
+    def places(self) -> dict[str, Any]:
+        """Where this call computes, for a run that was made elsewhere."""
+        return {name: self.config[name] for name in ("data_dir", "cache_dir", "runs_dir", "device")}
+
+    def _check_data(self) -> None:
+        if not (self.folder / "training.json").is_file():
+            return
+        known = load_run(self.folder).training["data"]
+        if {part: known[part]["sha256"] for part in known} != {p: self.data[p]["sha256"] for p in self.data}:
+            raise LabError(
+                f"{self.folder} was trained on other images or captions than {self.config.data_dir} holds now; "
+                "set runs_dir to another folder, or delete that run."
+            )
+
+    def finished(self) -> bool:
+        return (self.folder / "training.json").is_file() and load_run(self.folder).finished
+
+    def clear(self) -> None:
+        """Forget an earlier run of this name."""
+        for path in [*self.checkpoints.glob("*.*"), *self.folder.glob("*.*")]:
+            if path.is_file() and path.name != ".lock":
+                path.unlink()
+
+    def prepare(self, resume: str) -> None:
+        """Build every part, then put a checkpoint's state into them if there is one."""
+        path = last_checkpoint(self.checkpoints) if resume in ("auto", "never") else Path(resume)
+        state = None if path is None else load_checkpoint(path, self.device)
+        if state is not None:
+            self._check_same(state, path)
+        config = self.config
+        seed_everything(config.seed)
+        set_algorithms(config)
+        self.loader = self._loader(self.train_set, shuffle=True, rank=rank(), world_size=world_size())
+        self.val_loader = self._loader(self.val_set, shuffle=False)
+        self.model = build_model(config).to(self.device)
+        if self.device.type == "cuda" or config.image_tower_mode != "cached":
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.start_from is not None:
+            load_start(self.model, config.start_from)
+        if config.interpolate_weights:
+            self.start = {name: weights.cpu().clone() for name, weights in self.model.state_dict().items()}
+        self.config = config = config.updated(precision=self._precision(state))
+        self.criterion = (self.given_criterion or build_loss(config)).to(self.device)
+        optimizer = build_optimizer(self.model, config)
+        self.engine = Engine(
+            self.model,
+            self.criterion,
+            optimizer,
+            build_scheduler(optimizer, config, len(self.loader)),
+            config,
+            negatives=build_negatives(config, self.model, self.train_set),
+            ema=EMA(self.model, config.ema_decay),
+            scaler=torch.amp.GradScaler(
+                self.device.type, enabled=config.precision == "fp16" and self.device.type == "cuda"
+            ),
+        )
+        if config.compile:
+            compile_model(self.model)
+        self.watch = Watch(config)
+        self.history: list[dict[str, float]] = []
+        self.progress = EpochProgress()
+        self.steps = 0
+        self.saved_at = time.monotonic()
+        torch.manual_seed(config.seed + rank())  # processes drop different units
+        if state is not None:
+            self._restore(state)
+        if is_main():
+            config.save(self.folder / "config.yaml")
+        self.board = Board(self.folder if config.tensorboard and is_main() else None, self.steps)
+
+    def _precision(self, state: dict[str, Any] | None) -> str:
+        """A run keeps the precision that it began with."""
+        if state is not None and self.config.precision == "auto":
+            return state["config"]["precision"]
+        batch = to_device(next(iter(self.loader)), self.device)
+        return from_main(choose_precision(self.config, self.model, batch))
+
+    def _loader(self, dataset: Any, **options: Any) -> DataLoader:
+        return make_loader(
+            dataset,
+            self.config.batch_size,
+            seed=self.config.seed,
+            num_workers=self.config.num_workers,
+            pin_memory=self.device.type == "cuda",
+            **options,
+        )
+
+    # --- state ---
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = {
+            "model": self.model,
+            "optimizer": self.engine.optimizer,
+            "scheduler": self.engine.scheduler,
+            "scaler": self.engine.scaler,
+            "negatives": self.engine.negatives,
+            "dataset": self.train_set,
+        }
+        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            **{name: part.state_dict() for name, part in self._stateful().items()},
+            "ema": {"step": self.engine.ema.step, "average": self.engine.ema.average},
+            "random": random_states(),
+            "history": self.history,
+            "progress": asdict(self.progress),
+            "steps": self.steps,
+            "micro_batch_size": self.engine.micro_batch_size,
+            "run": self.folder.name,
+            "config": self.config.model_dump(mode="json"),
+            "data": self.data,
+        }
+
+    def _check_same(self, state: dict[str, Any], path: Path | None) -> None:
+        """Raises: LabError if a checkpoint is another configuration's, with the fields that differ."""
+        if state["run"] != self.folder.name:
+            theirs = Config(**state["config"])
+            fields = [f"{n} ({b} there, {a} here)" for n, (a, b) in self.config.differences(theirs).items()]
+            raise LabError(
+                f"{path} belongs to another configuration: {', '.join(fields)}; set resume to 'never'."
+            )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Put a checkpoint's state into the parts."""
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+        self.engine.ema.step, self.engine.ema.average = state["ema"]["step"], state["ema"]["average"]
+        self.engine.micro_batch_size = state["micro_batch_size"]
+        self.history, self.steps = state["history"], state["steps"]
+        self.progress = EpochProgress(**state["progress"])
+        if rank() == 0:
+            set_random_states(state["random"])
+        else:  # the checkpoint holds the main process's
+            torch.manual_seed(hash((self.config.seed, rank(), self.steps)))
+        kept = self.checkpoints / "best.safetensors"
+        if is_main() and kept.is_file() and not (self.folder / "best.safetensors").is_file():
+            shutil.copyfile(kept, self.folder / "best.safetensors")  # the run's folder was lost, not this one
+
+    def save(self) -> None:
+        if is_main():
+            save_checkpoint(self.checkpoints, self._state(), self.steps)
+        self.saved_at = time.monotonic()
+
+    # --- the run ---
+
+    def run(self, stop: threading.Event, on_epoch: OnEpoch | None = None) -> None:
+        """Train to the end, or to the first step after `stop` is set."""
+        total = self.config.num_epochs * len(self.loader)
+        with tqdm(
+            total=total, initial=self.steps, desc=self.folder.name, unit="step", disable=not self.show
+        ) as bar:
+            for epoch in range(len(self.history), self.config.num_epochs):
+                if self._out_of_patience():
+                    bar.write(
+                        f"no better {self.config.best_metric} in {self.config.patience} validations: done."
+                    )
+                    break
+                try:
+                    self._epoch(epoch, stop, bar)
+                except Stopped:
+                    self.save()
+                    bar.write(
+                        f"stopped at epoch {epoch + 1}, step {self.progress.step}; run again to continue."
+                    )
+                    return
+                if on_epoch is not None and is_main():
+                    on_epoch(pd.DataFrame(self.history))
+        self._mix_weights()
+        self._write_training(finished=True)
+        self.board.close()
+        barrier()
+
+    def _epoch(self, epoch: int, stop: threading.Event, bar: tqdm) -> None:
+        bar.set_description(f"{self.folder.name}, epoch {epoch + 1} of {self.config.num_epochs}")
+        self.model.hold_towers(epoch < self.config.freeze_tower_epochs)
+        if hasattr(self.train_set, "refresh") and self.progress.step == 0:
+            self.train_set.refresh(self.model, epoch, self.config)
+
+        def after_step(read: Callable[[], None]) -> None:
+            self.steps += 1
+            if any_of(stop.is_set(), self.device):
+                read()
+                raise Stopped
+            if time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes:
+                read()
+                self.save()
+
+        trained = run_epoch(
+            self.engine, self.loader, epoch, progress=self.progress, after_step=after_step, bar=bar
+        )
+        uniform = self.progress.uniform_sum / self.progress.images
+        self.watch.after_epoch(self.model, trained["train_loss"], uniform, self.steps)
+        row = {"epoch": epoch + 1, **trained, **self._validated(epoch)}
+        row["peak_memory_gb"] = peak_memory_gb(self.device)
+        if hasattr(self.train_set, "seconds"):
+            row["mining_seconds"] = self.train_set.seconds
+        self.history.append({name: float(value) for name, value in row.items()})
+        self.progress = EpochProgress()
+        if is_main():
+            with atomic_path(self.folder / "history.csv") as beside:
+                pd.DataFrame(self.history).to_csv(beside, index=False)
+            self.board.add(self.history[-1], self.steps)
+            self._keep_epoch(epoch + 1)
+        self.save()
+        self._write_training(finished=False)
+
+    def _validated(self, epoch: int) -> dict[str, float]:
+        """Validation figures where this epoch has any, measured by the main process; the best weights kept."""
+        last = epoch + 1 == self.config.num_epochs
+        if (epoch + 1) % self.config.eval_every and not last:
+            return {}
+        found: dict[str, float] = {}
+        if is_main():
+            with self.engine.ema.applied(self.model):
+                validated = validate(self.model, self.val_loader, self.criterion, self.config)
+                self._keep_best(validated)
+            self.watch.after_validation(validated)
+            found = {k: float(v) for k, v in validated.items() if isinstance(v, (int, float))}
+        return from_main(found)
+
+    def _scores(self) -> list[float]:
+        """Goodness of each validation so far."""
+        metric = self.config.best_metric
+        return [goodness(row[metric], metric) for row in self.history if metric in row]
+
+    def _out_of_patience(self) -> bool:
+        scores, patience = self._scores(), self.config.patience
+        return (
+            patience is not None
+            and len(scores) > patience
+            and max(scores[:-patience]) >= max(scores[-patience:])
+        )
+
+    def _keep_best(self, validated: dict[str, Any]) -> None:
+        """Write best.safetensors, and what it is, if no earlier epoch was better."""
+        metric = self.config.best_metric
+        value = goodness(choose(validated, metric, "best_metric"), metric)
+        if math.isnan(value):
+            raise LabError(f"best_metric {metric!r} is nan on the validation split; choose another.")
+        if value > max(self._scores(), default=-math.inf):
+            self._write_weights("best", len(self.history) + 1)
+
+    def _keep_epoch(self, epoch: int) -> None:
+        every = self.config.keep_every_epochs
+        if every is not None and epoch % every == 0:
+            with self.engine.ema.applied(self.model):
+                self._write_weights(f"epoch_{epoch:03d}", epoch)
+
+    def _write_weights(self, name: str, epoch: int, **about: str) -> None:
+        weights = {name: tensor.contiguous().cpu() for name, tensor in self.model.state_dict().items()}
+        folders = {self.folder, self.checkpoints} if self.config.checkpoint_dir else {self.folder}
+        for folder in folders:
+            with atomic_path(folder / f"{name}.safetensors") as beside:
+                save_file(weights, beside, metadata={"run": self.folder.name, "epoch": str(epoch), **about})
+
+    def _mix_weights(self) -> None:
+        """WiSE-FT: keep the mixture of starting and best weights that validates best."""
+        if not self.config.interpolate_weights or not is_main():
+            return
+        from interpolation import mix_weights
+
+        path = self.folder / "best.safetensors"
+        with safe_open(path, "pt") as file:
+            if "share_of_training" in (file.metadata() or {}):
+                return  # mixed before, and killed just after
+        best: dict[str, Tensor] = load_file(path)
+        metric = self.config.best_metric
+
+        def score() -> float:
+            validated = validate(self.model, self.val_loader, self.criterion, self.config)
+            return goodness(validated[metric], metric)
+
+        share, table = mix_weights(self.model, self.start, best, score)
+        table.to_csv(self.folder / "interpolation.csv", index=False)
+        self._write_weights(
+            "best", int(pd.DataFrame(self.history)["epoch"].max()), share_of_training=f"{share:g}"
+        )
+
+    def _write_training(self, finished: bool) -> None:
+        if not is_main():
+            return
+        seconds = sum(row["train_seconds"] for row in self.history)
+        write_json(
+            self.folder / "training.json",
+            {
+                "finished": finished,
+                "epochs": len(self.history),
+                "train_seconds": round(seconds, 1),
+                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.device}",
+                "processes": world_size(),
+                "precision": self.config.precision,
+                "micro_batch_size": self.engine.micro_batch_size,
+                "torch": torch.__version__,
+                "data": self.data,
+            },
+        )
+
+
+def _described(dataset: Any) -> dict[str, Any]:
+    """What a dataset says it holds; of a user's own, its class and length."""
+    if hasattr(dataset, "describe"):
+        return dataset.describe()
+    return {"splits": type(dataset).__name__, "images": len(dataset), "sha256": f"{len(dataset)}"}
+
+
+def set_algorithms(config: Config) -> None:
+    """TensorFloat-32, and whether only algorithms that give the same bits every time may run."""
+    torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.use_deterministic_algorithms(config.deterministic)
+
+
+def compile_model(model: nn.Module) -> None:
+    """Compile in place; what cannot be compiled runs as it is."""
+    torch._dynamo.config.suppress_errors = True
+    model.compile()

@@ -1,0 +1,67 @@
+"""Warnings while a run trains, each given once, each with what to try."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+from torch import Tensor
+
+from config import Config
+from losses import ALIASES
+from models import MAX_LOGIT_SCALE, CLIPModel
+
+NEAR_UNIFORM = 0.99  # of the loss of equal logits
+STEPS_BEFORE_UNIFORM = 50  # warm-up may well take that long
+LEAST_SPREAD = 0.02
+
+
+class TrainingWarning(UserWarning):
+    """Training goes on, but probably not as meant."""
+
+
+def feature_spread(features: Tensor) -> float:
+    """1 - the mean cosine between rows of normalised features (N, D): 0 where all are one, near 1 at best."""
+    return 1 - features.float().mean(dim=0).square().sum().item()
+
+
+class Watch:
+    """Looks at a run after each epoch.
+
+    A loss near that of equal logits says that nothing was learned (open_clip#17 tells of it); a temperature at
+    its clamp, that logits want to grow without end; features all in one place, that the model collapsed.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.is_softmax = ALIASES.get(config.loss, config.loss) == "infonce" and not config.focal_gamma
+        self.learns_temperature = config.learn_temperature
+        self.given: set[str] = set()
+
+    def _warn(self, what: str, advice: str) -> None:
+        if what not in self.given:
+            self.given.add(what)
+            warnings.warn(f"{what}; {advice}", TrainingWarning, stacklevel=3)
+
+    def after_epoch(self, model: CLIPModel, loss: float, uniform: float, steps: int) -> None:
+        """Args: loss and uniform: means over the epoch; steps: taken since the run began."""
+        if self.is_softmax and steps >= STEPS_BEFORE_UNIFORM and loss > NEAR_UNIFORM * uniform:
+            self._warn(
+                "the loss stays at that of equal logits",
+                "see whether the model fits 128 images at all (train.py --overfit 128), then try another "
+                "learning_rate or a longer warm-up",
+            )
+        if self.learns_temperature and model.logit_scale.item() >= MAX_LOGIT_SCALE - 1e-4:
+            self._warn(
+                "the temperature is at its clamp of 0.01",
+                "the batch is fitted: more dropout or augmentation, fewer epochs, or a fixed temperature",
+            )
+
+    def after_validation(self, validated: dict[str, float]) -> None:
+        """Args: figures of the validation split, with `image_spread` and `text_spread` where it has them."""
+        for kind in ("image", "text"):
+            spread = validated.get(f"{kind}_spread", 1.0)
+            if spread < LEAST_SPREAD or math.isnan(spread):
+                self._warn(
+                    f"the {kind} features have collapsed into one place",
+                    "lower the learning_rate, or begin with a milder loss (triplet_mining 'mean' or 'semi_hard')",
+                )
