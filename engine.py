@@ -148,10 +148,10 @@ class Engine:
                 states.append(_random_state(self.device))
                 parts.append(self._forward(piece))
         joined = {
-            name: torch.cat([part[name] for part in parts]) if first.ndim else first.clone()
+            name: torch.cat([part[name] for part in parts]) if first.ndim else first
             for name, first in parts[0].items()
         }
-        return {name: rows.requires_grad_() for name, rows in joined.items()}, states
+        return {name: rows.detach().clone().requires_grad_() for name, rows in joined.items()}, states
 
     def _second_pass(self, pieces: list[Batch], states: list[Tensor], grads: Features) -> None:
         """The same pieces with a graph, each given its rows' gradients."""
@@ -221,8 +221,5 @@ def _set_random_state(state: Tensor, device: torch.device) -> None:
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     """CUDA and MPS have a type for it; the CPU's allocator only words."""
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "not enough memory" in str(error)
-        or "out of memory" in str(error)
-    )
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

@@ -22,6 +22,7 @@ from config import Config
 from errors import choose
 from margin_losses import ContrastiveLoss, TripletLoss
 from matching import match_mask
+from swap_loss import SwapMarginLoss
 
 SCORES_AT_ONCE = 1 << 25  # 128 MiB of float32: a larger gallery passes in pieces, recomputed backwards
 
@@ -173,7 +174,8 @@ def build_loss(config: Config) -> nn.Module:
     """The loss of a configuration; it is given the fields its class names, under their own names."""
     make = choose(LOSSES, ALIASES.get(config.loss, config.loss), "loss")
     taken = inspect.signature(make).parameters
-    return make(**{name: config[name] for name in taken if name in Config.model_fields})
+    loss = make(**{name: config[name] for name in taken if name in Config.model_fields})
+    return SwapMarginLoss(loss, config.swap_weight, config.swap_margin) if config.swap_weight else loss
 
 
 def has_bias(config: Config) -> bool:

@@ -153,7 +153,7 @@ def _bank(config: Config, model: CLIPModel, dataset: Any) -> BatchNegatives:
         raise LabError(
             "negatives 'bank' needs cached captions; set text_tower_mode to 'cached', or negatives to 'queue'."
         )
-    ids = torch.from_numpy(dataset.table.caption_image_ids)
+    ids = torch.from_numpy(getattr(dataset, "table", dataset).caption_image_ids)
     return BankNegatives(model, dataset.text_features, ids, config.bank_refresh_steps)
 
 

@@ -130,7 +130,7 @@ class EMA:
 
 def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager:
     """Mixed precision of the forward pass; `auto`, where nobody measured, is bf16 or fp16 on a GPU, else fp32."""
-    precision = config.precision
+    precision: str = config.precision
     if precision == "auto":
         half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
         precision = half if device.type == "cuda" else "fp32"

@@ -45,7 +45,7 @@ def choose_precision(config: Config, model: CLIPModel, batch: dict[str, Any]) ->
 
 def _key(config: Config) -> str:
     """What the answer depends on: the machine and everything that shapes the model."""
-    fields = [n for n in config.keys() if n.startswith(("image_", "text_", "head_", "use_", "embed_"))]
+    fields = [n for n in Config.model_fields if n.startswith(("image_", "text_", "head_", "use_", "embed_"))]
     shape = [f"{name}={config[name]}" for name in fields]
     return fingerprint([platform.node(), platform.processor(), str(torch.get_num_threads()), *shape])[:16]
 

@@ -62,7 +62,7 @@ def overfit(config: Config, images: int = 128, *, steps: int = 300, show: bool =
     Returns: one row: images, steps, the last loss, and `accuracy`, the best mean of both Recall@1 in [0, 1].
         Under 0.95 something is broken, or the learning rate is off.
     """
-    still = {name: Config()[name] for name in config.keys() if name.startswith("augment_")}
+    still = {name: Config()[name] for name in Config.model_fields if name.startswith("augment_")}
     batch = min(images, config.batch_size)
     few = config.updated(
         **still,

@@ -29,6 +29,7 @@ from dataset import make_loader, prepare_data
 from distributed import any_of, barrier, from_main, is_main, join_group, rank, world_size
 from engine import Engine
 from errors import LabError, choose
+from interpolation import mix_weights
 from interrupts import Stopped
 from logs import Board, peak_memory_gb
 from models import build_loss, build_model
@@ -217,6 +218,9 @@ class Trainer:
         if is_main() and kept.is_file() and not (self.folder / "best.safetensors").is_file():
             shutil.copyfile(kept, self.folder / "best.safetensors")  # the run's folder was lost, not this one
 
+    def _is_due(self) -> bool:
+        return time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
+
     def save(self) -> None:
         if is_main():
             save_checkpoint(self.checkpoints, self._state(), self.steps)
@@ -262,7 +266,7 @@ class Trainer:
             if any_of(stop.is_set(), self.device):
                 read()
                 raise Stopped
-            if time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes:
+            if self._is_due():
                 read()
                 self.save()
 
@@ -282,7 +286,8 @@ class Trainer:
                 pd.DataFrame(self.history).to_csv(beside, index=False)
             self.board.add(self.history[-1], self.steps)
             self._keep_epoch(epoch + 1)
-        self.save()
+        if self.config.best_metric in self.history[-1] or self._is_due():
+            self.save()
         self._write_training(finished=False)
 
     def _validated(self, epoch: int) -> dict[str, float]:
@@ -338,8 +343,6 @@ class Trainer:
         """WiSE-FT: keep the mixture of starting and best weights that validates best."""
         if not self.config.interpolate_weights or not is_main():
             return
-        from interpolation import mix_weights
-
         path = self.folder / "best.safetensors"
         with safe_open(path, "pt") as file:
             if "share_of_training" in (file.metadata() or {}):

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from augment import augment
+from augment import augment, augment_parts
 from checkpoints import (
     last_checkpoint,
     load_checkpoint,
@@ -125,8 +125,9 @@ def run_epoch(
     progress = progress or EpochProgress()
     meter = _Meter(engine, progress, epoch, bar)
     _start_at(loader, epoch, progress.step)
-    if hasattr(engine.criterion, "set_epoch"):
-        engine.criterion.set_epoch(epoch)
+    set_epoch = getattr(engine.criterion, "set_epoch", None)
+    if callable(set_epoch):
+        set_epoch(epoch)
     engine.model.train()
     mark = time.perf_counter()
     for batch in loader:
@@ -201,13 +202,14 @@ def _start_at(loader: DataLoader, epoch: int, step: int) -> None:
 
 
 def _augmented(batch: dict[str, Any], config: Config, epoch: int) -> Tensor:
-    """Pictures augmented by seed, epoch and image id; cached features as they are."""
+    """Pictures augmented by seed, epoch and id, each part by its own where a batch says so; features as they are."""
     images = batch["image"]
     if images.dtype != torch.uint8:
         return images
-    return augment(
+    make, ids = (augment_parts, "view_id") if "view_id" in batch else (augment, "image_id")
+    return make(
         images,
-        batch["image_id"],
+        batch[ids],
         seed=config.seed,
         epoch=epoch,
         crop_scale=config.augment_crop_scale,

@@ -1,0 +1,317 @@
+"""The step: pieces equal the whole, memory that runs out, negatives beyond the batch, several processes."""
+
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from torch import nn
+
+import towers
+from config import make_config
+from engine import Engine, split_batch
+from errors import LabError
+from losses import InfoNCELoss, SigmoidLoss
+from models import CLIPModel
+from negatives import BankNegatives, QueueNegatives, build_negatives
+from runs import load_run
+from train import fit
+
+
+class ConvTower(nn.Module):
+    """Two convolutions, small enough for double precision by hand."""
+
+    width = 6
+
+    def __init__(self, norm: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 5, 3, 2),
+            nn.BatchNorm2d(5) if norm else nn.GELU(),
+            nn.Dropout(0.2),
+            nn.Conv2d(5, 6, 3, 2),
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.body(images).mean(dim=(2, 3))
+
+
+def make_model(norm: bool = False, **options) -> CLIPModel:
+    torch.manual_seed(0)
+    return CLIPModel(
+        towers.CachedTower(7), ConvTower(norm), text_head="mlp", image_head="mlp", embed_dim=4, frozen=(),
+        head_hidden_dim=8, head_dropout=0.1, learn_temperature=True, **options,
+    )  # fmt: skip
+
+
+def make_batch(images: int = 10, captions: int = 3) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.arange(images) + 50
+    return {
+        "image": torch.randn(images, 3, 16, 16, generator=generator),
+        "text": torch.randn(images * captions, 7, generator=generator),
+        "image_id": ids,
+        "text_id": ids.repeat_interleave(captions),
+    }
+
+
+def engine_of(model: CLIPModel, criterion=None, negatives=None, **fields) -> Engine:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = make_config("flickr8k", max_grad_norm=1e9, **fields)
+    return Engine(model, criterion or InfoNCELoss(), optimizer, config=config, negatives=negatives)
+
+
+def gradients(engine: Engine, batch: dict) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    engine.gradients(batch)
+    return {name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None}
+
+
+def still(model: CLIPModel) -> CLIPModel:
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize("criterion", [InfoNCELoss(), SigmoidLoss()])
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_pieces_give_the_gradients_of_the_whole_batch(criterion, size):
+    bias = -2.0 if isinstance(criterion, SigmoidLoss) else None
+    whole = gradients(engine_of(still(make_model(logit_bias=bias)), criterion), make_batch())
+    pieces = gradients(
+        engine_of(still(make_model(logit_bias=bias)), criterion, micro_batch_size=size), make_batch()
+    )
+    assert whole.keys() == pieces.keys()
+    assert "logit_scale" in whole
+    for name, gradient in whole.items():
+        torch.testing.assert_close(pieces[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_the_whole_batch_is_what_autograd_gives():
+    model, batch = still(make_model()), make_batch()
+    found = gradients(engine_of(model), batch)
+    model.zero_grad()
+    ids = {"image_id": batch["image_id"], "text_id": batch["text_id"]}
+    InfoNCELoss()(**model(batch["image"], batch["text"]), **ids).backward()
+    assert all(torch.equal(found[name], p.grad) for name, p in model.named_parameters())
+
+
+def test_pieces_drop_the_same_units_in_both_passes():
+    model, batch = make_model(), make_batch()
+    seen = []
+    model.image_head.register_forward_hook(lambda module, given, out: seen.append(out.detach()))
+    gradients(engine_of(model, micro_batch_size=4), batch)
+    first, second = seen[:3], seen[3:]
+    assert len(seen) == 6
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_batch_norm_moves_its_statistics_once_and_frozen_ones_are_exact():
+    batch = make_batch()
+    model = still(make_model(norm=True))
+    gradients(engine_of(model, micro_batch_size=5), batch)
+    by_hand = still(make_model(norm=True))
+    for rows in batch["image"].split(5):
+        by_hand.encode_image(rows)
+    torch.testing.assert_close(
+        model.image_encoder.body[1].running_mean, by_hand.image_encoder.body[1].running_mean
+    )
+    frozen = {"norm": True, "freeze_batch_norm": True}
+    whole = gradients(engine_of(still(make_model(**frozen))), batch)
+    pieces = gradients(engine_of(still(make_model(**frozen)), micro_batch_size=3), batch)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(pieces[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_pieces_hold_every_image_and_caption_once():
+    batch = make_batch(10, 2)
+    pieces = split_batch(batch, 4)
+    assert [len(piece["image"]) for piece in pieces] == [3, 3, 4]
+    assert torch.equal(torch.cat([piece["text"] for piece in pieces]), batch["text"])
+    words = {**batch, "text": [f"caption {n}" for n in range(20)]}
+    assert sum((piece["text"] for piece in split_batch(words, 4)), []) == words["text"]  # noqa: RUF017
+
+
+class Greedy(ConvTower):
+    """Runs out of memory above some images at once."""
+
+    limit = 3
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > self.limit:
+            torch.rand(3)  # draws before it fails, as dropout would
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().forward(images)
+
+
+def test_out_of_memory_halves_the_pieces_and_repeats_the_step(capsys):
+    def trained(tower: nn.Module, size: int | None) -> tuple[torch.Tensor, Engine]:
+        model = make_model()
+        model.image_encoder = tower
+        tower.load_state_dict(make_model().image_encoder.state_dict())
+        engine = engine_of(model, micro_batch_size=size)
+        torch.manual_seed(3)
+        engine.step(make_batch())
+        return model.image_head[0].weight.detach(), engine
+
+    greedy, engine = trained(Greedy(), None)
+    assert engine.micro_batch_size == 3  # 10 -> 5 -> 3
+    assert "going on with micro_batch_size 3; the batch stays 10" in capsys.readouterr().out
+    assert torch.equal(greedy, trained(ConvTower(), 3)[0])
+
+
+def test_out_of_memory_on_one_image_says_so():
+    model = make_model()
+    model.image_encoder = Greedy()
+    model.image_encoder.limit = 0
+    with pytest.raises(LabError, match="memory ran out on a single image"):
+        engine_of(model).step(make_batch())
+
+
+def test_other_errors_pass():
+    model = make_model()
+    with pytest.raises(RuntimeError, match="channels"):
+        engine_of(model).step({**make_batch(), "image": torch.zeros(10, 4, 16, 16)})
+
+
+# --- negatives ---
+
+
+def test_a_queue_holds_recent_rows_and_sets_aside_the_batch_itself():
+    queue = QueueNegatives(size=4)
+    rows = F.normalize(torch.randn(6, 3), dim=1)
+    ids = torch.arange(6)
+    assert queue.extended({"image_features": rows[:2], "text_features": rows[:2]}, ids[:2], ids[:2])[
+        "image_id"
+    ].tolist() == [0, 1]
+    queue.after_step({"image_features": rows[:3], "text_features": rows[:3]}, ids[:3], ids[:3])
+    queue.after_step({"image_features": rows[3:5], "text_features": rows[3:5]}, ids[3:5], ids[3:5])
+    given = queue.extended({"image_features": rows[4:], "text_features": rows[4:]}, ids[4:], ids[4:])
+    assert given["image_id"].tolist() == [4, 5, -1, -1, -1]  # 3, 0, 1 are kept, 2 fell out, 4 is in the batch
+    assert torch.equal(given["text_features"][2:], rows[[3, 0, 1]])
+    again = QueueNegatives(size=4)
+    again.load_state_dict(queue.state_dict())
+    assert torch.equal(again.rows["text_features"], queue.rows["text_features"])
+
+
+def test_a_bank_by_hand():
+    model, batch = still(make_model()).eval(), make_batch(4, 2)
+    texts = torch.cat([batch["text"], torch.randn(6, 7)])
+    ids = torch.cat([batch["text_id"], torch.tensor([90, 90, 91, 91, 92, 92])])
+    bank = BankNegatives(model, texts, ids, refresh_steps=2)
+    engine = engine_of(model, negatives=bank)
+    loss = engine.gradients(batch)
+    features = model(batch["image"], texts)
+    logits = features["logit_scale"] * features["image_features"] @ features["text_features"].T
+    rows = logits.log_softmax(dim=1)
+    to_text = -torch.stack([rows[k, [2 * k, 2 * k + 1]].mean() for k in range(4)]).mean()
+    columns = logits.log_softmax(dim=0)
+    to_image = -torch.stack([columns[k // 2, k] for k in range(8)]).mean()
+    torch.testing.assert_close(loss, (to_text + to_image).detach() / 2)
+    assert engine.gallery == (4, 14)
+
+
+def test_a_bank_is_encoded_anew_and_tells_how_stale_it_was():
+    model, batch = still(make_model()), make_batch(4, 2)
+    bank = BankNegatives(model, batch["text"], batch["text_id"], refresh_steps=2)
+    engine = engine_of(model, negatives=bank)
+    for step in range(4):
+        before = None if bank.features is None else bank.features.clone()
+        engine.step(batch)
+        assert (before is None or not torch.equal(before, bank.features)) == (step % 2 == 0)
+    assert 0 < bank.log()["bank_staleness"] < 1
+    assert model.training
+    again = BankNegatives(model, batch["text"], batch["text_id"], refresh_steps=2)
+    again.load_state_dict(bank.state_dict())
+    assert torch.equal(again.features, bank.features)
+
+
+def test_a_bank_needs_cached_captions():
+    config = make_config("quickstart", negatives="bank")
+    with pytest.raises(LabError, match="set text_tower_mode to 'cached', or negatives to 'queue'"):
+        build_negatives(config, make_model(), type("Captions", (), {"text_features": None}))
+
+
+def test_a_large_gallery_passes_in_pieces(monkeypatch):
+    batch = make_batch()
+    whole = gradients(
+        engine_of(still(make_model()), InfoNCELoss(label_smoothing=0.1, focal_gamma=1.5)), batch
+    )
+    monkeypatch.setattr("losses.SCORES_AT_ONCE", 40)
+    pieces = gradients(
+        engine_of(still(make_model()), InfoNCELoss(label_smoothing=0.1, focal_gamma=1.5)), batch
+    )
+    for name, gradient in whole.items():
+        torch.testing.assert_close(pieces[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_to_train_says_so():
+    model = make_model().requires_grad_(False)
+    with pytest.raises(LabError, match="no feature depends on a trainable part"):
+        Engine(model, InfoNCELoss(), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)).gradients(
+            make_batch()
+        )
+
+
+# --- several processes ---
+
+TWO_PROCESSES = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+from distributed import join_group, rank, sum_gradients, world_size
+from test_engine import engine_of, make_batch, make_model, still
+join_group(torch.device("cpu"))
+assert world_size() == 2
+batch = make_batch(11, 3)
+cut = slice(0, 6) if rank() == 0 else slice(6, 11)  # unlike shares
+texts = slice(3 * cut.start, 3 * cut.stop)
+mine = {{"image": batch["image"][cut], "image_id": batch["image_id"][cut], "text": batch["text"][texts],
+        "text_id": batch["text_id"][texts]}}
+for size in (None, 2):
+    model = still(make_model())
+    engine_of(model, micro_batch_size=size).gradients(mine)
+    sum_gradients(model.parameters())
+    torch.save({{n: p.grad for n, p in model.named_parameters()}}, f"{{sys.argv[1]}}/{{rank()}}_{{size}}.pt")
+from config import load_config
+from train import fit
+fit(load_config(sys.argv[1] + "/config.yaml"), show=False)
+"""
+
+
+def test_two_processes_give_the_gradients_and_the_run_of_one(coco, tmp_path):
+    config = make_config(
+        "quickstart", data_dir=coco, cache_dir=tmp_path / "cache", runs_dir=tmp_path / "two", image_tower_mode="cached",
+        image_size=32, num_epochs=3, batch_size=10, warmup_steps=2, device="cpu", negatives="queue", queue_size=12,
+    )  # fmt: skip
+    alone = fit(config.updated(runs_dir=tmp_path / "one"), show=False)
+    config.save(tmp_path / "config.yaml")
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = gradients(engine_of(still(make_model())), make_batch(11, 3))
+    for process in range(2):
+        for size in (None, 2):
+            found = torch.load(tmp_path / f"{process}_{size}.pt", weights_only=True)
+            for name, gradient in one.items():
+                torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-6)
+    together = load_run(next((tmp_path / "two").iterdir()))
+    assert together.training["processes"] == 2
+    columns = ["train_loss", "val_loss", "i2t_recall@1", "t2i_recall@1", "learning_rate", "queue_rows"]
+    pd.testing.assert_frame_equal(together.history[columns], alone.history[columns], rtol=1e-5)

@@ -1,0 +1,258 @@
+"""What a run can be told: when to validate, stop, freeze, keep and begin; what it warns of."""
+
+import json
+import warnings
+
+import pandas as pd
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import precision
+import train
+from cli import run_command
+from config import make_config
+from engine import Engine
+from errors import LabError
+from losses import InfoNCELoss
+from models import MAX_LOGIT_SCALE, build_model
+from open_data import open_dataset
+from optimisation import SCHEDULES, build_optimizer, build_scheduler
+from train import Trainer, fit, overfit
+from watch import TrainingWarning, Watch, feature_spread
+
+
+@pytest.fixture
+def small(coco, tmp_path):
+    """Heads alone, over cached features: trains in a second."""
+    return make_config(
+        "quickstart", data_dir=coco, cache_dir=tmp_path / "cache", runs_dir=tmp_path / "runs", test_splits=("val",),
+        image_size=32, num_epochs=3, batch_size=8, warmup_steps=2, device="cpu", image_tower_mode="cached",
+    )  # fmt: skip
+
+
+def test_it_validates_when_told(small):
+    history = fit(small.updated(num_epochs=5, eval_every=2), show=False).history
+    assert history["rsum"].notna().tolist() == [False, True, False, True, True]  # the last one always
+    assert history["train_loss"].notna().all()
+
+
+def test_it_stops_when_patience_ends(small, capsys):
+    config = small.updated(num_epochs=40, patience=2, learning_rate=1e-9)
+    run = fit(config, show=False)
+    assert run.finished
+    assert len(run.history) == 3  # the first is best, and two are no better
+    assert fit(config, show=False).history.equals(run.history)
+
+
+def test_towers_wait_for_their_epochs(small):
+    config = small.updated(image_tower_mode="trainable", freeze_tower_epochs=2, num_epochs=3)
+    trainer = Trainer(config, show=False)
+    trainer.prepare("never")
+    parts = (trainer.model.image_encoder, trainer.model.image_head)
+    sums: list[list[float]] = []
+
+    def look(history: pd.DataFrame | None = None) -> None:
+        sums.append(
+            [sum(rows.double().sum().item() for rows in part.state_dict().values()) for part in parts]
+        )
+
+    look()
+    trainer.run(type("Never", (), {"is_set": lambda self: False})(), look)
+    assert sums[0][0] == sums[1][0] == sums[2][0] != sums[3][0]
+    assert len({head for _, head in sums}) == 4
+
+
+def test_checkpoints_lie_where_told_and_bring_a_lost_run_back(small, tmp_path):
+    config = small.updated(checkpoint_dir=tmp_path / "drive")
+    run = fit(config, show=False)
+    kept = tmp_path / "drive" / run.name
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "best.safetensors",
+        "step_000000006.pt",
+        "step_000000009.pt",
+    ]
+    history, weights = run.history, load_file(run.folder / "best.safetensors")
+    for path in run.folder.iterdir():
+        if path.is_file():
+            path.unlink()
+    again = fit(config, show=False)
+    assert again.finished
+    pd.testing.assert_series_equal(again.history["train_loss"], history["train_loss"]) if len(
+        again.history
+    ) else None
+    assert all(
+        torch.equal(rows, load_file(again.folder / "best.safetensors")[name])
+        for name, rows in weights.items()
+    )
+
+
+def test_weights_are_kept_every_few_epochs(small):
+    run = fit(small.updated(keep_every_epochs=2, num_epochs=4), show=False)
+    assert sorted(path.name for path in run.folder.glob("epoch_*")) == [
+        "epoch_002.safetensors",
+        "epoch_004.safetensors",
+    ]
+
+
+def test_the_history_says_what_it_cost(small):
+    history = fit(small, show=False).history
+    assert (history["images_per_second"] > 0).all()
+    assert history["data_share"].between(0, 1).all()
+    assert history["peak_memory_gb"].between(0.05, 100).all()
+
+
+def test_tensorboard_is_written_on_a_flag(small):
+    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = fit(small.updated(tensorboard=True), show=False)
+    events = tensorboard.EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    losses = [event.value for event in events.Scalars("train_loss")]
+    assert losses == pytest.approx(run.history["train_loss"].tolist())
+    assert [event.step for event in events.Scalars("rsum")] == [3, 6, 9]
+
+
+def test_it_starts_from_another_run_and_mixes_back(small):
+    first = fit(small, show=False)
+    config = small.updated(start_from=first.folder, interpolate_weights=True, learning_rate=0.1, num_epochs=1)
+    second = fit(config, show=False)
+    table = pd.read_csv(second.folder / "interpolation.csv")
+    assert table.iloc[0, 0] == 0
+    with safe_open(second.folder / "best.safetensors", "pt") as file:
+        share = float(file.metadata()["share_of_training"])
+    start, mixed = load_file(first.folder / "best.safetensors"), load_file(second.folder / "best.safetensors")
+    if share == 0:
+        assert all(torch.equal(start[name], mixed[name]) for name in start)
+    with pytest.raises(
+        LabError, match="does not fit: .* is missing there or of another shape; use the same heads"
+    ):
+        fit(config.updated(embed_dim=64), show=False)
+    with pytest.raises(LabError, match="holds no best.safetensors; train that run first"):
+        fit(config.updated(start_from="nowhere"), show=False)
+
+
+def test_a_loss_and_data_of_ones_own(small):
+    class Halved(InfoNCELoss):
+        def forward(self, *args, **ids):
+            return super().forward(*args, **ids) / 2
+
+    train_set = open_dataset(small, small.train_splits, progress=False)
+    own = fit(small, criterion=Halved(), train_set=train_set, show=False)
+    plain = fit(small, show=False)
+    assert own.name == f"{plain.name}_Halved_COCOClipDataset"
+    assert own.history["train_loss"][0] == pytest.approx(plain.history["train_loss"][0] / 2, rel=0.2)
+
+
+def test_overfit_learns_a_few_images_by_heart(small):
+    found = overfit(small.updated(learning_rate=3e-3), 16, steps=150, show=False)
+    assert found.loc[16, "accuracy"] > 0.95
+    assert overfit(small.updated(learning_rate=1e-9), 16, steps=20, show=False).loc[16, "accuracy"] < 0.6
+
+
+def test_overfit_from_a_shell(small, monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(
+        train, "overfit", lambda config, images: asked.append(images) or pd.DataFrame([{"accuracy": 1}])
+    )
+    run_command(train.main, "", [str(small.save(tmp_path / "config.yaml")), "--overfit", "128"])
+    assert asked == [128]
+    assert "accuracy" in capsys.readouterr().out
+
+
+# --- precision ---
+
+
+def test_precision_on_a_processor_is_measured_once(small, monkeypatch):
+    timings = iter([0.0, 2.0, 0.0, 1.0] * 3)
+    config = small.updated(image_tower_mode="trainable")
+    monkeypatch.setattr(precision, "time", type("Clock", (), {"perf_counter": lambda: next(timings)}))
+    monkeypatch.setattr(Engine, "gradients", lambda self, batch: None)
+    batch = {
+        "image_id": torch.arange(4),
+        "text_id": torch.arange(4),
+        "image": torch.zeros(4),
+        "text": ["a"] * 4,
+    }
+    assert precision.choose_precision(config, build_model(config), batch) == "bf16"
+    known = json.loads((config.cache_dir / "precision.json").read_text())
+    assert list(known.values()) == ["bf16"]
+    assert precision.choose_precision(config, build_model(config), batch) == "bf16"  # the clock has run out
+    assert precision.choose_precision(small, build_model(small), batch) == "fp32"
+    assert precision.choose_precision(config.updated(precision="fp16"), build_model(config), batch) == "fp16"
+
+
+def test_a_run_says_its_precision_and_keeps_it(small):
+    run = fit(small, show=False)
+    assert run.training["precision"] == run.config.precision == "fp32"
+    bf16 = fit(small.updated(precision="bf16", runs_dir=small.runs_dir / "half"), show=False)
+    assert bf16.config.precision == "bf16"
+    assert bf16.history["train_loss"][0] == pytest.approx(run.history["train_loss"][0], rel=0.05)
+
+
+def test_a_model_that_cannot_be_compiled_runs_as_it_is(small, monkeypatch):
+    called = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *a, **k: called.append(type(self).__name__))
+    assert fit(small.updated(compile=True), show=False).finished
+    assert called == ["CLIPModel"]
+    assert torch._dynamo.config.suppress_errors
+
+
+# --- schedules ---
+
+
+@pytest.mark.parametrize(
+    ("name", "progress", "expected"),
+    [("step", 0.3, 1.0), ("step", 0.5, 0.1), ("step", 1.0, 0.01), ("restarts", 0.0, 1.0), ("restarts", 0.5, 0.5),
+     ("restarts", 1 / 3, 1.0), ("restarts", 1.0, 0.0), ("linear", 0.25, 0.75), ("constant", 0.9, 1.0)],
+)  # fmt: skip
+def test_schedules_by_hand(name, progress, expected):
+    assert SCHEDULES[name](progress, 3) == pytest.approx(expected, abs=1e-9)
+
+
+def test_warm_up_in_epochs(small):
+    trainer = Trainer(small, show=False)
+    trainer.prepare("never")
+    config = small.updated(warmup_epochs=2.0, num_epochs=4)
+    scheduler = build_scheduler(build_optimizer(trainer.model, config), config, steps_per_epoch=5)
+    assert [scheduler.lr_lambdas[0](step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+
+
+# --- warnings ---
+
+
+class Model:
+    def __init__(self, scale: float) -> None:
+        self.logit_scale = torch.tensor(scale)
+
+
+def test_a_loss_that_stays_uniform_warns_once():
+    watch = Watch(make_config("quickstart"))
+    watch.after_epoch(Model(1.0), 4.99, 5.0, 49)  # too early to tell
+    with pytest.warns(TrainingWarning, match=r"stays at that of equal logits; see whether .* 128 images"):
+        watch.after_epoch(Model(1.0), 4.99, 5.0, 50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watch.after_epoch(Model(1.0), 4.99, 5.0, 51)
+        Watch(make_config("quickstart")).after_epoch(Model(1.0), 4.0, 5.0, 51)
+
+
+def test_a_temperature_at_its_clamp_warns():
+    with pytest.warns(TrainingWarning, match="at its clamp of 0.01; .*more dropout"):
+        Watch(make_config("quickstart", learn_temperature=True)).after_epoch(
+            Model(MAX_LOGIT_SCALE), 1.0, 5.0, 9
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Watch(make_config("quickstart")).after_epoch(Model(MAX_LOGIT_SCALE), 1.0, 5.0, 9)
+
+
+def test_collapsed_features_warn():
+    spread = torch.eye(8)
+    assert feature_spread(spread) == pytest.approx(1 - 1 / 8)
+    assert feature_spread(spread[:1].expand(8, 8)) == pytest.approx(0, abs=1e-6)
+    watch = Watch(make_config("quickstart"))
+    with pytest.warns(
+        TrainingWarning, match="the text features have collapsed into one place; lower the learning_rate"
+    ):
+        watch.after_validation({"image_spread": 0.5, "text_spread": 0.001})
