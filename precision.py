@@ -17,21 +17,21 @@ from engine import Engine
 from models import CLIPModel, build_loss
 
 WORTH_IT = 0.9  # bf16 must take at most this share of fp32's time
-IMAGES = 8
+IMAGES = 8  # of pictures; cached features are measured by the whole batch
 
 
 def choose_precision(config: Config, model: CLIPModel, batch: dict[str, Any]) -> str:
     """fp32, bf16 or fp16: as configured, or what suits the model's device.
 
-    On a CPU a model with a tower to run is measured once and the answer kept in the cache folder, so that a run
-    that is started again computes the same.
+    On a CPU the model is measured once and the answer kept in the cache folder, so that a run that is started
+    again computes the same.
     """
     device = model.logit_scale.device
     if config.precision != "auto":
         return config.precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    if device.type != "cpu" or config.image_tower_mode == config.text_tower_mode == "cached":
+    if device.type != "cpu":
         return "fp32"
     path = config.cache_dir / "precision.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -53,7 +53,9 @@ def _key(config: Config) -> str:
 def _bf16_is_faster(config: Config, model: CLIPModel, batch: dict[str, Any]) -> bool:
     """One step of a copy of the model on a few images, each way the better of two, random states untouched."""
     states = random_states()
-    images = min(IMAGES, len(batch["image_id"]))
+    images = len(batch["image_id"])
+    if config.image_tower_mode != "cached":
+        images = min(IMAGES, images)
     texts = max(images, len(batch["text_id"]) * images // len(batch["image_id"]))
     few = {
         "image": batch["image"][:images],
