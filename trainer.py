@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compat import get_device
+from compat import get_device, reuse_freed_memory
 
 import pandas as pd
 import torch
@@ -62,6 +62,7 @@ class Trainer:
     ) -> None:
         self.device = get_device(config.device)
         join_group(self.device)
+        reuse_freed_memory()
         self.config, self.given_criterion = config, criterion
         self.show = show and is_main()
         own = [type(part).__name__ for part in (criterion, train_set, val_set) if part is not None]
