@@ -182,7 +182,7 @@ def test_freed_memory_is_kept_for_reuse():
         "if sys.argv[1] == 'kept': compat.reuse_freed_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "torch.zeros(1 << 24); before = faults()\n"
-        "for _ in range(5): torch.ones(1 << 24)\n"
+        "for _ in range(20): torch.ones(1 << 24)\n"
         "print(faults() - before)"
     )
     counts = {}
@@ -192,4 +192,4 @@ def test_freed_memory_is_kept_for_reuse():
         )
         counts[how] = int(done.stdout)
     if sys.platform == "linux":
-        assert counts["kept"] < counts["returned"] / 10
+        assert counts["kept"] < counts["returned"] / 3
