@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: lab test install jupyter bench clean
+.PHONY: lab test soak install jupyter bench clean
 
 lab: install  ## run main.ipynb headless: results, executed notebook, HTML, figures
 	$(BIN)/python run_notebook.py main.ipynb
@@ -11,6 +11,9 @@ test: install  ## lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+soak: install  ## kill a training run at twenty random moments; each must end with the same bits
+	OMP_NUM_THREADS=1 KILLS=20 $(BIN)/pytest tests/test_kill.py -n 2
 
 install: .venv/.installed
 
