@@ -74,6 +74,7 @@ class Engine:
         if self.scheduler is not None:
             self.scheduler.step()
         self.ema.update(self.model)
+        self.negatives.after_step(batch)
         return loss
 
     def _gradients_in_memory(self, batch: Batch) -> Tensor:
@@ -136,9 +137,7 @@ class Engine:
         whole = {k: gather_rows(v) if v.ndim else v for k, v in leaves.items()}
         given = self.negatives.extended(whole, image_id, text_id)
         self.gallery = len(given["image_id"]), len(given["text_id"])
-        loss = self.criterion(**given)
-        self.negatives.after_step(whole, image_id, text_id)
-        return loss
+        return self.criterion(**given)
 
     def _first_pass(self, pieces: list[Batch]) -> tuple[Features, list[Tensor]]:
         """Features of all pieces without a graph, and the random state each began with."""

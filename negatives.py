@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from config import Config
+from distributed import gather_rows
 from errors import LabError, choose
 from models import CLIPModel
+from optimisation import EMA
 
 Features = dict[str, Tensor]
 CAPTIONS_AT_ONCE = 8192
@@ -20,10 +23,10 @@ class BatchNegatives:
     """The batch alone. The base of the others."""
 
     def extended(self, features: Features, image_id: Tensor, text_id: Tensor) -> Features:
-        """The loss's arguments: features and ids, with negatives as further rows of id -1."""
+        """The loss's arguments: features and ids, with further rows."""
         return {**features, "image_id": image_id, "text_id": text_id}
 
-    def after_step(self, features: Features, image_id: Tensor, text_id: Tensor) -> None:
+    def after_step(self, batch: dict[str, Any]) -> None:
         """Take note of a batch, once the step is done."""
 
     def log(self) -> dict[str, float]:
@@ -37,49 +40,52 @@ class BatchNegatives:
         pass
 
 
-def _others(rows: Tensor, ids: Tensor, batch_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows whose image is not in the batch, and ids of -1 for them."""
-    rows = rows[~torch.isin(ids, batch_ids)]
-    return rows, torch.full((len(rows),), -1, dtype=ids.dtype, device=ids.device)
-
-
 class QueueNegatives(BatchNegatives):
     """Features of recent batches, of images and of captions; those of an image in the batch stand aside.
 
-    Args: size: rows of either kind that are kept.
-    Source: MoCo, He et al. 2020, without the momentum encoder.
+    They are encoded by a running average of the model: against features of the model itself as it was some steps
+    ago, moving everything away from where it was would lower the loss, and nothing would be learned.
+
+    Args:
+        size: rows of either kind that are kept.
+        decay: of the average.
+    Source: MoCo, He et al. 2020, section 3.2; its table of momenta shows the failure without.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, model: CLIPModel, size: int, decay: float = 0.99) -> None:
+        self.model, self.size = model, size
+        self.average = EMA(model, decay)
         self.rows: dict[str, Tensor] = {}
 
     def extended(self, features: Features, image_id: Tensor, text_id: Tensor) -> Features:
         given = super().extended(features, image_id, text_id)
         for kind in ("image", "text") if self.rows else ():
-            kept, ids = _others(self.rows[f"{kind}_features"], self.rows[f"{kind}_id"], image_id)
-            given[f"{kind}_features"] = torch.cat([given[f"{kind}_features"], kept])
-            given[f"{kind}_id"] = torch.cat([given[f"{kind}_id"], ids])
+            ids = self.rows[f"{kind}_id"]
+            others = ~torch.isin(ids, image_id)
+            rows = self.rows[f"{kind}_features"][others]
+            given[f"{kind}_features"] = torch.cat([given[f"{kind}_features"], rows])
+            given[f"{kind}_id"] = torch.cat([given[f"{kind}_id"], torch.full_like(ids[others], -1)])
         return given
 
-    def after_step(self, features: Features, image_id: Tensor, text_id: Tensor) -> None:
-        new = {
-            "image_features": features["image_features"].detach(),
-            "text_features": features["text_features"].detach(),
-            "image_id": image_id,
-            "text_id": text_id,
-        }
-        for name, rows in new.items():
-            self.rows[name] = torch.cat([rows, self.rows.get(name, rows[:0])])[: self.size]
+    @torch.no_grad()
+    def after_step(self, batch: dict[str, Any]) -> None:
+        self.average.update(self.model)
+        with self.average.applied(self.model), in_eval_mode(self.model):
+            features = self.model(batch["image"], batch["text"])
+        for kind in ("image", "text"):
+            new = {f"{kind}_features": features[f"{kind}_features"], f"{kind}_id": batch[f"{kind}_id"]}
+            for name, rows in new.items():
+                rows = gather_rows(rows)
+                self.rows[name] = torch.cat([rows, self.rows.get(name, rows[:0])])[: self.size]
 
     def log(self) -> dict[str, float]:
         return {"queue_rows": float(len(self.rows.get("text_id", ())))}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
+        return {"rows": self.rows, "average": self.average.average, "step": self.average.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows = state["rows"]
+        self.rows, self.average.average, self.average.step = state["rows"], state["average"], state["step"]
 
 
 class BankNegatives(BatchNegatives):
@@ -87,6 +93,8 @@ class BankNegatives(BatchNegatives):
 
     Where the text head learns, the captions are encoded anew every `refresh_steps` steps, without gradients
     and without dropout; `bank_staleness` in the history is the mean cosine distance that a refresh moved them by.
+    The batch's own captions stay in the bank as matches: were only the others old, moving away from all that is
+    old would lower the loss.
 
     Args:
         model: whose text head encodes.
@@ -106,10 +114,10 @@ class BankNegatives(BatchNegatives):
 
     @torch.no_grad()
     def _encode(self) -> None:
-        training = self.model.training
-        self.model.eval()
-        pieces = [self.model.encode_text(rows.to(self.device)) for rows in self.texts.split(CAPTIONS_AT_ONCE)]
-        self.model.train(training)
+        with in_eval_mode(self.model):
+            pieces = [
+                self.model.encode_text(rows.to(self.device)) for rows in self.texts.split(CAPTIONS_AT_ONCE)
+            ]
         new = torch.cat(pieces)
         if self.features is not None:
             self.staleness = 1 - (new * self.features).sum(dim=1).mean().item()
@@ -120,15 +128,14 @@ class BankNegatives(BatchNegatives):
         if self.features is None or (self.learns and self.steps % self.refresh_steps == 0):
             self._encode()
         assert self.features is not None
-        kept, ids = _others(self.features, self.ids, image_id)
         return {
             **features,
-            "text_features": torch.cat([features["text_features"], kept]),
+            "text_features": torch.cat([features["text_features"], self.features]),
             "image_id": image_id,
-            "text_id": torch.cat([text_id, ids]),
+            "text_id": torch.cat([text_id, self.ids]),
         }
 
-    def after_step(self, features: Features, image_id: Tensor, text_id: Tensor) -> None:
+    def after_step(self, batch: dict[str, Any]) -> None:
         self.steps += 1
 
     def log(self) -> dict[str, float]:
@@ -148,6 +155,17 @@ class BankNegatives(BatchNegatives):
         self.staleness = state["staleness"]
 
 
+@contextlib.contextmanager
+def in_eval_mode(model: CLIPModel) -> Iterator[None]:
+    """Within, nothing is dropped and BatchNorm's statistics stay."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def _bank(config: Config, model: CLIPModel, dataset: Any) -> BatchNegatives:
     if getattr(dataset, "text_features", None) is None:
         raise LabError(
@@ -159,7 +177,7 @@ def _bank(config: Config, model: CLIPModel, dataset: Any) -> BatchNegatives:
 
 NEGATIVES: dict[str, Callable[[Config, CLIPModel, Any], BatchNegatives]] = {
     "batch": lambda config, model, dataset: BatchNegatives(),
-    "queue": lambda config, model, dataset: QueueNegatives(config.queue_size),
+    "queue": lambda config, model, dataset: QueueNegatives(model, config.queue_size),
     "bank": _bank,
 }
 

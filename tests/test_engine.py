@@ -7,7 +7,6 @@ import sys
 import pandas as pd
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT
 from torch import nn
 
@@ -182,19 +181,36 @@ def test_other_errors_pass():
 # --- negatives ---
 
 
-def test_a_queue_holds_recent_rows_and_sets_aside_the_batch_itself():
-    queue = QueueNegatives(size=4)
-    rows = F.normalize(torch.randn(6, 3), dim=1)
-    ids = torch.arange(6)
-    assert queue.extended({"image_features": rows[:2], "text_features": rows[:2]}, ids[:2], ids[:2])[
-        "image_id"
-    ].tolist() == [0, 1]
-    queue.after_step({"image_features": rows[:3], "text_features": rows[:3]}, ids[:3], ids[:3])
-    queue.after_step({"image_features": rows[3:5], "text_features": rows[3:5]}, ids[3:5], ids[3:5])
-    given = queue.extended({"image_features": rows[4:], "text_features": rows[4:]}, ids[4:], ids[4:])
-    assert given["image_id"].tolist() == [4, 5, -1, -1, -1]  # 3, 0, 1 are kept, 2 fell out, 4 is in the batch
-    assert torch.equal(given["text_features"][2:], rows[[3, 0, 1]])
-    again = QueueNegatives(size=4)
+def test_a_queue_holds_recent_rows_of_the_average_and_sets_aside_the_batch():
+    model, batch = make_model().eval(), make_batch(6, 1)
+    queue = QueueNegatives(model, size=4, decay=0.5)
+    few = {kind: rows[:2] for kind, rows in batch.items()}
+    ids = batch["image_id"]
+    features = model(batch["image"], batch["text"])
+    assert queue.extended(features, ids, ids)["image_id"].tolist() == ids.tolist()
+    queue.after_step({kind: rows[:3] for kind, rows in batch.items()})
+    queue.after_step({kind: rows[3:5] for kind, rows in batch.items()})
+    given = queue.extended({k: v[4:] for k, v in features.items() if v.ndim}, ids[4:], ids[4:])
+    assert given["image_id"].tolist() == [
+        54,
+        55,
+        -1,
+        -1,
+        -1,
+    ]  # 53, 50, 51 are kept, 52 fell out, 54 is in the batch
+    torch.testing.assert_close(given["text_features"][2:], features["text_features"][[3, 0, 1]])
+    with torch.no_grad():
+        model.image_head[0].weight.mul_(-1)
+    queue.after_step(few)
+    share = 4 / 13  # (1 + step) / (10 + step) at the third step, less than 0.5
+    with torch.no_grad():
+        model.image_head[0].weight.mul_(1 - 2 * (share))
+    averaged = make_model().eval()
+    with torch.no_grad():
+        averaged.image_head[0].weight.mul_(share - (1 - share))
+    expected = averaged(few["image"], few["text"])["image_features"]
+    torch.testing.assert_close(queue.rows["image_features"][:2], expected)
+    again = QueueNegatives(model, size=4)
     again.load_state_dict(queue.state_dict())
     assert torch.equal(again.rows["text_features"], queue.rows["text_features"])
 
@@ -206,14 +222,16 @@ def test_a_bank_by_hand():
     bank = BankNegatives(model, texts, ids, refresh_steps=2)
     engine = engine_of(model, negatives=bank)
     loss = engine.gradients(batch)
-    features = model(batch["image"], texts)
+    features = model(batch["image"], torch.cat([batch["text"], texts]))
     logits = features["logit_scale"] * features["image_features"] @ features["text_features"].T
-    rows = logits.log_softmax(dim=1)
-    to_text = -torch.stack([rows[k, [2 * k, 2 * k + 1]].mean() for k in range(4)]).mean()
-    columns = logits.log_softmax(dim=0)
-    to_image = -torch.stack([columns[k // 2, k] for k in range(8)]).mean()
+    rows = logits.log_softmax(dim=1)  # 8 captions of the batch, then the bank's 14, of which 8 are the same
+    to_text = -torch.stack(
+        [rows[k, [2 * k, 2 * k + 1, 2 * k + 8, 2 * k + 9]].mean() for k in range(4)]
+    ).mean()
+    columns = logits[:, :16].log_softmax(dim=0)
+    to_image = -torch.stack([columns[k % 8 // 2, k] for k in range(16)]).mean()
     torch.testing.assert_close(loss, (to_text + to_image).detach() / 2)
-    assert engine.gallery == (4, 14)
+    assert engine.gallery == (4, 22)
 
 
 def test_a_bank_is_encoded_anew_and_tells_how_stale_it_was():
