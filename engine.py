@@ -74,7 +74,7 @@ class Engine:
         if self.scheduler is not None:
             self.scheduler.step()
         self.ema.update(self.model)
-        self.negatives.after_step(batch)
+        self.negatives.after_step()
         return loss
 
     def _gradients_in_memory(self, batch: Batch) -> Tensor:
@@ -107,6 +107,7 @@ class Engine:
     def gradients(self, batch: Batch) -> Tensor:
         """Fill every parameter's `.grad` with the whole batch's gradient. Returns: the loss, (), detached."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.negatives.before_step(batch)
         pieces = split_batch(batch, self.micro_batch_size)
         if len(pieces) == 1:
             features = self._forward(batch)

@@ -22,12 +22,15 @@ CAPTIONS_AT_ONCE = 8192
 class BatchNegatives:
     """The batch alone. The base of the others."""
 
+    def before_step(self, batch: dict[str, Any]) -> None:
+        """Look at this process's batch before the model does."""
+
     def extended(self, features: Features, image_id: Tensor, text_id: Tensor) -> Features:
         """The loss's arguments: features and ids, with further rows."""
         return {**features, "image_id": image_id, "text_id": text_id}
 
-    def after_step(self, batch: dict[str, Any]) -> None:
-        """Take note of a batch, once the step is done."""
+    def after_step(self) -> None:
+        """Take note of a step."""
 
     def log(self) -> dict[str, float]:
         """Figures for the history."""
@@ -41,42 +44,47 @@ class BatchNegatives:
 
 
 class QueueNegatives(BatchNegatives):
-    """Features of recent batches, of images and of captions; those of an image in the batch stand aside.
+    """Keys of this and of recent batches, of images and of captions; older ones of an image in the batch stand aside.
 
-    They are encoded by a running average of the model: against features of the model itself as it was some steps
-    ago, moving everything away from where it was would lower the loss, and nothing would be learned.
+    Keys are features by a running average of the model, without dropout. The batch's own keys count as matches
+    beside its features: were all that is old a negative, moving away from it would lower the loss.
 
     Args:
         size: rows of either kind that are kept.
         decay: of the average.
-    Source: MoCo, He et al. 2020, section 3.2; its table of momenta shows the failure without.
+    Source: MoCo, He et al. 2020, algorithm 1.
     """
 
     def __init__(self, model: CLIPModel, size: int, decay: float = 0.99) -> None:
         self.model, self.size = model, size
         self.average = EMA(model, decay)
+        self.keys: dict[str, Tensor] = {}
         self.rows: dict[str, Tensor] = {}
 
     def extended(self, features: Features, image_id: Tensor, text_id: Tensor) -> Features:
         given = super().extended(features, image_id, text_id)
-        for kind in ("image", "text") if self.rows else ():
-            ids = self.rows[f"{kind}_id"]
-            others = ~torch.isin(ids, image_id)
-            rows = self.rows[f"{kind}_features"][others]
-            given[f"{kind}_features"] = torch.cat([given[f"{kind}_features"], rows])
-            given[f"{kind}_id"] = torch.cat([given[f"{kind}_id"], torch.full_like(ids[others], -1)])
+        for kind, ids in (("image", image_id), ("text", text_id)):
+            old_ids = self.rows.get(f"{kind}_id", ids[:0])
+            others = ~torch.isin(old_ids, image_id)
+            strangers = torch.full_like(old_ids[others], -1)  # two old rows are no pair to learn from
+            fresh, keys = given[f"{kind}_features"], self.keys[f"{kind}_features"]
+            old_rows = self.rows.get(f"{kind}_features", keys[:0])[others]
+            given[f"{kind}_features"] = torch.cat([fresh, keys, old_rows])
+            given[f"{kind}_id"] = torch.cat([ids, ids, strangers])
         return given
 
     @torch.no_grad()
-    def after_step(self, batch: dict[str, Any]) -> None:
-        self.average.update(self.model)
+    def before_step(self, batch: dict[str, Any]) -> None:
         with self.average.applied(self.model), in_eval_mode(self.model):
             features = self.model(batch["image"], batch["text"])
-        for kind in ("image", "text"):
-            new = {f"{kind}_features": features[f"{kind}_features"], f"{kind}_id": batch[f"{kind}_id"]}
-            for name, rows in new.items():
-                rows = gather_rows(rows)
-                self.rows[name] = torch.cat([rows, self.rows.get(name, rows[:0])])[: self.size]
+        mine = {name: features[name] for name in ("image_features", "text_features")}
+        mine |= {name: batch[name] for name in ("image_id", "text_id")}
+        self.keys = {name: gather_rows(rows) for name, rows in mine.items()}
+
+    def after_step(self) -> None:
+        for name, keys in self.keys.items():
+            self.rows[name] = torch.cat([keys, self.rows.get(name, keys[:0])])[: self.size]
+        self.average.update(self.model)
 
     def log(self) -> dict[str, float]:
         return {"queue_rows": float(len(self.rows.get("text_id", ())))}
@@ -135,7 +143,7 @@ class BankNegatives(BatchNegatives):
             "text_id": torch.cat([text_id, self.ids]),
         }
 
-    def after_step(self, batch: dict[str, Any]) -> None:
+    def after_step(self) -> None:
         self.steps += 1
 
     def log(self) -> dict[str, float]:

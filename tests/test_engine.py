@@ -181,38 +181,44 @@ def test_other_errors_pass():
 # --- negatives ---
 
 
-def test_a_queue_holds_recent_rows_of_the_average_and_sets_aside_the_batch():
+def test_a_queue_holds_recent_keys_and_sets_aside_the_batch():
     model, batch = make_model().eval(), make_batch(6, 1)
-    queue = QueueNegatives(model, size=4, decay=0.5)
-    few = {kind: rows[:2] for kind, rows in batch.items()}
-    ids = batch["image_id"]
+    queue = QueueNegatives(model, size=4)
     features = model(batch["image"], batch["text"])
-    assert queue.extended(features, ids, ids)["image_id"].tolist() == ids.tolist()
-    queue.after_step({kind: rows[:3] for kind, rows in batch.items()})
-    queue.after_step({kind: rows[3:5] for kind, rows in batch.items()})
-    given = queue.extended({k: v[4:] for k, v in features.items() if v.ndim}, ids[4:], ids[4:])
-    assert given["image_id"].tolist() == [
-        54,
-        55,
-        -1,
-        -1,
-        -1,
-    ]  # 53, 50, 51 are kept, 52 fell out, 54 is in the batch
-    torch.testing.assert_close(given["text_features"][2:], features["text_features"][[3, 0, 1]])
-    with torch.no_grad():
-        model.image_head[0].weight.mul_(-1)
-    queue.after_step(few)
-    share = 4 / 13  # (1 + step) / (10 + step) at the third step, less than 0.5
-    with torch.no_grad():
-        model.image_head[0].weight.mul_(1 - 2 * (share))
-    averaged = make_model().eval()
-    with torch.no_grad():
-        averaged.image_head[0].weight.mul_(share - (1 - share))
-    expected = averaged(few["image"], few["text"])["image_features"]
-    torch.testing.assert_close(queue.rows["image_features"][:2], expected)
+
+    def extended(rows: slice) -> dict[str, torch.Tensor]:
+        some = {kind: values[rows] for kind, values in batch.items()}
+        fresh = {kind: values[rows] for kind, values in features.items() if values.ndim}
+        queue.before_step(some)
+        given = queue.extended(fresh, some["image_id"], some["text_id"])
+        queue.after_step()
+        return given
+
+    assert extended(slice(0, 3))["image_id"].tolist() == [50, 51, 52] * 2  # features and keys, nothing older
+    assert extended(slice(3, 5))["text_id"].tolist() == [53, 54] * 2 + [-1] * 3
+    given = extended(slice(4, 6))
+    assert (
+        given["image_id"].tolist() == [54, 55] * 2 + [-1] * 3
+    )  # 53, 50, 51 are kept; 52 fell out; 54 is here
+    torch.testing.assert_close(given["text_features"], features["text_features"][[4, 5, 4, 5, 3, 0, 1]])
     again = QueueNegatives(model, size=4)
     again.load_state_dict(queue.state_dict())
     assert torch.equal(again.rows["text_features"], queue.rows["text_features"])
+
+
+def test_keys_are_those_of_the_average():
+    model, batch = make_model().eval(), make_batch(4, 1)
+    queue = QueueNegatives(model, size=4, decay=0.5)
+    with torch.no_grad():
+        model.image_head[0].weight.mul_(-1)
+    queue.after_step()
+    averaged = make_model().eval()
+    with torch.no_grad():
+        averaged.image_head[0].weight.mul_(2 / 11 - 9 / 11)  # (1 + step) / (10 + step) of the old
+    expected = averaged(batch["image"], batch["text"])
+    queue.before_step(batch)
+    given = queue.extended(model(batch["image"], batch["text"]), batch["image_id"], batch["text_id"])
+    torch.testing.assert_close(given["image_features"][4:], expected["image_features"])
 
 
 def test_a_bank_by_hand():
@@ -304,7 +310,7 @@ fit(load_config(sys.argv[1] + "/config.yaml"), show=False)
 def test_two_processes_give_the_gradients_and_the_run_of_one(coco, tmp_path):
     config = make_config(
         "quickstart", data_dir=coco, cache_dir=tmp_path / "cache", runs_dir=tmp_path / "two", image_tower_mode="cached",
-        image_size=32, num_epochs=3, batch_size=10, warmup_steps=2, device="cpu", negatives="queue", queue_size=12,
+        image_size=32, num_epochs=3, batch_size=10, warmup_steps=2, device="cpu", negatives="queue", queue_size=12, precision="fp32",
     )  # fmt: skip
     alone = fit(config.updated(runs_dir=tmp_path / "one"), show=False)
     config.save(tmp_path / "config.yaml")
