@@ -108,7 +108,7 @@ def match_ranks(
     text_ids = as_ids(text_id, len(text_features), "text_id")
     layout = _lay_out(image_ids, text_ids, _distinct_images(image_features, image_ids))
     default = TILES.get(image_features.device.type, GPU_TILE)
-    with _full_float32():
+    with full_float32(), torch.inference_mode():  # products with `out=` ignore autocast
         tiles = _Tiles(image_features, text_features, layout, tile or default)
         scores = _match_scores(tiles, layout)
         better = _count_better(tiles, layout, scores)
@@ -231,13 +231,12 @@ def _lay_out(image_id: np.ndarray, text_id: np.ndarray, rows: np.ndarray) -> _La
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
-    """Products in true float32, whatever setting the training left behind; `out=` ignores autocast."""
+def full_float32() -> Iterator[None]:
+    """Within, products are made in true float32, whatever setting the training left behind."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(precision)
 
