@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def augment(
     seed: int,
     epoch: int,
     crop_scale: float = 1.0,
-    flip: float = 0.0,
+    flip: float | Tensor = 0.0,
     jitter: float = 0.0,
     rotation: float = 0.0,
     erasing: float = 0.0,
@@ -52,7 +53,7 @@ def augment(
         seed: seed of the run.
         epoch: number of the pass over the data.
         crop_scale: least area of a random resized crop, in (0, 1]; 1 is off.
-        flip: probability of a horizontal flip.
+        flip: probability of a horizontal flip, or (B,) bool: which pictures are flipped.
         jitter: brightness, contrast and saturation are each scaled by up to 1 +- jitter, in this order.
         rotation: largest angle in degrees; corners are filled by reflection.
         erasing: probability that a rectangle is overwritten with grey.
@@ -65,16 +66,30 @@ def augment(
     draws = draw(image_ids, seed=seed, epoch=epoch)
     if len(draws["flip"]) != len(images):
         raise LabError(f"augment takes one image id a picture, not {len(draws['flip'])} for {len(images)}.")
+    flips = flip.cpu().numpy() if isinstance(flip, Tensor) else draws["flip"] < flip
+    draws = {**draws, "flip": flips}
     pixels = images.permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3), no copy if channels_last
 
     def change(part: slice) -> Tensor:
         view, some = pixels[part], {name: values[part] for name, values in draws.items()}
-        if crop_scale < 1 or flip or rotation:
-            view = _move(view, some, crop_scale, flip, rotation)
+        if crop_scale < 1 or flips.any() or rotation:
+            view = _move(view, some, crop_scale, rotation)
         view = _colour(view, some, jitter) if jitter else view
         return _erase(view, some, erasing) if erasing else view
 
     return _finish(pixels, change, mean, std)
+
+
+def augment_parts(images: Tensor, part_ids: Tensor, **options: Any) -> Tensor:
+    """Pictures of several parts side by side, each part a view of its own.
+
+    Args:
+        images: (B, 3, H, P * W) uint8.
+        part_ids: (B, P) integers.
+        options: as `augment` takes them.
+    """
+    parts = zip(images.chunk(part_ids.shape[1], dim=3), part_ids.T, strict=True)
+    return torch.cat([augment(part, ids, **options) for part, ids in parts], dim=3)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -184,13 +199,13 @@ def _boxes(
 # --- geometry --------------------------------------------------------------------------------------
 
 
-def _move(pixels: Tensor, draws: Draws, crop_scale: float, flip: float, rotation: float) -> Tensor:
+def _move(pixels: Tensor, draws: Draws, crop_scale: float, rotation: float) -> Tensor:
     """Crop, flip and rotate (B, H, W, 3) uint8."""
     area = 1 - draws["crop_area"] * (1 - crop_scale)
     boxes = _boxes(
         area, CROP_RATIO, draws["crop_ratio"], (draws["crop_left"], draws["crop_top"]), pixels.shape
     )
-    flips = draws["flip"] < flip
+    flips = draws["flip"]  # (B,) bool by now
     if rotation or pixels.device.type != "cpu":
         return _sample(pixels, boxes, flips, np.radians(rotation) * (2 * draws["angle"] - 1))
     return _resize_boxes(pixels, boxes, flips)

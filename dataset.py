@@ -22,6 +22,7 @@ from cli import Parser, one_sentence
 from config import Config
 from errors import LabError
 from image_cache import ImageCache
+from paired_scenes import write_shapes
 from readers import READERS, read_captions
 from scenes import write_scenes
 from sources import SOURCES, fetch, is_linked
@@ -47,6 +48,8 @@ class COCOClipDataset(Dataset):
         captions_per_image: draw this many of an image's captions, anew each epoch; None: all.
         seed: of the draw.
     """
+
+    digests: tuple[str, ...] = ()  # of features made elsewhere, part of what `describe` tells
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class COCOClipDataset(Dataset):
             "images": len(self),
             "captions": self.num_captions,
             "left_out": self.left_out,
-            "sha256": fingerprint([*self.table.paths, *self.table.captions]),
+            "sha256": fingerprint([*self.table.paths, *self.table.captions, *self.digests]),
         }
 
     def set_epoch(self, epoch: int) -> None:
@@ -138,18 +141,21 @@ class COCOClipDataset(Dataset):
         batch = self.__getitems__([item])
         return {**batch, "image": batch["image"][0]}
 
+    def text_rows(self, items: np.ndarray) -> np.ndarray:
+        """Rows of the captions that a batch of some items brings."""
+        return self.caption_rows(self.rows[items])[0]
+
     def __getitems__(self, items: list[int]) -> Batch:
-        rows = self.rows[np.asarray(items)]
-        texts, counts = self.caption_rows(rows)
-        ids = self.table.image_ids[rows]
+        rows, texts = self.rows[np.asarray(items)], self.text_rows(np.asarray(items))
         return {
-            "image": self.images.gather(rows)
-            if isinstance(self.images, ImageCache)
-            else self.images[as_rows(rows)],
+            "image": self._images(rows),
             "text": self._texts(texts),
-            "image_id": torch.from_numpy(ids),
-            "text_id": torch.from_numpy(np.repeat(ids, counts)),
+            "image_id": torch.from_numpy(self.table.image_ids[rows]),
+            "text_id": torch.from_numpy(self.table.caption_image_ids[texts]),
         }
+
+    def _images(self, rows: np.ndarray) -> Tensor:
+        return self.images.gather(rows) if isinstance(self.images, ImageCache) else self.images[as_rows(rows)]
 
     def _texts(self, rows: np.ndarray) -> list[str] | Tensor:
         if self.text_features is not None:
@@ -271,6 +277,10 @@ def _read_once(reader: str, seed: int, data_dir: str, karpathy_file: str, cache_
     )
 
 
+DRAWN: dict[str, Callable[[Path], Path]] = {"scenes": write_scenes, "shapes": write_shapes}
+"""Sources that are generated on the spot."""
+
+
 def prepare_data(config: Config) -> Path:
     """Generate or fetch a configuration's data where its folder is missing and is the source's own.
 
@@ -285,7 +295,7 @@ def prepare_data(config: Config) -> Path:
         raise LabError(
             f"data_dir {folder} does not exist or is empty; give the folder of a captioned image set."
         )
-    return write_scenes(folder) if source == "scenes" else fetch(source, folder.parent)
+    return DRAWN[source](folder) if source in DRAWN else fetch(source, folder.parent)
 
 
 def split_sizes(config: Config) -> pd.DataFrame:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from compat import get_device
+from compat import get_device, reuse_freed_memory
 
 import numpy as np
 import pandas as pd
@@ -22,17 +22,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import towers
-from cache import as_rows, cached_features, fingerprint
+from cache import as_rows, cached_features, fill_share, fingerprint
 from captions import UNUSED, CaptionTable
 from cli import run_command
 from config import Config
 from dataset import COCOClipDataset, load_table, open_images, prepare_data
+from distributed import barrier, is_main, join_group, rank, world_size
 from errors import LabError
 from image_cache import ImageCache
 from models import CLIPModel, build_image_tower, build_text_tower
-from preencoded import write_pairs
+from preencoded import ENCODERS, write_pairs
+from training_set import captioned_set
 
 TOKENS_PER_BATCH = 4096
+TEXTS_PER_FILE, PICTURES_PER_FILE = 2048, 1024  # encoded between two writes: what an interruption costs
+WHOLE = (0, 1)
 PIXELS_PER_BATCH = {
     "cpu": 4 * 224**2
 }  # activations stay in the processor's cache: 2.5 to 3.6 times 64 pictures
@@ -64,6 +68,7 @@ def encode_images(
 ) -> Tensor:
     """(len(rows), width) float32 features of decoded pictures."""
     tower.eval()
+    reuse_freed_memory()
     device = next(tower.parameters()).device
     batch = max(1, PIXELS_PER_BATCH.get(device.type, 256 * 224**2) // images.size**2)
     features = []
@@ -118,11 +123,15 @@ def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
     return digest.hexdigest() if files else ""
 
 
-def cached_text_features(config: Config, captions: Sequence[str], *, progress: bool = True) -> Tensor:
+def cached_text_features(
+    config: Config, captions: Sequence[str], *, progress: bool = True, shard: tuple[int, int] = WHOLE
+) -> Tensor:
     """(T, width) float16 features of captions, from the cache or encoded now into it.
 
     The cache's name and header hold the digest of captions and weights, so another set of captions or
     another encoder never meets it.
+
+    Args: shard: (rank, world) of several processes that fill it together; each gets no rows back.
     """
     name = towers.text_model_name(config.text_tower, config.text_model)
     pooling, max_length = towers.TEXT_SETTINGS[config.text_tower]
@@ -142,14 +151,15 @@ def cached_text_features(config: Config, captions: Sequence[str], *, progress: b
         return encode_texts(tower[0], [captions[row] for row in rows], bar)
 
     with tqdm(total=len(captions), desc="captions", unit="", disable=not progress, delay=1) as bar:
-        return cached_features(path, header, len(captions), compute)
+        return _fill(path, header, len(captions), compute, shard, TEXTS_PER_FILE)
 
 
 def cached_image_features(
-    config: Config, table: CaptionTable, *, progress: bool = True
+    config: Config, table: CaptionTable, *, progress: bool = True, shard: tuple[int, int] = WHOLE
 ) -> tuple[Tensor, dict[int, str]]:
     """(I, width) float16 features of a table's pictures, and the rows that cannot be decoded with their cause.
 
+    Args: shard: as in `cached_text_features`.
     Raises: LabError where the tower's weights are random, for they would differ the next time.
     """
     if config.image_weights == "random":
@@ -169,12 +179,27 @@ def cached_image_features(
         return encode_images(tower[0], images, rows[np.asarray(chunk)], bar)
 
     with tqdm(total=len(rows), desc="pictures", unit="", disable=not progress, delay=1) as bar:
-        good = cached_features(path, header, len(rows), compute, chunk=1024)
-    if len(rows) == len(table):
+        good = _fill(path, header, len(rows), compute, shard, PICTURES_PER_FILE)
+    if len(rows) == len(table) or not len(good):
         return good, {}
     features = torch.full((len(table), good.shape[1]), float("nan"), dtype=good.dtype)
     features[as_rows(rows)] = good
     return features, images.bad
+
+
+def _fill(
+    path: Path,
+    header: dict[str, str],
+    num_rows: int,
+    compute: Callable[[Sequence[int]], Tensor],
+    shard: tuple[int, int],
+    chunk: int,
+) -> Tensor:
+    """The whole cache; or no rows, after computing one process's share of it."""
+    if shard == WHOLE:
+        return cached_features(path, header, num_rows, compute, chunk)
+    fill_share(path, header, num_rows, compute, shard, chunk)
+    return torch.empty(0, 0)
 
 
 def _cache_path(config: Config, kind: str, encoder: str, header: dict[str, str]) -> Path:
@@ -198,15 +223,7 @@ def open_captioned(config: Config, splits: Sequence[str], *, progress: bool = Tr
         images = open_images(
             table, config.cache_dir, config.image_size, config.image_resize, config.num_workers
         )
-    return COCOClipDataset(
-        "+".join(splits),
-        table=table,
-        images=images,
-        bad=bad,
-        text_features=texts,
-        captions_per_image=config.captions_per_image,
-        seed=config.seed,
-    )
+    return captioned_set(config, tuple(splits), table=table, images=images, bad=bad, text_features=texts)
 
 
 def text_cache_report(config: Config) -> pd.DataFrame:
@@ -265,26 +282,28 @@ def image_features(model: CLIPModel, config: Config, images: Tensor) -> Tensor:
     return model.encode_image(images).float().cpu()
 
 
-def preencode(config: Config, folder: str | Path, *, progress: bool = True) -> pd.DataFrame:
+def preencode(
+    config: Config, folder: str | Path, *, progress: bool = True, shard: tuple[int, int] = WHOLE
+) -> pd.DataFrame:
     """Encode every split's pictures and captions and write them to `folder`, one row a pair.
 
     The caches are filled on the way; interrupted, it continues from them. A tower that takes one size of
     picture gets it, whatever image_size says.
 
-    Returns: images, captions and pairs of each split, and the widths of their features.
+    Args:
+        shard: (rank, world) of several processes: each fills its share of the caches and writes no pairs; a
+            last call without it joins the shares.
+    Returns: images, captions and pairs of each split, and the widths of their features; of a share, nothing.
     """
-    size = towers.image_size(config.image_tower, config.image_weights) or config.image_size
-    if size != config.image_size:
-        print(f"pictures are {size} x {size} pixels, as image tower {config.image_tower!r} takes them.")
-        config = config.updated(image_size=size)
-    about = config.model_dump(
-        mode="json", include={"image_tower", "image_weights", "text_tower", "text_model"}
-    )
+    config = _at_its_size(config)
+    about = config.model_dump(mode="json", include=set(ENCODERS))
     rows = []
     for split in [split for split in load_table(config).split_sizes() if split != UNUSED]:
         table = load_table(config, (split,))
-        texts = cached_text_features(config, table.captions, progress=progress)
-        images, bad = cached_image_features(config, table, progress=progress)
+        texts = cached_text_features(config, table.captions, progress=progress, shard=shard)
+        images, bad = cached_image_features(config, table, progress=progress, shard=shard)
+        if shard != WHOLE:
+            continue
         pairs = write_pairs(folder, split, table, images, texts, bad=list(bad), about=about)
         rows.append(
             {
@@ -296,12 +315,32 @@ def preencode(config: Config, folder: str | Path, *, progress: bool = True) -> p
                 "text width": texts.shape[1],
             }
         )
-    return pd.DataFrame(rows).set_index("split")
+    return pd.DataFrame(rows).set_index("split") if rows else pd.DataFrame()
+
+
+def _at_its_size(config: Config) -> Config:
+    """The configuration at the only size of picture that its image tower takes, saying so."""
+    size = towers.image_size(config.image_tower, config.image_weights) or config.image_size
+    if size == config.image_size:
+        return config
+    print(f"pictures are {size} x {size} pixels, as image tower {config.image_tower!r} takes them.")
+    return config.updated(image_size=size)
 
 
 def main(config: Config, folder: str = "outputs/embeddings") -> None:
-    """Pre-encode a data set for training heads alone, and say where everything lies."""
-    prepare_data(config)
+    """Pre-encode a data set for training heads alone, and say where everything lies.
+
+    Under `accelerate launch encode.py ...` every process, each on its GPU, encodes its share.
+    """
+    join_group(get_device(config.device))
+    if is_main():
+        prepare_data(config)
+    barrier()
+    if world_size() > 1:
+        preencode(config, folder, progress=is_main(), shard=(rank(), world_size()))
+        barrier()
+    if not is_main():
+        return
     print(preencode(config, folder).to_string())
     print(f"{folder}: {{split}}_image_embeddings.pt, {{split}}_text_embeddings.pt, {{split}}_metadata.json")
     print(f"{config.cache_dir / 'features'}: the same by image and caption, for towers in mode 'cached'")

@@ -50,9 +50,21 @@ def read_sidecar(folder: DataFolder, *, seed: int = 0) -> TableBuilder:
             captions = caption if isinstance(caption, list) else [caption]
         for number, caption in enumerate(captions, start=1):
             table.add_caption(path, caption, file, f"caption {number}")
+    _note_lone_captions(table)
     if not splits:
         table.split_by_seed(seed)
     return table
+
+
+def _note_lone_captions(table: TableBuilder) -> None:
+    """Note the caption files whose picture is missing, in every folder that holds pictures."""
+    stems = {path.rpartition(".")[0] for path in table.images}
+    for place in sorted({path.rpartition("/")[0] for path in table.images}):
+        for name, is_folder in sorted(table.folder.listing(place).items()):
+            stem, _, ending = name.rpartition(".")
+            if ending == "txt" and not is_folder and join(place, stem) not in stems:
+                what = "a caption file without its picture"
+                table.folder.problems.add("missing image", place, what, name)
 
 
 def _metadata(table: TableBuilder, file: str) -> dict[str, Any]:

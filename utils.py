@@ -213,7 +213,7 @@ def _augmented(batch: dict[str, Any], config: Config, epoch: int) -> Tensor:
         seed=config.seed,
         epoch=epoch,
         crop_scale=config.augment_crop_scale,
-        flip=config.augment_flip,
+        flip=batch.get("flip", config.augment_flip),
         jitter=config.augment_jitter,
         rotation=config.augment_rotation,
         erasing=config.augment_erasing,
