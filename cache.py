@@ -112,22 +112,40 @@ def cached_features(
             except StaleCacheError as stale:
                 print(f"{stale} It is rebuilt.")
                 path.unlink()
-        parts = path.with_suffix(".parts")
-        for start in range(0, num_rows, chunk):
-            part, part_header = (
-                parts / f"{start:09d}.safetensors",
-                {**header, "start": str(start), "chunk": str(chunk)},
-            )
-            if not _is_good(part, part_header):
-                write_features(part, compute(range(start, min(start + chunk, num_rows))), part_header)
-        starts = range(0, num_rows, chunk)
-        pieces = [
-            open_features(parts / f"{i:09d}.safetensors", {**header, "start": str(i), "chunk": str(chunk)})
-            for i in starts
-        ]
+        fill_share(path, header, num_rows, compute, chunk=chunk)
+        pieces = [open_features(*_part(path, header, start, chunk)) for start in range(0, num_rows, chunk)]
         write_features(path, torch.cat(pieces), header)
-        shutil.rmtree(parts)
+        shutil.rmtree(path.with_suffix(".parts"))
         return open_features(path, header)
+
+
+def fill_share(
+    path: Path,
+    header: Header,
+    num_rows: int,
+    compute: Callable[[Sequence[int]], Tensor],
+    shard: tuple[int, int] = (0, 1),
+    chunk: int = 2048,
+) -> None:
+    """Compute one process's share of a cache: the chunks from `rank` on, every `world`-th.
+
+    `cached_features` joins the chunks of all, once they are there; a share that was cut goes on.
+
+    Args: shard: (rank, world).
+    """
+    rank, world = shard
+    if path.exists():
+        return
+    for start in range(rank * chunk, num_rows, world * chunk):
+        part, part_header = _part(path, header, start, chunk)
+        if not _is_good(part, part_header):
+            write_features(part, compute(range(start, min(start + chunk, num_rows))), part_header)
+
+
+def _part(path: Path, header: Header, start: int, chunk: int) -> tuple[Path, Header]:
+    """File and header of the chunk that starts there."""
+    name = path.with_suffix(".parts") / f"{start:09d}.safetensors"
+    return name, {**header, "start": str(start), "chunk": str(chunk)}
 
 
 def _is_good(path: Path, header: Header) -> bool:

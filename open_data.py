@@ -8,8 +8,14 @@ from typing import Any
 from config import Config
 from dataset import COCOClipDataset
 from encode import open_captioned
+from paired_data import open_paired
+from pairs_data import open_features, open_pairs
 
-OPENERS: dict[str, Callable[..., Any]] = {}
+OPENERS: dict[str, Callable[..., Any]] = {
+    "pairs": open_pairs,
+    "features": open_features,
+    "paired_cifar": open_paired,
+}
 """Layouts that are no captioned pictures, by `config.reader`: `open(config, splits, progress=True)`."""
 
 

@@ -1,7 +1,12 @@
-"""Embeddings made elsewhere, one row a pair: `{split}_image_embeddings.pt`, `_text_embeddings.pt`, `_metadata.json`."""
+"""Embeddings made elsewhere, one row a pair: `{split}_image_embeddings.pt`, `_text_embeddings.pt`, `_metadata.json`.
+
+`python preencoded.py split DIR` divides such a folder by image into splits `train`, `tune` (a part of `train`),
+`val` and `test`, once: the division is kept in DIR/splits.json.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import pickle
@@ -12,14 +17,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from cache import as_rows, atomic_path
+from cache import as_rows, atomic_path, fingerprint
 from captions import CaptionTable, Strings
+from cli import Parser, one_sentence
 from errors import LabError
+from feature_rows import Rows, divide, same_rows, stacked
 
 ROWS_AT_ONCE = 65_536
 ROUNDING = 1e-2  # of a row's largest number: two encodings of one picture in half precision differ by less
 NAMES_SHOWN = 5
+SPLITS_FILE = "splits.json"
+ENCODERS = ("image_tower", "image_weights", "text_tower", "text_model")  # fields that metadata may hold
+COCO_PAIRS = {"train": 473_000, "tune": 100_000, "val": 5_000, "test": 24_000}
+"""Pairs of each split where there are as many as in COCO 2017's 617,000."""
 
 
 class Pairs(NamedTuple):
@@ -31,20 +43,65 @@ class Pairs(NamedTuple):
     """
 
     table: CaptionTable
-    images: Tensor
-    text_features: Tensor
+    images: Rows
+    text_features: Rows
+
+    def take(self, rows: np.ndarray) -> Pairs:
+        """Some images with their captions; no feature is copied."""
+        starts, counts = self.table.offsets[rows], np.diff(self.table.offsets)[rows]
+        first = np.cumsum(counts) - counts
+        texts = np.repeat(starts - first, counts) + np.arange(counts.sum())
+        return Pairs(self.table.take(rows), self.images.take(rows), self.text_features.take(texts))
 
 
 def read_pairs(folder: str | Path, split: str = "train") -> Pairs:
-    """A split of pre-encoded embeddings; no file's code is run, and what can stays on disk.
+    """A split of pre-encoded embeddings; no file's code is run, and text embeddings stay on disk.
 
-    The metadata holds `image_ids`, one a row: whole numbers, or texts, which become the table's paths.
-    It may hold `captions` and `image_paths`, also one a row.
+    The metadata holds `image_ids`, one a row: whole numbers, or texts, which become the table's paths. It may
+    hold `captions` and `image_paths`, also one a row, and `image_root`, the folder of these paths.
+
+    Where the folder was divided, `split` is one of the division's names, or of the files'.
 
     Raises: LabError if a file is missing or would run code, rows and ids are not equally many, a row is not
-        finite, or rows of one id hold different images.
+        finite, rows of one id hold different images, or the folder holds other pairs than were divided.
     """
     folder = Path(folder)
+    division = read_division(folder)
+    if split not in division.get("splits", {}):
+        return _read_file(folder, split)
+    pairs = joined([_read_file(folder, source) for source in division["sources"]])
+    wanted = np.isin(pairs.table.image_ids, division["splits"][split])
+    renamed = pairs.take(np.flatnonzero(wanted))
+    renamed.table.splits[:] = split
+    return renamed
+
+
+def image_ids(folder: str | Path, split: str) -> np.ndarray:
+    """(I,) distinct ids of a split's images, without reading the embeddings."""
+    folder = Path(folder)
+    divided = read_division(folder).get("splits", {})
+    if split in divided:
+        return np.array(divided[split], dtype=np.int64)
+    file = _existing(folder, split, "metadata.json")
+    return np.unique(_number(_read_metadata(file)["image_ids"], file)[0])
+
+
+def encoders(folder: str | Path) -> dict[str, Any]:
+    """Fields of the configuration that name what made a folder's embeddings; {} where its files do not say."""
+    folder = Path(folder)
+    metadata = _read_metadata(_existing(folder, file_splits(folder)[0], "metadata.json"))
+    return {name: metadata[name] for name in ENCODERS if name in metadata}
+
+
+def _read_file(folder: Path, split: str) -> Pairs:
+    """What the three files of a name hold, read once as long as they stay as they are."""
+    ends = ("image_embeddings.pt", "text_embeddings.pt", "metadata.json")
+    stamps = [_existing(folder, split, end).stat() for end in ends]
+    return _read_once(folder.resolve(), split, tuple((stamp.st_mtime_ns, stamp.st_size) for stamp in stamps))
+
+
+@functools.lru_cache(maxsize=4)
+def _read_once(folder: Path, split: str, stamps: tuple[tuple[int, int], ...]) -> Pairs:
     images = _open_tensor(folder, split, "image")
     texts = _open_tensor(folder, split, "text")
     file = _existing(folder, split, "metadata.json")
@@ -59,18 +116,34 @@ def read_pairs(folder: str | Path, split: str = "train") -> Pairs:
         images, first, image_of_row, metadata["image_ids"], folder / f"{split}_image_embeddings.pt"
     )
     order = np.argsort(image_of_row, kind="stable")  # captions grouped by image
-    grouped = bool((order == np.arange(len(order))).all())
     captions = metadata.get("captions") or [""] * len(ids)
     paths = metadata.get("image_paths") or names
     table = CaptionTable(
-        root=folder,
+        root=Path(metadata.get("image_root", folder)),
         image_ids=ids[first],
         paths=[paths[row] for row in first.tolist()],
-        splits=np.full(len(first), split),
+        splits=np.full(len(first), split, dtype=object),
         captions=Strings.pack(captions[row] for row in order.tolist()),
         caption_image_ids=ids[order],
     )
-    return Pairs(table, images[as_rows(first)], texts if grouped else texts[as_rows(order)])
+    return Pairs(table, Rows([images[as_rows(first)]]), Rows([texts], order))
+
+
+def joined(sources: Sequence[Pairs]) -> Pairs:
+    """The images of several files as one."""
+    if len(sources) == 1:
+        return sources[0]
+    tables = [pairs.table for pairs in sources]
+    table = CaptionTable(
+        root=tables[0].root,
+        image_ids=np.concatenate([table.image_ids for table in tables]),
+        paths=[path for table in tables for path in table.paths],
+        splits=np.concatenate([table.splits for table in tables]),
+        captions=Strings.pack(text for table in tables for text in table.captions),
+        caption_image_ids=np.concatenate([table.caption_image_ids for table in tables]),
+    )
+    images = stacked([pairs.images for pairs in sources])
+    return Pairs(table, images, stacked([pairs.text_features for pairs in sources]))
 
 
 def read_splits(folder: str | Path, *splits: str) -> dict[str, Pairs]:
@@ -117,6 +190,7 @@ def write_pairs(
             torch.save(features[as_rows(index)].to(torch.float16), beside)
     metadata = {
         **(about or {}),
+        "image_root": str(table.root.resolve()),
         "image_ids": table.image_ids[rows].tolist(),
         "image_paths": [table.paths[row] for row in rows.tolist()],
         "captions": [table.captions[row] for row in kept.tolist()],
@@ -152,7 +226,7 @@ def _open_tensor(folder: Path, split: str, kind: str) -> Tensor:
             f"{loaded.dtype} of shape {tuple(loaded.shape)}" if isinstance(loaded, Tensor) else type(loaded)
         )
         raise LabError(f"{path} must hold one (rows, width) tensor of floating point numbers, not {what}.")
-    for start in range(0, len(loaded), ROWS_AT_ONCE):
+    for start in tqdm(range(0, len(loaded), ROWS_AT_ONCE), desc=f"checking {path.name}", delay=2):
         finite = torch.isfinite(loaded[start : start + ROWS_AT_ONCE]).all(dim=1)
         if not finite.all():
             raise LabError(
@@ -219,3 +293,103 @@ def _refuse_different(
                 f"rows {first[image_of_row[row]]} and {row} of {path} have the same image id {ids[row]!r} but "
                 "hold different images; give each image its own id."
             )
+
+
+# --- dividing a folder ---
+
+
+def split_pairs(
+    folder: str | Path,
+    *,
+    train_pairs: int = COCO_PAIRS["train"],
+    tune_pairs: int = COCO_PAIRS["tune"],
+    val_pairs: int = COCO_PAIRS["val"],
+    test_pairs: int = COCO_PAIRS["test"],
+    seed: int = 0,
+) -> dict[str, int]:
+    """Divide a folder's images into `train`, `tune` (a part of `train`), `val` and `test`; written once.
+
+    The images of all its files are drawn together. Images whose embeddings are the same to the bit count as
+    one, so that a picture stored under two ids never stands on both sides. Val and test are at most a tenth
+    each, and `tune` at most a quarter of `train`, so that small folders are divided sensibly too.
+
+    Returns: pairs of each split; `unused` are those beyond the wanted numbers.
+    Raises: LabError if the folder is divided already in another way, or holds too few images.
+    """
+    folder = Path(folder)
+    known = read_division(folder)
+    wanted = {"train": train_pairs, "tune": tune_pairs, "val": val_pairs, "test": test_pairs, "seed": seed}
+    if known and known["wanted"] != wanted:
+        raise LabError(
+            f"{folder / SPLITS_FILE} divides this folder with {known['wanted']}, not {wanted}; "
+            "use it as it is, or delete it together with the runs that were trained on it."
+        )
+    if not known:
+        sources = file_splits(folder)
+        pairs = joined([_read_file(folder, source) for source in sources])
+        if len(np.unique(pairs.table.image_ids)) < len(pairs.table):
+            read_splits(folder, *sources)  # raises the one explanation
+        known = {
+            "wanted": wanted,
+            "sources": {source: _ids_digest(folder, source) for source in sources},
+            **divide(pairs.table, same_rows(pairs.images), wanted),
+        }
+        with atomic_path(folder / SPLITS_FILE) as beside:
+            beside.write_text(json.dumps(known), encoding="utf-8")
+    return known["pairs"]
+
+
+def file_splits(folder: Path) -> list[str]:
+    """Splits that a folder has files of. Raises: LabError if it has none."""
+    found = sorted(file.name.removesuffix("_metadata.json") for file in folder.glob("*_metadata.json"))
+    if not found:
+        raise LabError(f"{folder} holds no embeddings ({{split}}_metadata.json beside two .pt files).")
+    return found
+
+
+def read_division(folder: Path) -> dict[str, Any]:
+    """A folder's splits.json, or {} where it is not divided. Raises: LabError if its files are others now."""
+    path = folder / SPLITS_FILE
+    if not path.is_file():
+        return {}
+    stamps = tuple(file.stat().st_mtime_ns for file in (path, *sorted(folder.glob("*_metadata.json"))))
+    return _division_once(folder.resolve(), stamps)
+
+
+@functools.lru_cache(maxsize=4)
+def _division_once(folder: Path, stamps: tuple[int, ...]) -> dict[str, Any]:
+    path = folder / SPLITS_FILE
+    try:
+        division = json.loads(path.read_text(encoding="utf-8"))
+        known = division["sources"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LabError(f"{path} is damaged ({error}); delete it and divide the folder again.") from error
+    if {source: _ids_digest(folder, source) for source in known} != known:
+        raise LabError(f"{path} divides other pairs than {folder} holds; delete it and divide again.")
+    return division
+
+
+def _ids_digest(folder: Path, source: str) -> str:
+    metadata = _read_metadata(_existing(folder, source, "metadata.json"))
+    return fingerprint(str(ident) for ident in metadata["image_ids"])
+
+
+def main() -> None:
+    """`python preencoded.py split DIR`."""
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    splitting = commands.add_parser("split", help="divide a folder by image, once")
+    splitting.add_argument("folder", metavar="DIR")
+    for name, count in COCO_PAIRS.items():
+        splitting.add_argument(f"--{name}_pairs", type=int, default=count)
+    splitting.add_argument("--seed", type=int, default=0)
+    given = vars(parser.parse_args())
+    given.pop("command")
+    with one_sentence():
+        sizes = split_pairs(**given)
+        print("\n".join(f"{name:7} {count:>9,} pairs" for name, count in sizes.items()))
+        print(f"{Path(given['folder']) / SPLITS_FILE}: the images of each; no image is on two sides")
+
+
+if __name__ == "__main__":
+    main()

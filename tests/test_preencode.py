@@ -1,9 +1,8 @@
 """Towers by folder, `python encode.py`, and embeddings of other makers: what is written, read, refused."""
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import compat  # noqa: F401
@@ -12,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import encode
 import towers
+from cache import cached_features, fill_share
+from cli import run_command
 from config import make_config
 from dataset import COCOClipDataset, load_table, make_loader, open_images
 from encode import cached_image_features, cached_text_features, preencode
@@ -134,23 +135,19 @@ def test_a_sentence_encoder_by_folder():
 
 def _config(coco, tmp_path, siglip_folder, mistral_folder, **settings):
     return make_config(
-        "quickstart", source=None, data_dir=coco, cache_dir=tmp_path / "cache", device="cpu",
-        image_tower="siglip", image_weights=siglip_folder, text_tower="e5", text_model=mistral_folder, **settings,
+        "quickstart", **{"cache_dir": tmp_path / "cache", **settings}, source=None, data_dir=coco, device="cpu",
+        image_tower="siglip", image_weights=siglip_folder, text_tower="e5", text_model=mistral_folder,
     )  # fmt: skip
 
 
-def test_the_command_writes_both_layouts(coco, tmp_path, siglip_folder, mistral_folder):
+def test_the_command_writes_both_layouts(coco, tmp_path, siglip_folder, mistral_folder, capsys):
     out = tmp_path / "out"
-    command = (
-        f"encode.py --image_tower siglip --image_weights {siglip_folder} --text_tower e5 "
-        f"--text_model {mistral_folder} --data_dir {coco} --reader coco --cache_dir {tmp_path / 'cache'} "
-        f"--device cpu --folder {out}"
+    words = (
+        f"--image_tower siglip --image_weights {siglip_folder} --text_tower e5 --text_model {mistral_folder} "
+        f"--data_dir {coco} --reader coco --cache_dir {tmp_path / 'cache'} --device cpu --folder {out}"
     )
-    ran = subprocess.run(
-        [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "pictures are 32 x 32 pixels, as image tower 'siglip' takes them" in ran.stdout
+    run_command(encode.main, encode.__doc__, words.split())
+    assert "pictures are 32 x 32 pixels, as image tower 'siglip' takes them" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == sorted(
         f"{split}_{end}"
         for split in ("train", "val")
@@ -169,10 +166,68 @@ def test_the_command_writes_both_layouts(coco, tmp_path, siglip_folder, mistral_
     texts = cached_text_features(config, table.captions, progress=False)
     assert _stamps(tmp_path / "cache" / "features") == before
     pairs = read_pairs(out, "val")
-    assert torch.equal(pairs.images, features)
-    assert torch.equal(pairs.text_features, texts)
+    assert torch.equal(pairs.images[:], features)
+    assert torch.equal(pairs.text_features[:], texts)
     assert pairs.table.captions == table.captions
     assert pairs.table.paths == table.paths
+
+
+def _encode_share(config, folder, rank, world):
+    preencode(config, folder, progress=False, shard=(rank, world))
+
+
+def test_two_processes_encode_half_each(coco, tmp_path, siglip_folder, mistral_folder, monkeypatch):
+    monkeypatch.setattr(encode, "TEXTS_PER_FILE", 10)
+    monkeypatch.setattr(encode, "PICTURES_PER_FILE", 3)
+    places = (coco, tmp_path, siglip_folder, mistral_folder)
+    alone = _config(*places, image_size=SIDE, cache_dir=tmp_path / "alone")
+    preencode(alone, tmp_path / "expected", progress=False)
+    config = _config(*places, image_size=SIDE)
+    fork = multiprocessing.get_context("fork")
+    workers = [
+        fork.Process(target=_encode_share, args=(config, tmp_path / "out", rank, 2)) for rank in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert not (tmp_path / "out").exists()
+    parts = {path.parent.name: 0 for path in (tmp_path / "cache").rglob("*.parts/*.safetensors")}
+    for path in (tmp_path / "cache").rglob("*.parts/*.safetensors"):
+        parts[path.parent.name] += 1
+    assert sorted(parts.values()) == [3, 3, 8, 8]  # 8 and 24 pictures, 24 and 72 captions
+
+    def refuse(*_):
+        raise AssertionError("the shares hold everything already")
+
+    monkeypatch.setattr(encode, "encode_texts", refuse)
+    monkeypatch.setattr(encode, "encode_images", refuse)
+    preencode(config, tmp_path / "out", progress=False)
+    for path in sorted((tmp_path / "expected").iterdir()):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_a_share_that_was_cut_goes_on(tmp_path):
+    path, header = tmp_path / "text.safetensors", {"of": "numbers"}
+    seen: list[list[int]] = []
+
+    def compute(rows, fail_at=None):
+        seen.append(list(rows))
+        if fail_at in rows:
+            raise RuntimeError("cut")
+        return torch.tensor([[float(row)] for row in rows])
+
+    with pytest.raises(RuntimeError, match="cut"):
+        fill_share(path, header, 10, lambda rows: compute(rows, 8), (0, 2), chunk=2)
+    assert seen == [[0, 1], [4, 5], [8, 9]]
+    fill_share(path, header, 10, compute, (0, 2), chunk=2)
+    assert seen[3:] == [[8, 9]]
+    fill_share(path, header, 10, compute, (1, 2), chunk=2)
+    assert seen[4:] == [[2, 3], [6, 7]]
+    found = cached_features(path, header, 10, compute, chunk=2)
+    assert found.flatten().tolist() == list(range(10))
+    assert len(seen) == 6
 
 
 def _stamps(folder: Path) -> dict[str, int]:
@@ -195,7 +250,7 @@ def test_features_are_the_towers_of_the_very_pictures_and_captions(
     with torch.inference_mode():
         image = towers.siglip(siglip_folder).eval()(pixels)[0]
         text = towers.e5(mistral_folder).eval()(table.captions_of(5))
-    assert torch.allclose(pairs.images[4].float(), image, atol=2e-3)
+    assert torch.allclose(pairs.images[[4]][0].float(), image, atol=2e-3)
     assert torch.allclose(pairs.text_features[12:15].float(), text, atol=2e-3)
 
 
@@ -224,14 +279,14 @@ def test_each_image_is_stored_once_and_captions_follow_it(tmp_path):
     images[2] *= 1 + 1e-3  # rounding
     pairs = read_pairs(_write(tmp_path, images, texts, {"image_ids": ids}))
     assert pairs.table.image_ids.tolist() == [40, 7, 9]
-    assert torch.equal(pairs.images, images[[0, 1, 4]])
-    assert pairs.text_features.flatten().tolist() == [0, 2, 5, 1, 3, 4]
+    assert torch.equal(pairs.images[:], images[[0, 1, 4]])
+    assert pairs.text_features[:].flatten().tolist() == [0, 2, 5, 1, 3, 4]
     assert list(pairs.table.captions) == [""] * 6
     dataset = COCOClipDataset("train", **pairs._asdict())
     batch = next(iter(make_loader(dataset, 3)))
     assert batch["text_id"].tolist() == [40, 40, 40, 7, 7, 9]
     assert batch["text"].flatten().tolist() == [0, 2, 5, 1, 3, 4]
-    assert torch.equal(batch["image"], pairs.images)
+    assert torch.equal(batch["image"], pairs.images[:])
 
 
 def test_ids_may_be_texts_and_captions_given(tmp_path):
@@ -265,7 +320,7 @@ def test_the_format_before_torch_1_6_is_read(tmp_path):
     images, texts = _pairs([1, 2])
     _write(tmp_path, images, texts, {"image_ids": [1, 2]})
     torch.save(images, tmp_path / "train_image_embeddings.pt", _use_new_zipfile_serialization=False)
-    assert torch.equal(read_pairs(tmp_path).images, images)
+    assert torch.equal(read_pairs(tmp_path).images[:], images)
 
 
 GOOD = torch.ones(3, 2)

@@ -1,0 +1,145 @@
+"""Heads over embeddings: memory and time at COCO's size, and the preset's recall.
+
+`python -m benchmarks.bench_heads` simulates 473,000 pairs of 1152-d images and 4096-d texts (5 GB on disk) and times
+an epoch of their batches against a plain Dataset and DataLoader, in turns; then trains the preset on Flickr8k's
+features with three seeds. `--pairs 20000 --skip_recall` proves the command in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.bench_lab import train_seeds
+from config import Config, make_config
+from dataset import make_loader
+from models import build_loss, build_model
+from open_data import open_dataset
+from pairs_data import embeddings_at
+
+ROOT = Path(__file__).resolve().parent.parent
+FEATURES = [place / "flickr8k" for place in (ROOT.parent / "shared", ROOT / "data")]
+IMAGE_WIDTH, TEXT_WIDTH, CAPTIONS = 1152, 4096, 5
+BLOCK = 20_000  # pairs drawn at once
+BATCH = 512  # images of ours; the plain side gets as many pairs a batch
+
+
+def simulate(folder: Path, pairs: int) -> Path:
+    """Training pairs of random embeddings, and small val and test splits."""
+    folder.mkdir()
+    for split, count, first in (("train", pairs, 0), ("val", 500, 10**7), ("test", 500, 2 * 10**7)):
+        ids = np.arange(count) // CAPTIONS + first
+        for kind, width in (("image", IMAGE_WIDTH), ("text", TEXT_WIDTH)):
+            rows = torch.empty(count, width, dtype=torch.float16)
+            for start in range(0, count, BLOCK):
+                some = torch.from_numpy(ids[start : start + BLOCK] if kind == "image" else np.arange(BLOCK))
+                waves = torch.outer(
+                    (some[: len(rows) - start] % 997 + 1).float(), torch.arange(width) % 31 + 1.0
+                )
+                rows[start : start + BLOCK] = waves.sin().half()
+            torch.save(rows, folder / f"{split}_{kind}_embeddings.pt")
+            del rows
+        (folder / f"{split}_metadata.json").write_text(json.dumps({"image_ids": ids.tolist()}))
+    return folder
+
+
+class PlainPairs(Dataset):
+    """The usual way: an item is a pair, and each row is made a tensor of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.images = torch.load(folder / "train_image_embeddings.pt", mmap=True)
+        self.texts = torch.load(folder / "train_text_embeddings.pt", mmap=True)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.images[row].float(), self.texts[row].float()
+
+
+def _epoch(batches: DataLoader, most: int) -> tuple[int, float]:
+    """Pairs and seconds of at most so many batches."""
+    pairs, start = 0, time.perf_counter()
+    for number, batch in enumerate(batches):
+        pairs += len(batch["text"]) if isinstance(batch, dict) else len(batch[1])
+        if number + 1 == most:
+            break
+    return pairs, time.perf_counter() - start
+
+
+def _step_seconds(config: Config, loader: DataLoader, steps: int = 3) -> float:
+    """Median seconds of a training step of the preset's heads, its batch at hand."""
+    model, criterion = build_model(config), build_loss(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    batch, seconds = next(iter(loader)), []
+    for _ in range(steps):
+        start = time.perf_counter()
+        ids = {"image_id": batch["image_id"], "text_id": batch["text_id"]}
+        criterion(**model(batch["image"], batch["text"]), **ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)
+
+
+def bench_size(pairs: int, batches: int, rounds: int = 3) -> None:
+    """Peak memory, and batches of both sides in turns."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = simulate(Path(place) / "embeddings", pairs)
+        config = make_config("projection_heads", **embeddings_at(folder), batch_size=BATCH)
+        ours = make_loader(open_dataset(config, ("train",)), BATCH, shuffle=True)
+        plain = DataLoader(PlainPairs(folder), batch_size=BATCH * CAPTIONS, shuffle=True)
+        rates: dict[str, list[float]] = {"ours": [], "plain": []}
+        for _ in range(rounds):
+            for name, loader in (("ours", ours), ("plain", plain)):
+                count, seconds = _epoch(loader, batches)
+                rates[name].append(count / seconds)
+        step = _step_seconds(config, ours)
+    wait = BATCH * CAPTIONS / median(rates["ours"])
+    ratio = median(fast / slow for fast, slow in zip(rates["ours"], rates["plain"], strict=True))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    print(f"\n{pairs:,} pairs, {IMAGE_WIDTH}-d images, {TEXT_WIDTH}-d texts")
+    print(f"  peak memory, mapped files included: {peak:.1f} GB (at most 8 wanted)")
+    print(f"  pairs a second: {median(rates['ours']):,.0f}, plain loop {median(rates['plain']):,.0f}")
+    print(f"  ratio {ratio:.1f} (at least 2 wanted)")
+    print(f"  data's share of a step: {100 * wait / (wait + step):.1f} % (at most 10 wanted)")
+
+
+def bench_recall() -> None:
+    """The preset on Flickr8k's features: official split, epoch chosen on dev, test read once."""
+    data = next((place for place in FEATURES if (place / "features.safetensors").is_file()), None)
+    if data is None:
+        print("recall: skipped; it needs features.safetensors in ../shared/flickr8k or data/flickr8k")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_config("projection_heads", **embeddings_at(data), runs_dir=folder)
+        print("\nprojection_heads, Flickr8k 1K test, 5 captions, three seeds (24.5 and 19 R@1 wanted)")
+        print(train_seeds(config).to_string())
+
+
+def main() -> None:
+    """Both."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=473_000)
+    parser.add_argument(
+        "--batches", type=int, default=10**9, help="at most so many a round; an epoch by default"
+    )
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--skip_recall", action="store_true")
+    given = parser.parse_args()
+    bench_size(given.pairs, given.batches, given.rounds)
+    if not given.skip_recall:
+        bench_recall()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Pairwise embeddings as data sets: divided by image, opened by name, trained on, and what is refused."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+from safetensors.torch import save_file
+
+from captions import CaptionTable
+from config import make_config
+from dataset import make_loader
+from errors import LabError
+from feature_rows import Rows, divide, same_rows, stacked
+from measure import evaluate_run
+from open_data import open_dataset
+from pairs_data import embeddings_at
+from preencoded import main as preencoded_main
+from preencoded import read_pairs, split_pairs
+from train import fit
+
+WIDTHS = (6, 4)
+
+
+def write_split(folder, split, ids, captions=3, seed=0, names=None):
+    """`captions` pairs of each image, image by image, such that an image and its captions can be told apart."""
+    rng = np.random.default_rng(seed)
+    images = torch.from_numpy(rng.normal(size=(len(ids), WIDTHS[0]))).half()
+    texts = images[:, : WIDTHS[1]].repeat_interleave(captions, 0) + 0.01 * torch.randn(
+        len(ids) * captions, WIDTHS[1], generator=torch.Generator().manual_seed(seed)
+    )
+    folder.mkdir(exist_ok=True)
+    torch.save(images.repeat_interleave(captions, 0), folder / f"{split}_image_embeddings.pt")
+    torch.save(texts.half(), folder / f"{split}_text_embeddings.pt")
+    given = [ident for ident in (names or ids) for _ in range(captions)]
+    (folder / f"{split}_metadata.json").write_text(json.dumps({"image_ids": given}))
+    return folder
+
+
+@pytest.fixture
+def coco2017(tmp_path):
+    """160 + 40 images in the files of a documented folder, which names no train or val."""
+    folder = write_split(tmp_path / "embeddings", "train2017", list(range(160)))
+    return write_split(folder, "val2017", list(range(160, 200)), seed=1)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_rows_are_views_of_several_tensors():
+    parts = [torch.arange(6.0).view(3, 2), torch.arange(6.0, 10).view(2, 2)]
+    rows = stacked([Rows(parts[:1], np.array([2, 0])), Rows(parts[1:])])
+    assert rows.shape == (4, 2)
+    assert rows[:].tolist() == [[4, 5], [0, 1], [6, 7], [8, 9]]
+    assert rows[torch.tensor([3, 0])].tolist() == [[8, 9], [4, 5]]
+    assert rows.take(np.array([1, 2]))[:].tolist() == [[0, 1], [6, 7]]
+    assert [len(some) for some in rows.split(3)] == [3, 1]
+    with pytest.raises(LabError, match=r"embeddings are \[2, 3\] numbers wide"):
+        Rows([torch.zeros(1, 2), torch.zeros(1, 3)])
+
+
+def test_equal_rows_get_one_number():
+    rows = Rows([torch.tensor([[1.0, 2], [3, 4], [1, 2], [1, 2.001]])])
+    numbers = same_rows(rows).tolist()
+    assert numbers[0] == numbers[2]
+    assert len(set(numbers)) == 3
+
+
+# ---------------------------------------------------------------- dividing
+
+
+def test_a_folder_is_divided_by_image_once(coco2017, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["preencoded.py", "split", str(coco2017)])
+    preencoded_main()
+    assert "train         480 pairs" in capsys.readouterr().out
+    division = json.loads((coco2017 / "splits.json").read_text())
+    images = {name: set(ids) for name, ids in division["splits"].items()}
+    assert {name: len(ids) for name, ids in images.items()} == {
+        "train": 160, "tune": 40, "val": 20, "test": 20}  # fmt: skip
+    assert images["tune"] < images["train"]
+    assert images["train"] | images["val"] | images["test"] == set(range(200))
+    assert {ident > 159 for ident in images["test"]} == {True, False}  # drawn from both files
+    before = (coco2017 / "splits.json").read_bytes()
+    assert split_pairs(coco2017)["test"] == 60
+    assert (coco2017 / "splits.json").read_bytes() == before
+
+
+def test_another_division_is_refused(coco2017):
+    split_pairs(coco2017)
+    with pytest.raises(
+        LabError, match=r"splits.json divides this folder with .*'seed': 0.*, not .*'seed': 1"
+    ):
+        split_pairs(coco2017, seed=1)
+    write_split(coco2017, "val2017", list(range(160, 201)), seed=1)
+    with pytest.raises(LabError, match="divides other pairs than .* holds; delete it and divide again"):
+        read_pairs(coco2017, "train")
+
+
+def test_the_seed_draws_and_the_sizes_hold(coco2017):
+    ids = np.arange(1000)
+    table = CaptionTable(coco2017, ids, [""] * 1000, ids, [""] * 5000, np.repeat(ids, 5))
+    wanted = {"train": 2000, "tune": 400, "val": 50, "test": 200, "seed": 3}
+    found = divide(table, ids, wanted)
+    assert found["pairs"] == {"train": 2000, "tune": 400, "val": 50, "test": 200, "unused": 2750}
+    assert divide(table, ids, wanted) == found
+    assert divide(table, ids, {**wanted, "seed": 4}) != found
+
+
+def test_documented_sizes_at_cocos_size(coco2017):
+    ids = np.arange(123_287)
+    table = CaptionTable(coco2017, ids, [""] * len(ids), ids, [""] * (5 * len(ids)), np.repeat(ids, 5))
+    wanted = {"train": 473_000, "tune": 100_000, "val": 5_000, "test": 24_000, "seed": 0}
+    pairs = divide(table, ids, wanted)["pairs"]
+    assert {name: round(count, -3) for name, count in pairs.items() if name != "unused"} == {
+        name: count for name, count in wanted.items() if name != "seed"
+    }
+
+
+def test_a_picture_under_two_ids_stays_on_one_side(tmp_path):
+    folder = write_split(tmp_path / "twins", "all", list(range(100)))
+    for kind in ("image", "text"):
+        path = folder / f"all_{kind}_embeddings.pt"
+        rows = torch.load(path)
+        torch.save(torch.cat([rows, rows]), path)  # every picture again, as image 100 to 199
+    ids = [ident for ident in range(200) for _ in range(3)]
+    (folder / "all_metadata.json").write_text(json.dumps({"image_ids": ids}))
+    split_pairs(folder)
+    images = json.loads((folder / "splits.json").read_text())["splits"]
+    for name in ("train", "val", "test"):
+        assert {ident % 100 + 100 for ident in images[name]} <= {
+            ident for ident in images[name] if ident > 99
+        }
+
+
+def test_too_small_a_folder_is_not_divided(tmp_path):
+    folder = write_split(tmp_path / "few", "all", [1, 2, 3])
+    with pytest.raises(LabError, match="3 different images are too few to divide"):
+        split_pairs(folder)
+    assert not (folder / "splits.json").exists()
+
+
+# ---------------------------------------------------------------- opening
+
+
+def _config(folder, tmp_path, **settings):
+    places = {"runs_dir": tmp_path / "runs", "cache_dir": tmp_path / "cache", "device": "cpu"}
+    small = {"batch_size": 16, "num_epochs": 3, "warmup_steps": 1, "head_hidden_dim": 16, "embed_dim": 8}
+    return make_config("projection_heads", **{**embeddings_at(folder), **places, **small, **settings})
+
+
+def test_what_a_folder_holds_is_told_by_its_files(coco2017):
+    with pytest.raises(
+        LabError, match="has the splits train2017, val2017 and no train or val; divide it with"
+    ):
+        embeddings_at(coco2017)
+    split_pairs(coco2017)
+    found = embeddings_at(coco2017)
+    assert (found["reader"], found["train_splits"], found["test_splits"]) == ("pairs", ("train",), ("test",))
+    assert (found["image_tower"], found["image_width"], found["text_width"]) == ("embeddings", 6, 4)
+
+
+def test_a_divided_folder_trains_and_is_evaluated(coco2017, tmp_path):
+    split_pairs(coco2017)
+    config = _config(coco2017, tmp_path, learning_rate=1e-2, head_dropout=0.0)
+    dataset = open_dataset(config, ("train",))
+    assert (len(dataset), dataset.num_captions) == (160, 480)
+    batch = next(iter(make_loader(dataset, 16, shuffle=True)))
+    assert torch.equal(batch["text_id"], batch["image_id"].repeat_interleave(3))
+    apart = batch["image"][:, :4].repeat_interleave(3, 0) - batch["text"]
+    assert apart.abs().max() < 0.1  # every caption came with its own image
+    run = fit(config, show=False)
+    found = evaluate_run(run, show=False)["test"]
+    assert (found["num_images"], found["num_texts"]) == (20, 60)
+    assert found["i2t_recall@1"] > 0.5  # chance is 0.05
+    assert found["i2t_recall@1"] != found["i2t_recall@5"]
+
+
+def test_thinned_splits_and_several_files(coco2017, tmp_path):
+    config = _config_of_files(coco2017, tmp_path, max_samples=10)
+    dataset = open_dataset(config, ("train2017", "val2017"))
+    assert dataset.table.image_ids.tolist() == [
+        *np.linspace(0, 159, 10).astype(int),
+        *(160 + np.linspace(0, 39, 10).astype(int)),
+    ]
+    assert dataset.__getitems__([12])["text"].shape == (3, 4)
+
+
+def _config_of_files(folder, tmp_path, **settings):
+    towers = {"image_tower": "embeddings", "image_width": 6, "text_tower": "embeddings", "text_width": 4}
+    return make_config(
+        "projection_heads", data_dir=folder, **towers, train_splits=("train2017",), val_splits=("val2017",),
+        test_splits=("val2017",), **settings,
+    )  # fmt: skip
+
+
+def test_leaks_are_refused(coco2017, tmp_path):
+    write_split(coco2017, "val2017", list(range(155, 195)), seed=1)
+    with pytest.raises(LabError, match="splits train2017 and val2017 in .* share 5 images, such as 155"):
+        open_dataset(_config_of_files(coco2017, tmp_path), ("train2017",))
+
+
+def test_another_width_is_refused(coco2017, tmp_path):
+    config = _config_of_files(coco2017, tmp_path).updated(text_width=5)
+    message = (
+        "text embeddings in .* are 4 numbers wide, but text_tower 'embeddings' has 5; .* text_width to 4"
+    )
+    with pytest.raises(LabError, match=message):
+        open_dataset(config, ("train2017",))
+    with pytest.raises(LabError, match="image_tower 'efficientnet_lite0' has 1280"):
+        open_dataset(config.updated(image_tower="efficientnet_lite0"), ("train2017",))
+    with pytest.raises(LabError, match="reader 'pairs' brings embeddings; set image_tower_mode to 'cached'"):
+        open_dataset(config.updated(image_tower_mode="frozen"), ("train2017",))
+
+
+def test_a_run_knows_the_embeddings_it_was_trained_on(coco2017, tmp_path):
+    split_pairs(coco2017)
+    config = _config(coco2017, tmp_path, num_epochs=1)
+    fit(config, show=False)
+    path = coco2017 / "train2017_text_embeddings.pt"
+    torch.save(torch.load(path) * 2, path)  # the same captions by another encoder
+    with pytest.raises(LabError, match="was trained on other images or captions"):
+        fit(config, show=False)
+
+
+# ---------------------------------------------------------------- features beside a captioned set
+
+
+@pytest.mark.skipif(not (SHARED / "flickr8k").is_dir(), reason="needs ../shared/flickr8k")
+def test_flickr8ks_features_are_read_in_the_official_splits():
+    config = make_config(
+        "projection_heads",
+        **embeddings_at(SHARED / "flickr8k" / "features.safetensors"),
+        captions_per_image=2,
+    )
+    sizes = {splits: len(open_dataset(config, splits)) for splits in config.split_groups()}
+    assert list(sizes.values()) == [6000, 1000, 1000]
+    dataset = open_dataset(config.updated(captions_per_image=None), ("test",))
+    assert dataset.num_captions == 5000
+    names = (SHARED / "flickr8k" / "Flickr_8k.testImages.txt").read_text().split()
+    assert sorted(path.split("/")[-1] for path in dataset.table.paths) == sorted(names)
+    captions = dataset.__getitems__([0])["text"].float()
+    assert captions.shape == (5, 384)
+    assert torch.allclose(captions.norm(dim=1), torch.ones(5), atol=2e-3)
+
+
+def test_features_that_do_not_fit_their_captions(tmp_path):
+    (tmp_path / "Images").mkdir()
+    (tmp_path / "Images" / "a.jpg").write_bytes(b"")
+    (tmp_path / "captions.txt").write_text("image,caption\na.jpg,a dog\na.jpg,a cat\n")
+    save_file(
+        {"image_features": torch.ones(1, 1280), "text_features": torch.ones(3, 384)},
+        tmp_path / "features.safetensors",
+    )
+    config = make_config("projection_heads", **embeddings_at(tmp_path))
+    with pytest.raises(LabError, match="has 1 images and 3 texts, but .* has 1 and 2; encode the set anew"):
+        open_dataset(config, ("train",))
+
+
+# ---------------------------------------------------------------- size
+
+
+def test_text_embeddings_of_shuffled_pairs_are_one_mapping_whatever_the_split(coco2017):
+    path = coco2017 / "train2017_metadata.json"
+    ids = json.loads(path.read_text())["image_ids"]
+    order = np.random.default_rng(0).permutation(len(ids))
+    path.write_text(json.dumps({"image_ids": [ids[row] for row in order]}))
+    for kind in ("image", "text"):
+        file = coco2017 / f"train2017_{kind}_embeddings.pt"
+        torch.save(torch.load(file)[torch.from_numpy(order)], file)
+    split_pairs(coco2017)
+    train, val = read_pairs(coco2017, "train"), read_pairs(coco2017, "val")
+    for first, second in zip(train.text_features.parts, val.text_features.parts, strict=True):
+        assert first.data_ptr() == second.data_ptr()
+        assert str(coco2017.resolve()) in first.untyped_storage().filename  # on disk, mapped
+    for pairs in (train, val):
+        own = pairs.images[:][:, :4].repeat_interleave(3, 0)
+        assert (own - pairs.text_features[:]).abs().max() < 0.1

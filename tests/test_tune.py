@@ -1,0 +1,344 @@
+"""Search spaces, studies that survive their workers, what a study leaves behind."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+from test_pairs_data import write_split
+
+import tune
+from config import Config, load_config, make_config
+from errors import LabError
+from pairs_data import embeddings_at
+from plots_tuning import _Axis, fields_of, importances, parallel_coordinates, slices, study_history
+from search_spaces import draw, expand, read_space
+from studies import Worker, trials_table
+from train import fit
+
+
+def write_space(folder, text):
+    path = folder / "space.yaml"
+    path.write_text(text)
+    return path
+
+
+# ---------------------------------------------------------------- spaces
+
+
+SPACE = """
+learning_rate: {type: float, low: 1e-4, high: 1e-2, log: true}
+image_head: {type: categorical, choices: [mlp, attention], also: [text_head]}
+head_num_layers: {type: int, low: 1, high: 3, when: {image_head: attention}}
+queue_size: {type: categorical, choices: [64, 128], when: {negatives: [queue, bank]}}
+"""
+
+
+def test_a_space_draws_what_applies(tmp_path):
+    space = read_space(write_space(tmp_path, SPACE))
+    assert space["learning_rate"].ends() == (1e-4, 1e-2)
+    config = make_config("projection_heads")
+    fixed = {"learning_rate": 1e-3, "image_head": "mlp", "head_num_layers": 3, "queue_size": 64}
+    trial = optuna.trial.FixedTrial(fixed)
+    assert draw(space, trial, config) == {"learning_rate": 1e-3, "image_head": "mlp", "text_head": "mlp"}
+    trial = optuna.trial.FixedTrial({**fixed, "image_head": "attention"})
+    values = draw(space, trial, config.updated(negatives="queue"))
+    assert (values["head_num_layers"], values["queue_size"], values["text_head"]) == (3, 64, "attention")
+    assert expand(space, trial.params) == values
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: {type: float, low: 1, high: 2}", "'learning_rat' is no field .* did you mean 'learning_rate'"),
+        ("learning_rate: {type: float, low: 2, high: 1}", "learning_rate: low must be less than high"),
+        ("learning_rate: {type: float, low: 0, high: 1, log: true}", "more than 0 where log is true"),
+        ("learning_rate: {type: float, high: 1}", "type float takes low and high, and no choices"),
+        ("learning_rate: {type: float, low: 1, high: 2, hihg: 3}", "learning_rate: hihg: Extra inputs"),
+        ("image_head: {type: categorical, low: 1, high: 2}", "type categorical takes choices"),
+        ("batch_size: {type: categorical, choices: [0]}", "'batch_size' takes .* not 0"),
+        ("learning_rate: 0.1", "learning_rate: Input should be a valid dictionary"),
+        ("head_dropout: {type: float, low: 0, high: 0.5, when: {image_haed: mlp}}", "'image_haed' is no field"),
+        ("head_dropout: {type: float, low: 0, high: 0.5, when: {loss: infonce}}\n"
+         "loss: {type: categorical, choices: [infonce]}", "when names 'loss', which must stand above it"),
+        ("- a\n- b", "must hold `field: {type: ..., ...}` lines"),
+        ("a: [", "is not YAML"),
+    ],
+)  # fmt: skip
+def test_a_wrong_space_is_one_sentence(tmp_path, text, message):
+    with pytest.raises(LabError, match=message) as caught:
+        read_space(write_space(tmp_path, text))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(LabError, match="search space .* does not exist"):
+        read_space(tmp_path / "none.yaml")
+
+
+# ---------------------------------------------------------------- a study of a known function
+
+
+LINE = (
+    "learning_rate: {type: float, low: 0.001, high: 1.0}\nweight_decay: {type: float, low: 0.0, high: 1.0}\n"
+)
+
+
+def _peak(config):
+    """Best at learning_rate 0.7, weight_decay 0.2; 1 there."""
+    return 1 - (config.learning_rate - 0.7) ** 2 - (config.weight_decay - 0.2) ** 2
+
+
+def trained(config: Config, epochs: int = 4, **options):
+    """Stands for `fit`: a history that climbs to the peak's value."""
+    rows = []
+    for epoch in range(1, epochs + 1):
+        rows.append({"epoch": epoch, "rsum": _peak(config) * epoch / epochs})
+        options["on_epoch"](pd.DataFrame(rows))
+    (config.runs_dir / "run" / "checkpoints").mkdir(parents=True)
+    (config.runs_dir / "run" / "best.safetensors").write_bytes(b"weights")
+    return SimpleNamespace(finished=True, history=pd.DataFrame(rows))
+
+
+def test_a_study_finds_a_peak_prunes_and_leaves_its_best(tmp_path):
+    config = make_config("projection_heads", runs_dir=tmp_path / "runs", embed_dim=64, num_epochs=4)
+    space = read_space(write_space(tmp_path, LINE))
+    study = tune.tune(config, space, tmp_path / "study", num_trials=24, show=False, train=trained)
+    table = trials_table(study)
+    assert Counter(table["state"])["pruned"] > 5
+    assert len(table) == 24
+    assert study.best_value > 0.9
+    pruned = table[table["state"] == "pruned"]
+    assert pruned["epochs"].max() < 4
+    best = load_config(tmp_path / "study" / "best_config.yaml")
+    assert best.learning_rate == study.best_params["learning_rate"]
+    assert (best.embed_dim, best.preset) == (64, "projection_heads")
+    weights = list((tmp_path / "study" / "trials").glob("*/run/best.safetensors"))
+    assert f"trials/{study.best_trial.number:04d}/run" in ["/".join(path.parts[-4:-1]) for path in weights]
+    assert not list((tmp_path / "study" / "trials").glob("*/run/checkpoints"))
+    shares = tune.field_importances(study)
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_a_study_that_was_cut_goes_on_as_it_would_have(tmp_path):
+    config = make_config("projection_heads")
+    space = read_space(write_space(tmp_path, LINE))
+    whole = tune.tune(config, space, tmp_path / "whole", num_trials=8, show=False, train=trained)
+    tune.tune(config, space, tmp_path / "cut", num_trials=3, show=False, train=trained)
+    cut = tune.tune(config, space, tmp_path / "cut", num_trials=8, show=False, train=trained)
+    assert [t.params for t in cut.trials] == [t.params for t in whole.trials]
+    again = tune.tune(config, space, tmp_path / "cut", num_trials=8, show=False, train=trained)
+    assert len(again.trials) == 8
+
+
+def test_a_failed_trial_is_kept_with_its_reason(tmp_path):
+    def fails_below(config, **options):
+        if config.learning_rate < 0.5:
+            raise RuntimeError(f"out of memory at {config.learning_rate:.2f}")
+        return trained(config, **options)
+
+    space = read_space(write_space(tmp_path, LINE))
+    config = make_config("projection_heads")
+    study = tune.tune(config, space, tmp_path / "study", num_trials=12, show=False, train=fails_below)
+    table = trials_table(study)
+    failed = table[table["state"] == "fail"]
+    assert len(failed) == (table["learning_rate"] < 0.5).sum() > 0
+    assert failed["reason"].str.startswith("RuntimeError: out of memory at 0.").all()
+    with pytest.raises(LabError, match="no trial of .* has finished: LabError: never"):
+        tune.tune(config, space, tmp_path / "other", num_trials=2, show=False, train=_never)
+
+
+def _never(config, **options):
+    raise LabError("never")
+
+
+def test_a_study_of_another_space_or_configuration_is_refused(tmp_path):
+    config = make_config("projection_heads")
+    space = read_space(write_space(tmp_path, LINE))
+    tune.tune(config, space, tmp_path / "study", num_trials=1, show=False, train=trained)
+    other = read_space(write_space(tmp_path, LINE.replace("high: 1.0", "high: 0.9", 1)))
+    with pytest.raises(
+        LabError, match=r"holds a study of another learning_rate \(.*1.0.* there, .*0.9.* here\)"
+    ):
+        tune.tune(config, other, tmp_path / "study", num_trials=2, show=False, train=trained)
+    longer = config.updated(num_epochs=99)
+    with pytest.raises(LabError, match="a study of another configuration"):
+        tune.tune(longer, space, tmp_path / "study", num_trials=2, show=False, train=trained)
+    with pytest.raises(LabError, match="storage 'redis' is none"):
+        tune.tune(config, space, tmp_path / "third", storage="redis", show=False, train=trained)
+
+
+def test_sqlite_takes_one_process(tmp_path):
+    with Worker(tmp_path, {"a": "b"}), pytest.raises(LabError, match="start each with --storage journal"):
+        Worker(tmp_path, {"a": "b"}).__enter__()
+    with Worker(tmp_path, {"a": "b"}) as worker:
+        assert worker.ask(1) is not None
+
+
+def test_an_interrupted_trial_is_taken_up_where_it_was(tmp_path):
+    config, space = make_config("projection_heads"), read_space(write_space(tmp_path, LINE))
+    places = []
+
+    def interrupted(config, **options):
+        places.append(config.runs_dir.name)
+        if len(places) == 3:
+            return SimpleNamespace(finished=False)
+        return trained(config, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(config, space, tmp_path / "study", num_trials=5, show=False, train=interrupted)
+    study = tune.tune(config, space, tmp_path / "study", num_trials=5, show=False, train=interrupted)
+    table = trials_table(study)
+    assert table["state"].tolist().count("fail") == 1
+    assert table["reason"][2] == "its worker died; tried again"
+    assert table["learning_rate"][3] == table["learning_rate"][2]
+    assert places[2:4] == ["0002", "0002"]  # in the same folder, so that its checkpoint is found
+    assert len(table) == 6
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def _work(folder, space, log, hang_at):
+    def train(config, **options):
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()} {config.learning_rate} {config.runs_dir.name}\n")
+        if hang_at == config.runs_dir.name and log.read_text().count(f" {hang_at}\n") == 1:
+            time.sleep(600)
+        time.sleep(0.05)
+        return trained(config, **options)
+
+    tune.tune(
+        make_config("projection_heads"), read_space(space), folder, num_trials=16, storage="journal",
+        show=False, train=train,
+    )  # fmt: skip
+
+
+def test_four_workers_lose_no_trial_and_double_none_even_when_one_is_killed(tmp_path):
+    space, log, fork = write_space(tmp_path, LINE), tmp_path / "log", multiprocessing.get_context("fork")
+
+    def start(count, hang_at=None):
+        workers = [
+            fork.Process(target=_work, args=(tmp_path / "study", space, log, hang_at), daemon=True)
+            for _ in range(count)
+        ]
+        for worker in workers:
+            worker.start()
+        return workers
+
+    workers = start(4, hang_at="0005")
+    deadline = time.monotonic() + 150
+    while not (log.exists() and " 0005\n" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    hanging = next(int(line.split()[0]) for line in log.read_text().splitlines() if line.endswith(" 0005"))
+    os.kill(hanging, signal.SIGKILL)
+    for worker in workers:
+        worker.join(150)
+    assert [worker.exitcode for worker in workers if worker.pid != hanging] == [0, 0, 0]
+    with Worker(tmp_path / "study", _about(space), "journal") as worker:
+        table = trials_table(worker.study)
+        assert worker.ask(16) is None
+    assert table["number"].tolist() == list(range(17))  # 16, and the one tried again
+    assert Counter(table["state"])["fail"] == 1
+    assert table["state"].isin(["complete", "pruned", "fail"]).all()
+    rates = Counter(table["learning_rate"])
+    died = table.loc[table["state"] == "fail", "learning_rate"].item()
+    assert {rate for rate, count in rates.items() if count > 1} == {died}
+
+
+def _about(space):
+    about = {"configuration": tune._settings(make_config("projection_heads"))}
+    return {**tune.describe(read_space(space)), **about}
+
+
+# ---------------------------------------------------------------- with real training
+
+
+def test_tuning_trains_on_its_part_and_best_config_trains_on_all(tmp_path, capsys):
+    folder = write_split(tmp_path / "embeddings", "train", list(range(60)))
+    for seed, split in enumerate(("tune", "val", "test"), start=1):
+        write_split(folder, split, list(range(100 * seed, 100 * seed + 12)), seed=seed)
+    small = make_config(
+        "projection_heads", **embeddings_at(folder), runs_dir=tmp_path / "runs", device="cpu", num_epochs=2,
+        batch_size=16, warmup_steps=1, head_hidden_dim=16, embed_dim=8,
+    )  # fmt: skip
+    small.save(tmp_path / "small.yaml")
+    config = load_config(tmp_path / "small.yaml")
+    space = write_space(tmp_path, "head_dropout: {type: float, low: 0.0, high: 0.5}\n"
+                        "head_num_heads: {type: int, low: 2, high: 7}\n")  # fmt: skip
+    tune.main(config, space=str(space), num_trials=4, tune_split="tune", folder=str(tmp_path / "study"))
+    shown = capsys.readouterr().out
+    assert "head_dropout" in shown
+    assert {path.stem for path in (tmp_path / "study" / "figures").iterdir()} >= {
+        "history",
+        "parallel",
+        "slices",
+    }
+    runs = list((tmp_path / "study" / "trials").glob("*/*/training.json"))
+    assert {json.loads(path.read_text())["data"]["train"]["images"] for path in runs} == {12}
+    best = load_config(tmp_path / "study" / "best_config.yaml")
+    run = fit(best, show=False)
+    assert run.training["data"]["train"]["images"] == 60
+    tune.compare([str(tmp_path / "small.yaml"), str(tmp_path / "study" / "best_config.yaml"), "--seed", "0"])
+    assert "i2t_recall@1" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- figures
+
+
+@pytest.fixture
+def trials():
+    rng = np.random.default_rng(0)
+    count = 30
+    heads = rng.choice(["mlp", "attention"], count)
+    return pd.DataFrame({
+        "number": range(count),
+        "state": ["fail" if row == 3 else "pruned" if row % 3 == 1 else "complete" for row in range(count)],
+        "value": [np.nan if row == 3 else 150 + 3 * row + rng.normal() for row in range(count)],
+        "epochs": 5, "reason": "",
+        "learning_rate": 10 ** rng.uniform(-4, -2, count),
+        "image_head": heads,
+        "head_num_layers": np.where(heads == "attention", rng.integers(1, 4, count).astype(float), np.nan),
+    })  # fmt: skip
+
+
+def test_axes_place_values_between_0_and_1_and_unused_ones_below():
+    axis = _Axis(pd.Series([1e-4, 3e-4, 1e-3, 2e-3, 1e-2, np.nan]), log=True)
+    assert axis.places(pd.Series([1e-4, 1e-3, 1e-2, np.nan])).tolist() == pytest.approx(
+        [0, 0.5, 1, _Axis.UNUSED]
+    )
+    assert [text for _, text in axis.ticks()] == ["0.0001", "0.001", "0.01"]
+    sizes = _Axis(pd.Series([2048.0, 512.0, np.nan]), log=True)  # few values: side by side
+    assert sizes.ticks() == [(0, "512"), (1, "2048")]
+    heads = _Axis(pd.Series(["mlp", "clip", "mlp"]), log=False)
+    assert heads.places(pd.Series(["clip", "mlp"])).tolist() == [0, 1]
+    assert heads.ticks() == [(0, "clip"), (1, "mlp")]
+
+
+def test_figures_show_what_the_study_holds(trials, tmp_path):
+    assert fields_of(trials) == ["learning_rate", "image_head", "head_num_layers"]
+    history = study_history(trials, "rsum", tmp_path / "history.png")
+    best = trials.loc[trials["state"] == "complete", "value"].max()
+    line = next(line for line in history.axes[0].lines if line.get_drawstyle() == "steps-post")
+    assert line.get_ydata()[-1] == best
+    labels = [text.get_text() for text in history.axes[0].get_legend().get_texts()]
+    assert labels[:3] == ["finished (19)", "pruned (10)", "failed (1)"]
+    lines = parallel_coordinates(trials, "rsum", {"learning_rate"}, tmp_path / "parallel.png")
+    assert len(lines.axes[0].collections[0].get_segments()) == 19
+    panels = slices(trials, "rsum", {"learning_rate"}, tmp_path / "slices.png")
+    assert [axes.get_xscale() for axes in panels.axes] == ["log", "linear", "linear"]
+    bars = importances({"learning_rate": 0.7, "image_head": 0.3}, tmp_path / "importance.png")
+    assert [bar.get_width() for bar in bars.axes[0].patches] == [30, 70]
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_nothing_finished_is_said(trials):
+    with pytest.raises(LabError, match="no trial has finished yet"):
+        study_history(trials.assign(state="fail"), "rsum")
+    with pytest.raises(LabError, match="at least two finished trials"):
+        importances({})
