@@ -108,7 +108,12 @@ def retrieval_grid(
 # --- curves ---
 
 LOSSES: Series = {"train_loss": ("train", "--"), "val_loss": ("validation", "-")}
-RECALLS: Series = {"i2t_recall@1": (DIRECTIONS["i2t"], "-"), "t2i_recall@1": (DIRECTIONS["t2i"], "--")}
+RECALLS: Series = {
+    "i2t_recall@1": (DIRECTIONS["i2t"], "-"),
+    "t2i_recall@1": (DIRECTIONS["t2i"], "--"),
+    "top1_best": ("best so far", "--"),
+    "top1": ("top-1 of all captions", "-"),
+}
 RATES: Series = {"learning_rate": ("learning rate", "-")}
 
 
@@ -130,13 +135,14 @@ def learning_curves(
 
     Args:
         histories: run name -> table with `epoch`, `train_loss`, `val_loss`, `learning_rate`, and
-            `i2t_recall@1`, `t2i_recall@1` in [0, 1]; columns and values may be missing.
+            `i2t_recall@1`, `t2i_recall@1` or `top1` in [0, 1]; columns and values may be missing.
         chance: Recall@1 of random ranking, in [0, 1]; a number, or a mapping by metric.
         uniform_loss: the loss of uniform logits, the log of the number of candidates.
         best_epoch: starred; a number, or one a run.
     """
     tables = as_histories(histories)
     for name, table in tables.items():
+        table = table.assign(top1_best=table["top1"].cummax()) if "top1" in table else table
         tables[name] = table.assign(**{column: 100 * table[column] for column in RECALLS if column in table})
     level = chance_of(chance, "i2t_recall@1")
     best = best_epoch if isinstance(best_epoch, Mapping) else dict.fromkeys(tables, best_epoch)
@@ -155,7 +161,8 @@ def learning_curves(
     rate.set_ylim(bottom=0)
     power = 10.0 ** np.floor(np.log10(rate.get_ylim()[1]))
     loss.set_ylabel("loss")
-    recall.set_ylabel("Recall@1 (%)")
+    ranked = any("top1" in table for table in tables.values())
+    recall.set_ylabel("accuracy (%)" if ranked else "Recall@1 (%)")
     rate.set_ylabel(f"learning rate ({power:.0e})")
     rate.yaxis.set_major_formatter(lambda value, _: f"{value / power:.3g}")
     legend_below(figure, list(tables))
@@ -399,3 +406,9 @@ def attention_maps(
     label = "weight (average pooling gives 1)"
     shade_bar(figure, ScalarMappable(scale, HEAT), MARGIN + 0.1, height - 0.05, label, "max")
     return saved(figure, path)
+
+
+if __name__ == "__main__":
+    import runpy
+
+    runpy.run_module("plots_demo", run_name="__main__")

@@ -4,6 +4,66 @@ from __future__ import annotations
 
 from typing import Any
 
+FROM_SCRATCH: dict[str, Any] = dict(
+    image_tower="vit",
+    image_weights="random",
+    text_tower="transformer",
+    text_tower_mode="trainable",
+    image_head="projection",
+    text_head="projection",
+    learn_temperature=True,
+    weight_decay=1e-4,
+)
+"""CLIP's two encoders as they are before training."""
+
+PAIRS: dict[str, Any] = dict(
+    reader="paired_cifar",
+    test_splits=("test",),
+    image_size=32,
+    image_tower="vit_pair",
+    image_weights="random",
+    image_head="linear",
+    warmup_epochs=2,
+    best_metric="top1",
+)
+"""Two small pictures side by side, read by a vision transformer that starts from nothing."""
+
+PAIRS_IMPROVED: dict[str, Any] = dict(
+    augment_flip=0.5,
+    augment_jitter=0.2,
+    augment_rotation=10,
+    learn_temperature=True,
+    text_head="standardised",
+)
+"""What the plain setting of pairs lacks."""
+
+PAIRS_SMALL: dict[str, Any] = dict(
+    image_patch_size=8,
+    image_width=128,
+    image_num_layers=4,
+    image_num_heads=4,
+    image_mlp_ratio=2,
+    text_tower="minilm",
+    embed_dim=256,
+    different_class_prob=0.9,
+    num_epochs=40,
+    batch_size=64,
+    learning_rate=2e-3,
+    weight_decay=0.05,
+)
+"""A vision transformer of half a million parameters, and pairs of ten classes, each of the hundred as likely."""
+
+HARD_NEGATIVES: dict[str, Any] = dict(
+    mining="semantic",
+    num_mined=3,
+    num_hard_negatives=3,
+    margin=0.5,
+    best_metric="t2i_map",
+    interpolate_weights=True,
+    recall_ks=(1, 5, 10, 20),
+)
+"""Fine-tuning for retrieval: the nearest wrong captions in every batch, and a mixture with the start."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Generated scenes, nothing to download: the whole notebook in minutes on two cores.
     "quickstart": dict(
@@ -36,6 +96,145 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_epochs=14,
         batch_size=512,
         learning_rate=1e-3,
+        warmup_steps=20,
+    ),
+    # Embeddings made elsewhere, by default those of generated scenes; a head for each side.
+    "projection_heads": dict(
+        source=None,
+        data_dir="data/scene_embeddings",
+        reader="pairs",
+        test_splits=("test",),
+        image_tower="efficientnet_lite0",
+        image_tower_mode="cached",
+        text_tower="minilm",
+        image_head="clip",
+        text_head="clip",
+        head_hidden_dim=2048,
+        head_dropout=0.5,
+        temperature=0.05,
+        weight_decay=0.05,
+        num_epochs=14,
+        batch_size=512,
+        learning_rate=1e-3,
+        warmup_steps=20,
+    ),
+    # Both encoders from nothing, ViT-B/16 and CLIP's text transformer, on Flickr30k; wants a GPU.
+    "clip_from_scratch": dict(
+        source="flickr30k",
+        data_dir="data/flickr30k",
+        reader="flickr30k",
+        test_splits=("test",),
+        **FROM_SCRATCH,
+        num_epochs=20,
+        batch_size=64,
+        learning_rate=1e-4,
+        keep_every_epochs=5,
+        tensorboard=True,
+    ),
+    # The same on generated scenes, small enough for two cores.
+    "clip_from_scratch_small": dict(
+        source="scenes",
+        data_dir="data/scenes",
+        test_splits=("test", "novel"),
+        **FROM_SCRATCH,
+        image_size=64,
+        image_patch_size=8,
+        image_width=128,
+        image_num_layers=4,
+        image_num_heads=4,
+        text_width=128,
+        text_num_layers=2,
+        text_num_heads=4,
+        embed_dim=128,
+        captions_per_image=2,
+        num_epochs=10,
+        batch_size=64,
+        learning_rate=1e-3,
+        warmup_steps=40,
+    ),
+    # The course's plain vision transformer on pairs of CIFAR-100 pictures, from nothing; wants a GPU.
+    "paired_cifar_baseline": dict(
+        source="cifar100",
+        data_dir="data/cifar100",
+        **PAIRS,
+        image_patch_size=8,
+        image_width=768,
+        image_num_layers=6,
+        image_num_heads=12,
+        text_tower="clip",
+        text_head="linear",
+        num_epochs=20,
+        batch_size=32,
+        learning_rate=1e-4,
+    ),
+    # The same data, with what helps: smaller patches, augmentation, a learned temperature.
+    "paired_cifar": dict(
+        source="cifar100",
+        data_dir="data/cifar100",
+        **PAIRS,
+        **PAIRS_IMPROVED,
+        image_patch_size=4,
+        image_width=768,
+        image_num_layers=6,
+        image_num_heads=12,
+        text_tower="clip",
+        num_epochs=150,
+        batch_size=128,
+        learning_rate=3e-4,
+    ),
+    # The same on ten classes of generated shapes, small enough for two cores.
+    "paired_small": dict(
+        source="shapes",
+        data_dir="data/shapes",
+        **PAIRS,
+        **PAIRS_IMPROVED,
+        **PAIRS_SMALL,
+    ),
+    # What the plain setting makes of the same shapes, epochs and size.
+    "paired_small_baseline": dict(
+        source="shapes", data_dir="data/shapes", text_head="linear", **PAIRS, **PAIRS_SMALL
+    ),
+    # A pretrained CLIP on captioned pictures of one's own, gently and with hard negatives; wants a GPU.
+    "retrieval_finetune": dict(
+        source="flickr8k",
+        data_dir="data/flickr8k",
+        reader="flickr8k",
+        test_splits=("test",),
+        image_tower="clip",
+        text_tower="clip",
+        text_tower_mode="trainable",
+        image_head="identity",
+        temperature=0.01,
+        augment_crop_scale=0.8,
+        augment_flip=0.5,
+        augment_jitter=0.4,
+        max_caption_variations=4,
+        augment_word_dropout=0.1,
+        augment_reorder=0.5,
+        **HARD_NEGATIVES,
+        num_epochs=20,
+        batch_size=32,
+        learning_rate=2e-5,
+        image_tower_learning_rate=5e-6,
+        text_tower_learning_rate=5e-6,
+        warmup_steps=100,
+        patience=5,
+    ),
+    # The same steps on generated scenes, from heads trained a moment before; two cores, nothing to download.
+    "retrieval_finetune_small": dict(
+        source="scenes",
+        data_dir="data/scenes",
+        test_splits=("test", "novel"),
+        image_size=112,
+        image_tower="efficientnet_lite0",
+        text_tower="minilm",
+        text_head="linear",
+        augment_jitter=0.2,
+        **HARD_NEGATIVES,
+        num_epochs=2,
+        batch_size=32,
+        learning_rate=5e-4,
+        image_tower_learning_rate=5e-4,
         warmup_steps=20,
     ),
     # The documented lab: ResNet50 against frozen CLIP text embeddings on COCO 2014.

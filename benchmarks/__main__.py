@@ -1,10 +1,18 @@
-"""`python -m benchmarks [NAME ...]` runs the named benchmarks, or all: lab, data, text, metrics."""
+"""`python -m benchmarks [NAME ...]` runs the named benchmarks, or all of them; an unknown name lists what there is."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import bench_data, bench_lab, bench_metrics, bench_text
+from benchmarks import (
+    bench_data,
+    bench_lab,
+    bench_metrics,
+    bench_paired,
+    bench_scratch,
+    bench_search,
+    bench_text,
+)
 from cli import one_sentence
 from errors import choose
 
@@ -13,6 +21,9 @@ BENCHMARKS = {
     "data": bench_data.main,
     "text": bench_text.main,
     "metrics": bench_metrics.main,
+    "search": bench_search.main,
+    "paired": bench_paired.main,
+    "scratch": bench_scratch.main,
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pairs of pictures: what they show, what they are called, and that splits share none."""
+"""Small pictures by class: CIFAR's files and class folders, and that splits share none."""
 
 import os
 import pickle
@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from dataset import make_loader
 from errors import LabError
-from paired_cifar import PairedPictures, Pictures, open_pictures
+from paired_cifar import few, open_pictures, pair_caption
+from paired_scenes import CLASSES, write_shapes
 
 NAMES = ["apple", "aquarium_fish", "bee"]
 
@@ -74,61 +74,10 @@ def test_no_picture_is_in_two_splits_and_val_is_a_tenth_of_each_class(cifar):
     assert {split: np.bincount(part.labels).tolist() for split, part in parts.items()} == {
         "train": [18] * 3, "val": [2] * 3, "test": [6] * 3}  # fmt: skip
     assert len(_rows(torch.cat([part.images for part in parts.values()]))) == 60 + 18
-    with pytest.raises(LabError, match="CIFAR-100 has train, val, test"):
+    with pytest.raises(LabError, match="CIFAR has train, val, test"):
         open_pictures(cifar, "dev")
-
-
-def test_a_pair_shows_what_its_caption_says(cifar):
-    pictures = open_pictures(cifar)
-    pairs = PairedPictures(pictures, seed=3)
-    batch = next(iter(make_loader(pairs, len(pairs))))
-    assert batch["image"].shape == (54, 3, 32, 64)
-    assert batch["image"].dtype == torch.uint8
-    for item in range(len(pairs)):
-        left, right = pairs.pair(item)
-        assert torch.equal(batch["image"][item, :, :, :32], pictures.images[left])
-        assert torch.equal(batch["image"][item, :, :, 32:], pictures.images[right])
-        names = [NAMES[pictures.labels[row]].replace("_", " ") for row in (left, right)]
-        articles = ["a" if name == "bee" else "an" for name in names]
-        assert batch["text"][item] == f"a photo of {articles[0]} {names[0]} and {articles[1]} {names[1]}"
-    assert torch.equal(batch["image_id"], batch["text_id"])
-    texts, ids = pairs.captions()
-    assert [texts[ident] for ident in batch["image_id"].tolist()] == batch["text"]
-    assert len(set(texts)) == len(ids) == 9
-    assert torch.equal(pairs[5]["image"], batch["image"][5])
-
-
-def test_every_picture_stands_left_once_and_never_beside_itself(cifar):
-    pairs = PairedPictures(open_pictures(cifar), different_class_prob=0.3)
-    drawn = [pairs.pair(item) for item in range(len(pairs))]
-    assert sorted(left for left, _ in drawn) == list(range(54))
-    assert all(left != right for left, right in drawn)
-
-
-@pytest.mark.parametrize("prob", [0.0, 0.25, 1.0])
-def test_the_share_of_different_classes_is_the_probability(cifar, prob):
-    pictures = open_pictures(cifar)
-    pairs = PairedPictures(pictures, num_pairs=4000, different_class_prob=prob)
-    drawn = np.array([pairs.pair(item) for item in range(4000)])
-    labels = pictures.labels[drawn]
-    assert (labels[:, 0] != labels[:, 1]).mean() == pytest.approx(
-        prob, abs=3.5 * (prob * (1 - prob) / 4000) ** 0.5
-    )
-    seen = np.bincount(drawn[:, 1], minlength=54)  # each picture is as likely on the right as any other
-    assert seen.min() > 4000 / 54 * 0.55
-    assert seen.max() < 4000 / 54 * 1.45
-
-
-def test_pairs_are_drawn_anew_each_epoch_by_the_seed_unless_fixed(cifar):
-    def drawn(epoch, **settings):
-        pairs = PairedPictures(open_pictures(cifar), **settings)
-        pairs.set_epoch(epoch)
-        return [pairs.pair(item) for item in range(len(pairs))]
-
-    assert drawn(2, seed=1) == drawn(2, seed=1)
-    assert drawn(2, seed=1) != drawn(3, seed=1)
-    assert drawn(2, seed=1) != drawn(2, seed=2)
-    assert drawn(2, fixed=True) == drawn(3, fixed=True) == drawn(0)
+    with pytest.raises(LabError, match="set image_size to 32, not 64"):
+        open_pictures(cifar, "train", size=64)
 
 
 def test_class_folders_serve_as_well(tmp_path):
@@ -139,16 +88,24 @@ def test_class_folders_serve_as_well(tmp_path):
             for row in range(count):
                 tint = (200 * number, 10 * row, 0 if split == "train" else 255)
                 Image.new("RGB", (40, 36), tint).save(folder / f"{row}.png")
+    (tmp_path / "data" / "test" / "cat" / "9.png").write_bytes(b"no picture")
     parts = {
         split: open_pictures(tmp_path / "data", split, cache_dir=tmp_path)
         for split in ("train", "val", "test")
     }
     assert {split: len(part.images) for split, part in parts.items()} == {"train": 36, "val": 4, "test": 6}
+    assert list(parts["test"].left_out) == ["test/cat/9.png"]
+    assert not parts["train"].left_out
     for part in parts.values():
         assert part.names == ["cat", "dog"]
         assert np.array_equal(part.images[:, 0, 0, 0].numpy() // 200, part.labels)
     assert set(parts["test"].images[:, 2].unique().tolist()) == {255}
-    assert PairedPictures(parts["test"]).caption(0, 1) == "a photo of a cat and a dog"
+    assert open_pictures(tmp_path / "data", "test", size=16, cache_dir=tmp_path).images.shape == (
+        6,
+        3,
+        16,
+        16,
+    )
 
 
 def test_a_file_that_would_run_code_is_refused_and_not_run(cifar, tmp_path):
@@ -159,11 +116,11 @@ def test_a_file_that_would_run_code_is_refused_and_not_run(cifar, tmp_path):
     for name in ("test", "meta"):
         (tmp_path / name).write_bytes((cifar / "cifar-100-python" / name).read_bytes())
     _dump(tmp_path / "train", {"data": Trap(), "fine_labels": []})
-    with pytest.raises(LabError, match=r"none of CIFAR-100's files \(it asks for .*mkdir"):
+    with pytest.raises(LabError, match=r"none of CIFAR's files \(it asks for .*mkdir"):
         open_pictures(tmp_path, "train")
     assert not (tmp_path / "trapped").exists()
     (tmp_path / "train").write_bytes((cifar / "cifar-100-python" / "train").read_bytes()[:500])
-    with pytest.raises(LabError, match="fetch cifar100 again"):
+    with pytest.raises(LabError, match="fetch the set again"):
         open_pictures(tmp_path, "train")
     _dump(tmp_path / "train", {"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0, 3]})
     with pytest.raises(LabError, match="labels without pictures or names"):
@@ -171,15 +128,44 @@ def test_a_file_that_would_run_code_is_refused_and_not_run(cifar, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("labels", "settings", "message"),
-    [
-        ([0, 0, 1], {}, "set different_class_prob to 1"),
-        ([0, 0, 0], {}, "set different_class_prob to 0"),
-        ([0, 0, 1, 1], {"different_class_prob": 1.5}, "is a probability, not 1.5"),
-        ([0, 0, 1, 1], {"template": "two pictures"}, "must name {left} and {right}"),
-    ],
+    ("count", "sizes"), [(6, [2, 2, 2]), (5, [2, 2, 0]), (8, [4, 2, 2]), (99, [18, 18, 18])]
 )
-def test_what_makes_no_pairs_is_one_sentence(labels, settings, message):
-    images = torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)
-    with pytest.raises(LabError, match=message):
-        PairedPictures(Pictures(images, np.array(labels), ["cat", "dog"]), **settings)
+def test_few_pictures_still_make_pairs_of_every_class_they_have(cifar, count, sizes):
+    pictures = open_pictures(cifar)
+    some = few(pictures, count)
+    assert np.bincount(some.labels, minlength=3).tolist() == sizes
+    assert _rows(some.images) <= _rows(pictures.images)
+    assert len(_rows(some.images)) == sum(sizes)
+
+
+def test_articles_follow_the_names():
+    assert pair_caption("apple", "bee") == "a photo of an apple and a bee"
+    assert pair_caption("bee", "owl", "left a {left}, right the {right}") == "left a bee, right the owl"
+
+
+def test_drawn_shapes_are_class_folders_the_same_every_time(tmp_path):
+    first, second = (
+        write_shapes(tmp_path / name / "shapes", num_train=10, num_test=3) for name in ("one", "two")
+    )
+    files = sorted(path.relative_to(first) for path in first.rglob("*.png"))
+    assert len(files) == len(CLASSES) * 13
+    assert all((first / file).read_bytes() == (second / file).read_bytes() for file in files)
+    parts = {split: open_pictures(first, split, cache_dir=tmp_path) for split in ("train", "val", "test")}
+    assert {split: len(part.labels) for split, part in parts.items()} == {"train": 90, "val": 10, "test": 30}
+    assert len(_rows(torch.cat([part.images for part in parts.values()]))) == 130
+    reds = [name.startswith("red") for name in parts["train"].names]
+    red = parts["train"].images.float().mean(dim=(2, 3))  # (N, 3)
+    is_red = np.array(reds)[parts["train"].labels]
+    assert (red[:, 0] - red[:, 2])[is_red].min() > (red[:, 0] - red[:, 2])[~is_red].mean()
+    assert write_shapes(first, num_train=10, num_test=3) == first
+
+
+def test_shapes_are_not_drawn_over_something_else(tmp_path):
+    write_shapes(tmp_path / "shapes", num_train=2, num_test=1)
+    with pytest.raises(LabError, match="holds shapes of other settings"):
+        write_shapes(tmp_path / "shapes", num_train=3, num_test=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(LabError, match="was not made by write_shapes"):
+        write_shapes(tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"

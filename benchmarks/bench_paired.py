@@ -1,0 +1,93 @@
+"""Pairs of small pictures, the plain setting beside the full one, with and without the swap margin.
+
+`python -m benchmarks paired` trains everything below and prints one table a data set; a finished run is reused.
+`python -m benchmarks.bench_paired --tiny` proves the command in a minute on a few pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from config import Config, make_config
+from dataset import prepare_data
+from paired_evaluation import SHOWN, PairResult, evaluate_pairs, settings_table
+from runs import Run
+from train import fit
+from uncertainty import compare_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+CIFAR10 = [ROOT.parent / "shared" / "cifar10", ROOT / "data" / "cifar10"]
+PRESETS = ("paired_small_baseline", "paired_small")
+SWAP_WEIGHTS = (0.0, 1.0)
+SEEDS = (0, 1, 2)
+PAIRS_PER_EPOCH = 4000  # of CIFAR-10's 18,000 training pictures, which take their turns
+TINY: dict[str, Any] = dict(
+    max_samples=60, num_epochs=2, image_width=16, image_num_layers=1, image_num_heads=2
+)
+
+
+def settings(**overrides: Any) -> list[Config]:
+    """Both settings, each without and with the margin."""
+    return [
+        make_config(preset, swap_weight=weight, **overrides) for preset in PRESETS for weight in SWAP_WEIGHTS
+    ]
+
+
+def measure(title: str, seeds: tuple[int, ...], **overrides: Any) -> None:
+    """Train every setting with every seed, and print their tables on training and on test pictures."""
+    measured: dict[str, list[tuple[Run, dict[str, Any]]]] = {"train": [], "test": []}
+    for config in settings(**overrides):
+        prepare_data(config)
+        for seed in seeds:
+            run = fit(config.updated(seed=seed))
+            results = evaluate_pairs(run, tuple(measured), show=False)
+            for split, rows in measured.items():
+                rows.append((run, results[split].metrics))
+            print(one_line(run, results["test"]), flush=True)
+    for split, rows in measured.items():
+        captions = rows[0][1]["captions"]
+        print(f"\n{title}: {split} pictures against {captions} captions, %, mean ± std over seeds {seeds}")
+        print(settings_table(rows).to_string())
+    verdicts(measured["test"])
+
+
+def one_line(run: Run, result: PairResult) -> str:
+    """One run's test figures with the interval of its top-1 over pairs."""
+    found = result.metrics
+    figures = ", ".join(f"{name} {100 * found[name]:.1f}" for name in SHOWN if name in found)
+    interval = f"[{100 * found['top1_low']:.1f}, {100 * found['top1_high']:.1f}]"
+    seconds = run.training["train_seconds"]
+    return f"{run.name}: {figures}; top1 {interval}; {found['num_swapped']} swapped; {seconds:.0f} s"
+
+
+def verdicts(rows: list[tuple[Run, dict[str, Any]]]) -> None:
+    """Whether the margin changes top-1 and swaps in either setting, over seeds."""
+    for preset in PRESETS:
+        for name in ("top1", "swapped"):
+            sides = [
+                [found[name] for run, found in rows if run.config.preset == preset
+                 and run.config.swap_weight == weight]
+                for weight in SWAP_WEIGHTS
+            ]  # fmt: skip
+            print(f"{preset}, {name}: {compare_settings(*sides, names=('no margin', 'margin')).verdict}")
+
+
+def main(tiny: bool = False) -> None:
+    """Drawn shapes, then CIFAR-10's class folders where they are."""
+    places: dict[str, Any] = {"runs_dir": ROOT / "runs" / "bench_paired", "cache_dir": ROOT / "cache"}
+    some = {**places, **(TINY if tiny else {})}
+    seeds = SEEDS[:2] if tiny else SEEDS
+    measure("drawn shapes", seeds, data_dir=ROOT / "data" / "shapes", **some)
+    cifar10 = next((folder for folder in CIFAR10 if folder.is_dir()), None)
+    if cifar10 is None:
+        print("CIFAR-10: skipped; put its pictures into data/cifar10/{train,test}/CLASS/")
+        return
+    measure("CIFAR-10", seeds, source=None, data_dir=cifar10, pairs_per_epoch=PAIRS_PER_EPOCH, **some)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="a few pictures, two epochs, two seeds")
+    main(**vars(parser.parse_args()))
