@@ -61,7 +61,7 @@ class Config(BaseModel):
 
     # --- data ---
     source: str | None = "coco2014"
-    """What to fetch where data_dir is missing: a name of sources.SOURCES, or `scenes` to generate."""
+    """What to fetch where data_dir is missing: a name of sources.SOURCES, or `scenes` or `shapes` to generate."""
     reader: str = "coco"
     """Layout of data_dir, a name of readers.READERS."""
     karpathy_file: Path | None = None
@@ -103,7 +103,8 @@ class Config(BaseModel):
     augment_erasing: float = Field(0.0, ge=0, le=1)
     """Probability that a rectangle is erased."""
     augment_swap_sides: bool = False
-    """Swap the words left and right in the captions of a flipped picture; else such pictures are not flipped."""
+    """Swap the words left and right in the captions of a flipped picture; else such pictures are not flipped. Needs
+    captions that are not cached."""
 
     # --- augmentation of training captions (needs a text tower that is not cached) ---
     augment_word_dropout: float = Field(0.0, ge=0, lt=1)
@@ -199,7 +200,8 @@ class Config(BaseModel):
     bank_refresh_steps: PositiveInt = 20
     """Steps after which `bank` encodes all captions anew, where the text head learns."""
     margin: PositiveFloat = 0.5
-    """Losses `contrastive` and `triplet`: how much nearer a match must be than a negative, cosine."""
+    """Loss `triplet`: how much nearer a match must be than a negative, cosine; loss `contrastive`: the cosine
+    distance that a negative must keep."""
     num_hard_negatives: PositiveInt = 3
     """Loss `contrastive`: hardest negatives in the batch counted for each query."""
     focal_gamma: NonNegativeFloat = 0.0

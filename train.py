@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import pandas as pd
 from torch import nn
 
 from cli import run_command
-from config import Config
+from config import Config, run_name
 from distributed import is_main
-from evaluate import evaluate_run
 from interrupts import alone, stop_after_step
+from paired_evaluation import report_pairs, save_curves
+from run_report import report_run
 from runs import Run, load_run
 from trainer import OnEpoch, Trainer
 
@@ -96,15 +98,28 @@ def main(
     resume: str = "auto",
     overfit_: int = 0,
     eval_only: bool = False,
+    comprehensive: bool = False,
+    output_file: str = "",
+    no_plotting: bool = False,
 ) -> None:
-    """Train, evaluate on the test splits once, and say where everything lies."""
+    """Train, evaluate on the test splits once, and say where everything lies.
+
+    `--overfit N` asks whether N images are learned by heart instead; `--eval_only` reports on the finished run;
+    `--no_plotting` draws no curves while it trains.
+    """
     if overfit_:
         print(overfit(config, overfit_).to_string())
         return
-    run = fit(config, resume=resume) if not eval_only else load_run(Trainer(config).folder)
+    folder = config.runs_dir / run_name(config)
+    draw = None if no_plotting else functools.partial(save_curves, folder)
+    run = load_run(folder) if eval_only else fit(config, resume=resume, on_epoch=draw)
     if run.finished and is_main():
-        evaluate_run(run)
-        print(f"{run.folder}: config.yaml, history.csv, metrics.json, figures/, best.safetensors")
+        copy = output_file or None
+        if config.reader == "paired_cifar":
+            report_pairs(run, comprehensive=comprehensive, output_file=copy, no_plotting=no_plotting)
+        else:
+            report_run(run, comprehensive=comprehensive, output_file=copy)
+        print(f"{run.folder}: config.yaml, history.csv, metrics.json, tables/, figures/, best.safetensors")
 
 
 if __name__ == "__main__":
