@@ -120,7 +120,7 @@ class Config(BaseModel):
     image_tower_mode: Literal["trainable", "frozen", "cached"] = "trainable"
     """Trained; run without gradients; or run once and its features cached."""
     image_weights: str = "pretrained"
-    """`pretrained`, `random`, or a file of weights."""
+    """`pretrained`, `random`, a file of weights, or a hub name or folder."""
     image_patch_size: PositiveInt = 16
     """Vision transformer built here: side of a patch, pixels."""
     image_width: PositiveInt = 768
@@ -186,7 +186,8 @@ class Config(BaseModel):
     loss: str = "infonce"
     """A name of losses.LOSSES."""
     temperature: PositiveFloat = 0.07
-    """Softmax temperature at the start; the model holds ln(1/temperature) as logit_scale."""
+    """Softmax temperature at the start; the model holds ln(1/temperature) as logit_scale. A pretrained CLIP kept by
+    heads `identity` brings its own."""
     learn_temperature: bool = False
     """Train the temperature, clamped at 1/100."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)

@@ -124,8 +124,13 @@ class CLIPModel(nn.Module):
         return F.normalize(self.text_head(pooled).float(), dim=-1)
 
     def attention(self, image: Tensor) -> Tensor:
-        """(I, 3, H, W) -> (I, h, w) pooling weights. Raises: LabError without attention pooling."""
+        """(I, 3, H, W) -> (I, h, w) pooling weights, or what a vision transformer built here looks at.
+
+        Raises: LabError where the model has neither.
+        """
         if self.image_pooling is None:
+            if hasattr(self.image_encoder, "attention_maps"):
+                return self.image_encoder.attention_maps(image)
             raise LabError(
                 "this model averages over positions; train with use_attention_pooling to see weights."
             )
@@ -172,17 +177,27 @@ def _taken(make: Callable[..., Any], config: Config) -> dict[str, Any]:
 def build_image_tower(config: Config) -> nn.Module:
     """The image tower, or what stands for it where its features are cached."""
     make = choose(towers.IMAGE_TOWERS, config.image_tower, "image_tower")
-    if config.image_tower_mode == "cached":
+    if config.image_tower_mode == "cached" and config.image_tower != "embeddings":
         return towers.CachedTower(towers.image_width(config.image_tower, config.image_weights))
-    return make(config.image_weights, **_taken(make, config))
+    tower = make(config.image_weights, **_taken(make, config))
+    return towers.freeze_parts(tower, config.image_freeze_layers, config.freeze_projections, "image")
 
 
 def build_text_tower(config: Config) -> nn.Module:
     """The text tower, or what stands for it where its features are cached."""
     make = choose(towers.TEXT_TOWERS, config.text_tower, "text_tower")
-    if config.text_tower_mode == "cached":
+    if config.text_tower_mode == "cached" and config.text_tower != "embeddings":
         return towers.CachedTower(towers.text_width(config.text_tower, config.text_model))
-    return make(config.text_model, **_taken(make, config))
+    tower = make(config.text_model, **_taken(make, config))
+    return towers.freeze_parts(tower, config.text_freeze_layers, config.freeze_projections, "text")
+
+
+def _start_temperature(config: Config) -> float:
+    """The configured temperature; a pretrained CLIP whose space is kept by heads `identity` brings its own."""
+    if config.image_head == config.text_head == "identity":
+        own = towers.pretrained_temperature(config.image_tower, config.image_weights)
+        return own or config.temperature
+    return config.temperature
 
 
 def build_model(config: Config) -> CLIPModel:
@@ -209,7 +224,7 @@ def build_model(config: Config) -> CLIPModel:
         use_attention_pooling=config.use_attention_pooling,
         frozen=(*frozen, "heads") if config.freeze_projections else tuple(frozen),
         freeze_batch_norm=config.freeze_batch_norm,
-        temperature=config.temperature,
+        temperature=_start_temperature(config),
         learn_temperature=config.learn_temperature,
         logit_bias=bias if has_bias(config) else None,
     )

@@ -1,0 +1,124 @@
+"""A model as safetensors, with its configuration and a loader of its own."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from config import Config
+from export_heads import plain_layers
+from models import CLIPModel
+
+MODEL_LOADER = '''"""Loads this folder's model; it needs the lab's own modules: put their folder on PYTHONPATH.
+
+    from load_model import load_model
+    model = load_model()
+    model.encode_image(pictures)      # (B, 3, S, S) uint8 -> (B, D), L2-normalised
+    model.encode_text(["a caption"])  # -> (1, D), L2-normalised
+"""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from config import Config
+from models import build_model
+
+FOLDER = Path(__file__).parent
+
+
+def load_model():
+    config = Config(**json.loads((FOLDER / "config.json").read_text(encoding="utf-8")))
+    model = build_model(config)
+    model.load_state_dict(load_file(FOLDER / "model.safetensors"))
+    return model.eval()
+'''
+
+HEADS_LOADER = '''"""Loads this folder's two heads; it needs torch and safetensors, nothing else.
+
+    from load_model import load_model
+    heads = load_model()
+    heads["image"](image_features)  # features of the image tower in config.json -> (B, D), L2-normalised
+    heads["text"](text_features)    # features of the text tower in config.json -> (B, D), L2-normalised
+"""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import nn
+
+FOLDER = Path(__file__).parent
+LAYERS = {"Linear": nn.Linear, "LayerNorm": nn.LayerNorm, "GELU": nn.GELU}
+
+
+class Head(nn.Sequential):
+    def forward(self, features):
+        return nn.functional.normalize(super().forward(features.float()), dim=-1)
+
+
+def load_model():
+    heads = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))["heads"]
+    built = {side: Head(*[LAYERS[name](**options) for name, options in heads[side]]) for side in heads}
+    model = nn.ModuleDict(built)
+    model.load_state_dict(load_file(FOLDER / "model.safetensors"))
+    return model.eval()
+'''
+
+
+def write_model(model: CLIPModel, config: Config, folder: Path) -> Path:
+    """Write a whole model; `load_model.py` builds it by this lab's modules."""
+    if config.image_weights == "pretrained":
+        config = config.updated(image_weights="random")  # the file holds them
+    kept = config.model_dump(mode="json", exclude={"start_from"})
+    return _write(folder, _cpu(model), kept, MODEL_LOADER)
+
+
+def write_heads(model: CLIPModel, config: Config, folder: Path) -> Path:
+    """Write the heads of a model on cached features; `load_model.py` needs only torch and safetensors.
+
+    Raises: LabError if a head is no chain of linear layers.
+    """
+    heads = {"image": plain_layers(model.image_head), "text": plain_layers(model.text_head)}
+    names = ("image_tower", "image_weights", "text_tower", "text_model")
+    content = {
+        "heads": {side: [_described(layer) for layer in layers] for side, layers in heads.items()},
+        "temperature": model.temperature,
+        **config.model_dump(mode="json", include=set(names)),
+    }
+    weights = _cpu(nn.ModuleDict({side: nn.Sequential(*layers) for side, layers in heads.items()}))
+    return _write(folder, weights, content, HEADS_LOADER)
+
+
+def _described(layer: nn.Module) -> tuple[str, dict[str, Any]]:
+    if isinstance(layer, nn.Linear):
+        sizes = {"in_features": layer.in_features, "out_features": layer.out_features}
+        return "Linear", {**sizes, "bias": layer.bias is not None}
+    if isinstance(layer, nn.LayerNorm):
+        return "LayerNorm", {"normalized_shape": list(layer.normalized_shape), "eps": layer.eps}
+    return type(layer).__name__, {}
+
+
+def _cpu(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+
+
+def _write(folder: Path, weights: dict[str, Tensor], content: dict[str, Any], loader: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    (folder / "load_model.py").write_text(loader, encoding="utf-8")
+    return folder
+
+
+@torch.no_grad()
+def loaded(folder: Path) -> Any:
+    """The folder's model, by its own loader."""
+    return runpy.run_path(str(folder / "load_model.py"))["load_model"]()

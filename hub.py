@@ -1,0 +1,114 @@
+"""Pretrained models by hub name or folder, without waiting for a hub that does not answer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+import compat  # noqa: F401
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError
+from safetensors.torch import load_file
+from torch import nn
+
+from errors import LabError
+
+logging.getLogger("transformers").setLevel(logging.ERROR)
+transformers.utils.logging.disable_progress_bar()
+
+
+def is_local(name: str) -> bool:
+    """Whether a model is a folder, or lies in the hub's local cache."""
+    return os.path.isdir(name) or hub_snapshot(name) is not None
+
+
+def hub_snapshot(name: str) -> str | None:
+    """The commit of a hub model in the local cache, or None for a folder or a model not cached."""
+    if os.path.isdir(name):
+        return None
+    try:
+        path = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a path, not a hub's name
+        return None
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def load(auto_class: Any, name: str, **options: Any) -> Any:
+    """`from_pretrained` from a folder, the hub's local cache or the hub, in this order.
+
+    Raises: LabError where none answers, after seconds rather than the hub client's minutes of retries.
+    """
+    local = is_local(name)
+    where = "its folder is incomplete" if local else "there is no such folder, and the hub does not have it"
+    try:
+        if not local and not _hub_answers():
+            where = "there is no such folder, and the hub does not answer"
+            raise OSError("no connection")
+        return auto_class.from_pretrained(name, local_files_only=local, **options)
+    except (OSError, ValueError, RuntimeError) as error:  # the last where shapes do not fit
+        raise LabError(
+            f"model {name!r} could not be loaded: {where} ({str(error).splitlines()[0]}); connect once so that "
+            "it is cached, or give a folder made by save_pretrained."
+        ) from error
+
+
+def _hub_answers() -> bool:
+    host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+    try:
+        socket.create_connection((host.hostname, host.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def load_whole(auto_class: Any, name: str, **options: Any) -> Any:
+    """The same, where no weight may be missing: it would be random, and another each time."""
+    model, info = load(auto_class, name, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        raise LabError(
+            f"the weights of {name!r} lack {min(info['missing_keys'])}; give a model that was saved with it."
+        )
+    return model
+
+
+def load_weights(module: nn.Module, path: str) -> None:
+    """Load a file of weights, safetensors or torch's without its code, into a module."""
+    if not Path(path).is_file():
+        raise LabError(f"image_weights {path!r} is no file; give a weights file, 'pretrained' or 'random'.")
+    state = load_file(path) if path.endswith(".safetensors") else torch.load(path, weights_only=True)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise LabError(
+            f"{path} does not hold this tower's weights: {str(error).splitlines()[-1].strip()}"
+        ) from error
+
+
+def model_config(name: str) -> Any:
+    """The configuration of a hub model or folder; from then on `hub_snapshot` knows its commit."""
+    return load(transformers.AutoConfig, name)
+
+
+def load_clip_half(auto_class: Any, name: str) -> Any:
+    """One half of a CLIP with its projection; a half's own configuration may not know the joint space's width."""
+    width = getattr(model_config(name), "projection_dim", None)
+    if width is None:
+        raise LabError(f"model {name!r} is no CLIP: it has no joint space of pictures and texts.")
+    return load_whole(auto_class, name, projection_dim=width)
+
+
+def checkpointed(model: Any, on: bool) -> Any:
+    """A transformers model that computes its blocks again in the backward pass, if asked."""
+    if on:  # older versions know the second name
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    return model
