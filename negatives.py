@@ -55,7 +55,7 @@ class QueueNegatives(BatchNegatives):
     Source: MoCo, He et al. 2020, algorithm 1.
     """
 
-    def __init__(self, model: CLIPModel, size: int, decay: float = 0.99) -> None:
+    def __init__(self, model: CLIPModel, size: int, decay: float = 0.9) -> None:
         self.model, self.size = model, size
         self.average = EMA(model, decay)
         self.keys: dict[str, Tensor] = {}

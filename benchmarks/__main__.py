@@ -6,23 +6,33 @@ import sys
 
 from benchmarks import (
     bench_data,
+    bench_engine,
+    bench_heads,
+    bench_ingredients,
     bench_lab,
     bench_metrics,
     bench_paired,
+    bench_retrieval,
     bench_scratch,
     bench_search,
     bench_text,
+    bench_tuning,
 )
 from cli import one_sentence
 from errors import choose
 
 BENCHMARKS = {
     "lab": bench_lab.main,
+    "engine": bench_engine.main,
+    "ingredients": bench_ingredients.main,
     "data": bench_data.main,
     "text": bench_text.main,
     "metrics": bench_metrics.main,
     "search": bench_search.main,
+    "heads": bench_heads.main,
+    "tuning": bench_tuning.main,
     "paired": bench_paired.main,
+    "retrieval": bench_retrieval.main,
     "scratch": bench_scratch.main,
 }
 
