@@ -132,7 +132,7 @@ def reliability_diagram(confidence: Any, correct: Any, path: SavePath = None, bi
     Args: (N,) confidence of the predicted class in [0, 1]; (N,) whether it was right.
     """
     table = calibration_bins(confidence, correct, bins)
-    figure = new_figure(3.9)
+    figure = new_figure(4.15)
     axes, counts = axes_at(figure, 0.75, 0.4, 3.6, 2.9), axes_at(figure, 5.3, 0.4, 3.5, 2.9)
     middle, width = 50 * (table["low"] + table["high"]), 92 / bins
     axes.bar(middle, 100 * table["accuracy"], width, color=BLUE, label="accuracy")
@@ -142,7 +142,7 @@ def reliability_diagram(confidence: Any, correct: Any, path: SavePath = None, bi
     axes.plot([0, 100], [0, 100], color=INK, linestyle="--", linewidth=1.2, label="perfect calibration")
     axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence (%)", ylabel="accuracy (%)")
     axes.set_title(f"expected calibration error {100 * calibration_error(table):.1f} %")
-    axes.legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor="none")
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=3)  # bars may fill the axes
     counts.bar(middle, table["count"], width, color=GREY)
     counts.set(xlim=(0, 100), xlabel="confidence (%)", ylabel="predictions")
     counts.set_title(f"{table['count'].sum():,} predictions")
@@ -266,15 +266,17 @@ def recall_by_gallery_size(
     """Recall@K against the size of the gallery, published systems at their own sizes.
 
     Args:
-        curves: name -> table with `gallery_size` and `recall` in [0, 1], and `low`, `high` where known.
-        published: (system, gallery size, recall in [0, 1]).
+        curves: name -> what `metrics.recall_by_gallery_size` returns, or a table with `gallery_size` and
+            `recall` in [0, 1], and `low`, `high` where known.
+        published: (system, gallery size in images, recall in [0, 1]).
         k, direction: what the curves show, for the axes.
     """
     figure = new_figure(4.6)
     axes = axes_at(figure, 0.7, 0.45, 8.1, 3.5)
     sizes = [size for _, size, _ in published]
     for run, (name, rows) in enumerate(curves.items()):
-        table = pd.DataFrame(rows).sort_values("gallery_size")
+        names = {"sizes": "gallery_size", direction: "recall"}
+        table = pd.DataFrame(rows).rename(columns=names).sort_values("gallery_size")
         axes.plot(table["gallery_size"], 100 * table["recall"], color=colour(run), label=name)
         if {"low", "high"} <= set(table):
             band = (100 * table["low"], 100 * table["high"])
@@ -289,7 +291,7 @@ def recall_by_gallery_size(
     axes.set(xscale="log", xlim=(reach[0], reach[-1]), ylim=(0, 104))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.xaxis.set_minor_formatter(lambda value, _: "")
-    axes.set(xlabel="gallery size", ylabel=f"Recall@{k}, {DIRECTIONS.get(direction, direction)} (%)")
+    axes.set(xlabel="gallery size (images)", ylabel=f"Recall@{k}, {DIRECTIONS.get(direction, direction)} (%)")
     if published:
         _published_points(figure, axes, published)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=4, columnspacing=1.2)

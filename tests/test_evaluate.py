@@ -1,44 +1,36 @@
-"""A finished run answers: metrics, queries, zero-shot, comparison, and mistakes are named."""
+"""Figures with their protocol, ranks that are kept, runs side by side, and mistakes that are named."""
 
-import subprocess
-import sys
+from __future__ import annotations
 
+import json
+
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from evaluated import argsort_recall, config_of, made_gallery, write_home, write_run
 
+import comparison
 import evaluate
+import looking_inside
+import measure
 from config import make_config
 from errors import LabError
-from scenes import load_scenes, write_scenes
-from train import fit
-from utils import load_run
+from gallery import fitting_protocols, protocol_of
+from measure import load_ranks, metrics_table, ranks_of, ranks_path, save_ranks
+from metrics import retrieval_metrics
+from runs import load_run
+from uncertainty import compare_settings, paired_test
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    root = tmp_path_factory.mktemp("lab")
-    write_scenes(root / "scenes", num_train=40, num_val=12, num_test=20, num_novel=12)
-    return root
+    return write_home(tmp_path_factory.mktemp("lab"))
 
 
 @pytest.fixture(scope="module")
 def run(home):
-    return fit(config_of(home), show=False)
-
-
-def config_of(home, **settings):
-    places = dict(data_dir=home / "scenes", cache_dir=home / "cache", runs_dir=home / "runs", device="cpu")
-    return make_config(
-        "quickstart",
-        image_tower_mode="cached",
-        image_size=64,
-        num_epochs=4,
-        batch_size=16,
-        **places,
-        **settings,
-    )
+    return write_run(config_of(home))
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +38,16 @@ def gallery(run):
     return evaluate.open_gallery(run, "test", show=False)
 
 
+# --- figures and protocols ---
+
+
 def test_metrics_state_their_protocol_and_are_read_once(run):
-    found = evaluate.evaluate_run(run)
+    found = evaluate.evaluate_run(run, show=False)
     assert set(found) == {"test", "novel"}
-    assert (found["test"]["split"], found["test"]["num_images"], found["test"]["num_texts"]) == (
-        "test",
-        20,
-        100,
-    )
-    assert found["novel"]["captions_per_image"] == 5
-    assert all(0 <= value <= 1 for name, value in found["test"].items() if "recall@" in name)
+    sizes = {
+        name: found["test"][name] for name in ("split", "protocol", "num_images", "num_texts", "left_out")
+    }
+    assert sizes == {"split": "test", "protocol": "full", "num_images": 20, "num_texts": 100, "left_out": 0}
     low, high = found["test"]["t2i_recall@5_low"], found["test"]["t2i_recall@5_high"]
     assert low < found["test"]["t2i_recall@5"] < high
     assert found["test"]["intervals"] == "95 %, bootstrap over images, test sample only"
@@ -63,55 +55,121 @@ def test_metrics_state_their_protocol_and_are_read_once(run):
     assert kept.metrics == found
     kept.metrics["test"]["i2t_recall@1"] = -1.0  # a second call takes what is kept
     assert evaluate.evaluate_run(kept)["test"]["i2t_recall@1"] == -1.0
-    assert {p.name for p in (run.folder / "figures").iterdir()} == {
-        "learning_curves.png", "recall_test.png", "recall_novel.png"}  # fmt: skip
+    figures = {"learning_curves.png", "recall_test.png", "recall_novel.png"}
+    assert {path.name for path in (run.folder / "figures").iterdir()} == figures
 
 
-def test_recall_is_what_a_written_out_argsort_says(run, gallery):
-    scores = gallery.image_features @ gallery.text_features.T
-    best = gallery.text_id[scores.argmax(dim=1)] == gallery.image_id
-    assert gallery.metrics()["i2t_recall@1"] == pytest.approx(best.float().mean().item())
-    top = gallery.image_id[scores.T.argsort(dim=1, descending=True)[:, :5]] == gallery.text_id[:, None]
-    assert gallery.metrics()["t2i_recall@5"] == pytest.approx(top.any(dim=1).float().mean().item())
+def test_the_table_names_protocol_gallery_and_chance(run):
+    table = metrics_table(measure.measured(run))
+    assert table.index.names == ["split", "protocol", "images", "captions", ""]
+    assert table.index[0] == ("test", "full", 20, 100, "model")
+    found = run.metrics["test"]
+    ends = (found["i2t_recall@1"], found["i2t_recall@1_low"], found["i2t_recall@1_high"])
+    assert table["i2t_recall@1"].iloc[0] == "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * end for end in ends))
+    assert table["t2i_recall@5"].iloc[1] == "25.0"  # chance: 5 of 20 images
 
 
-def test_a_query_ranks_the_whole_gallery(gallery):
-    caption = gallery.dataset.table.captions_of(3)[4]
-    (found,) = evaluate.search_text(gallery, [caption], k=20)
-    assert len(set(found.pictures)) == 20
-    assert found.scores == sorted(found.scores, reverse=True)
-    assert sum(found.correct) == 1
-    assert found.pictures[found.correct.index(True)] == gallery.dataset.table.path_of(3)
-    assert evaluate.search_text(gallery, ["nobody wrote this"], k=1)[0].correct is None
+def test_recall_is_what_a_written_out_argsort_says(gallery):
+    scores = (gallery.image_features @ gallery.text_features.T).numpy()
+    matches = (gallery.image_id[:, None] == gallery.text_id).numpy()
+    found = gallery.metrics()
+    assert found["i2t_recall@1"] == pytest.approx(argsort_recall(scores, matches, 1))
+    assert found["t2i_recall@5"] == pytest.approx(argsort_recall(scores.T, matches.T, 5))
 
 
-def test_zero_shot_gives_probabilities_by_label(gallery):
-    probabilities = evaluate.zero_shot(gallery, [0, 5], ["red circle", "blue star", "green heart"])
-    assert probabilities.shape == (2, 3)
-    assert torch.allclose(probabilities.sum(dim=1), torch.ones(2))
-    swapped = evaluate.zero_shot(gallery, [5, 0], ["blue star", "red circle", "green heart"])
-    assert torch.allclose(swapped, probabilities[[1, 0]][:, [1, 0, 2]], atol=1e-5)
+COCO = make_config(karpathy_file="dataset_coco.json")
+FLICKR = make_config("flickr8k")
 
 
-def test_known_labels_are_those_of_pictures_of_one_object(home, gallery):
-    scenes = load_scenes(home / "scenes", "test")
-    known = evaluate.known_labels(gallery)
-    alone = [i for i, ident in enumerate(gallery.image_id.tolist()) if len(scenes[ident].objects) == 1]
-    assert sorted(known) == alone
-    accuracy = evaluate.zero_shot_accuracy(gallery)
-    assert accuracy["pictures"] == len(alone)
-    assert 0 <= accuracy["top1"] <= accuracy["top5"] <= 1
+@pytest.mark.parametrize(
+    ("images", "captions", "split", "config", "name", "fits"),
+    [
+        (1000, 5, "test", FLICKR, "flickr_1k", {"full", "one_caption", "flickr_1k"}),
+        (1000, 5, "val", FLICKR, "full", {"full", "one_caption"}),
+        (1000, 4, "test", FLICKR, "full", {"full", "one_caption"}),
+        (5000, 5, "test", COCO, "coco_5k", {"full", "one_caption", "coco_5k", "coco_1k_fivefold"}),
+        (5000, 6, "test", COCO, "full", {"full", "one_caption", "coco_5k", "coco_1k_fivefold"}),
+        (5000, 5, "test", make_config(), "full", {"full", "one_caption"}),
+        (40504, 1, "val", make_config(), "full val2014", {"full", "one_caption"}),
+    ],
+)
+def test_a_protocol_is_named_where_it_fits(images, captions, split, config, name, fits):
+    gallery = made_gallery(images, captions, split=split, config=config)
+    assert protocol_of(gallery) == name
+    assert set(fitting_protocols(gallery)) == fits
+
+
+def test_every_fitting_protocol_has_its_row(tmp_path):
+    gallery = made_gallery(40, 3)
+    gallery.run.metrics["test"] = gallery.metrics()
+    (exhibit,) = looking_inside.protocols(gallery, tmp_path)
+    first = torch.arange(0, 120, 3)
+    alone = retrieval_metrics(
+        gallery.image_features, gallery.text_features[first], gallery.image_id, gallery.text_id[first]
+    )
+    row = exhibit.table.loc[("one_caption", 40, 40, "model")]
+    assert row["i2t_recall@1"] == f"{100 * alone['i2t_recall@1']:.1f}"
+    assert exhibit.table.loc[("full", 40, 120, "chance"), "t2i_recall@10"] == "25.0"
+    (every,) = looking_inside.every_figure(gallery, tmp_path)
+    assert every.table.loc["map", "image-to-text"] == f"{gallery.metrics()['i2t_map']:.3g}"
+
+
+def test_recall_by_gallery_size_ends_at_the_full_gallery(tmp_path):
+    gallery = made_gallery(60, 2, noise=3.0)
+    *figures, table = looking_inside.by_gallery_size(gallery, tmp_path)
+    assert table.table.index[-1] == 60
+    expected = [round(100 * gallery.metrics()[f"{way}_recall@1"], 1) for way in ("i2t", "t2i")]
+    assert table.table.iloc[-1].tolist() == pytest.approx(expected)
+    assert (table.table.diff().dropna() <= 0).all().all()
+    assert all(exhibit.figure.is_file() and "published systems" in exhibit.caption for exhibit in figures)
+
+
+def test_published_points_are_not_drawn_over_generated_scenes(gallery, tmp_path):
+    first, *_ = looking_inside.by_gallery_size(gallery, tmp_path)
+    assert "published" not in first.caption
+
+
+# --- bad input ---
+
+
+def test_a_k_over_the_gallery_is_left_out_and_none_left_is_an_error():
+    gallery = made_gallery(30, config=make_config("quickstart", recall_ks=(5, 31)))
+    assert [name for name in gallery.metrics() if name.startswith("t2i_recall@31")] == []
+    gallery.run.config.recall_ks = (31, 50)
+    with pytest.raises(LabError, match=r"every K of recall_ks \(31, 50\) is over the 30 images"):
+        gallery.metrics()
+
+
+def test_queries_without_a_match_are_counted_and_left_out(tmp_path):
+    gallery = made_gallery(30, 2)
+    whole = gallery.metrics()["i2t_recall@1"]
+    gallery = made_gallery(30, 2)
+    gallery.text_id[:4] = torch.tensor([-1, -1, -102, -102])  # images 100 and 101 have no caption now
+    found = gallery.metrics()
+    assert (found["t2i_num_left_out"], found["i2t_num_left_out"]) == (4, 2)
+    assert (found["t2i_num_queries"], found["i2t_num_queries"]) == (56, 28)
+    assert found["i2t_recall@1"] >= whole - 0.1
+    with pytest.raises(LabError, match="4 captions belong to no image"):
+        list(looking_inside.by_gallery_size(gallery, tmp_path))
+
+
+def test_nan_features_are_an_error():
+    gallery = made_gallery()
+    gallery.image_features[3, 2] = float("nan")
+    with pytest.raises(LabError, match="image_features hold NaN"):
+        gallery.metrics()
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda g: evaluate.search_text(g, ["x"], k=21), "k is 21 but the gallery holds 20"),
+        (lambda g: evaluate.search_text(g, ["x"], k=21), "k is 21 but"),
         (lambda g: evaluate.search_text(g, ["x"], k=0), "k is 0"),
         (lambda g: evaluate.zero_shot(g, [0], ["a", "a"]), "none given twice"),
         (lambda g: evaluate.zero_shot(g, [0], ["a", " "]), "none empty"),
         (lambda g: evaluate.zero_shot(g, [0], ["only one"]), "at least two"),
         (lambda g: evaluate.zero_shot(g, [0], ["a", "b"], ["no place"]), "needs {}"),
+        (lambda g: evaluate.open_gallery(g.run, "nowhere", show=False), "split 'nowhere' holds no image"),
         (lambda g: evaluate.compare_runs([]), "train one first"),
     ],
 )
@@ -120,29 +178,183 @@ def test_mistakes_are_named(gallery, call, message):
         call(gallery)
 
 
-def test_settings_stand_side_by_side_and_seeds_are_averaged(home, run):
-    fit(config_of(home, seed=1), show=False)
-    fit(config_of(home, use_batch_norm=True), show=False)
-    runs = evaluate.finished_runs(home / "runs", "quickstart")
-    table = evaluate.compare_runs(runs)
-    assert table["seeds"].tolist() == [2, 1]
-    assert "bn" in table.index[1]
-    both = [r.metrics["test"]["t2i_recall@5"] for r in runs if not r.config.use_batch_norm]
-    assert table["t2i_recall@5"].iloc[0] == pytest.approx(sum(both) / 2)
-    assert table["t2i_recall@5_std"].iloc[0] == pytest.approx(pd.Series(both).std())
-    assert pd.isna(table["t2i_recall@5_std"].iloc[1])
+# --- a data set that measures itself ---
+
+
+def own_metrics(model, features, config):
+    return {"top1": 0.5, "top1_low": 0.4, "top1_high": 0.6, "swaps": len(features["image_id"]) / 100}
+
+
+def test_a_data_set_may_bring_its_own_metrics(tmp_path):
+    gallery = made_gallery(30, validation_metrics=own_metrics)
+    gallery.run.folder = tmp_path
+    measure.keep_measured(gallery)
+    found = json.loads((tmp_path / "metrics.json").read_text())["test"]
+    assert (found["protocol"], found["top1"], found["num_images"]) == ("the data set's own", 0.5, 30)
+    assert not list(tmp_path.glob("ranks*"))
+    table = metrics_table({"test": found})
+    assert table.to_dict("list") == {"top1": ["0.5 [0.4, 0.6]"], "swaps": ["0.3"]}
+    exhibits = {exhibit.name: exhibit for exhibit in looking_inside.examine(gallery, tmp_path, show=False)}
+    assert list(exhibits) == ["map, principal components", "map, t-SNE", "attention", "zero-shot classes"]
+    assert (
+        exhibits["attention"].caption == "attention is not shown: this data set has no picture files at hand."
+    )
+
+
+# --- ranks kept beside the figures ---
+
+
+def same(one, two):
+    ways = [(getattr(one, way), getattr(two, way)) for way in ("i2t", "t2i")]
+    return all(
+        np.array_equal(getattr(a, name), getattr(b, name)) for a, b in ways for name in measure.RANK_FIELDS
+    )
+
+
+def test_ranks_are_kept_and_refused_where_they_do_not_fit(tmp_path):
+    gallery = made_gallery()
+    path = tmp_path / "ranks_test.npz"
+    save_ranks(gallery.ranks, path, gallery.fingerprint)
+    assert same(load_ranks(path, gallery.fingerprint), gallery.ranks)
+    with pytest.raises(LabError, match="ranks of another gallery"):
+        load_ranks(path, made_gallery(29).fingerprint)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(LabError, match="cannot be read"):
+        load_ranks(path, gallery.fingerprint)
+
+
+def test_a_gallery_differs_with_its_ids_and_data():
+    prints = [made_gallery(30).fingerprint, made_gallery(31).fingerprint, made_gallery(30, 3).fingerprint]
+    changed = made_gallery(30)
+    changed.text_id[0] = -1
+    assert len({*prints, changed.fingerprint}) == 4
+    assert made_gallery(30, seed=5).fingerprint == prints[0]  # another model on the same gallery
+
+
+def test_ranks_need_no_second_encoding(run, gallery, monkeypatch):
+    measure.measured(run)
+    monkeypatch.setattr(measure, "open_gallery", lambda *_, **__: pytest.fail("encoded again"))
+    assert same(ranks_of(run, "test"), gallery.ranks)
+
+
+def test_lost_ranks_are_measured_again(run):
+    measure.measured(run)
+    ranks_path(run, "novel").unlink()
+    assert ranks_of(run, "novel", show=False).num_images == 12
+    assert ranks_path(run, "novel").is_file()
+
+
+# --- runs side by side ---
+
+
+def told_run(home, recall, gallery="a", **settings):
+    """A run whose metrics are given instead of measured."""
+    run = write_run(config_of(home, **settings))
+    recalls = {"i2t_recall@1": recall, "t2i_recall@1": 0.5}
+    sizes = {"split": "test", "protocol": "full", "num_images": 20, "num_texts": 100, "gallery": gallery}
+    run.metrics.update({split: {**sizes, **recalls} for split in run.config.test_splits})
+    return run
+
+
+BETTER, WORSE, LIKE = (0.6, 0.62, 0.61), (0.4, 0.41, 0.42), (0.6, 0.4, 0.5)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Three seeds each of three settings, one of a single seed, one on another gallery."""
+    home = tmp_path_factory.mktemp("runs")
+    named = {
+        "plain": (WORSE, {}),
+        "bn": (BETTER, {"use_batch_norm": True}),
+        "wide": (LIKE, {"batch_size": 8}),
+    }
+    runs = [
+        told_run(home, recall, seed=seed, **changed)
+        for recalls, changed in named.values()
+        for seed, recall in enumerate(recalls)
+    ]
+    runs += [told_run(home, 0.9, num_epochs=3), told_run(home, 0.9, gallery="b", num_epochs=5)]
+    return comparison.group_settings(runs, show=False)
+
+
+def test_settings_stand_side_by_side_and_seeds_are_averaged(settings):
+    table = comparison.comparison_table(settings)
+    assert table["seeds"].tolist() == [3, 3, 3, 1, 1]
+    assert table["i2t_recall@1"].iloc[0] == pytest.approx(np.mean(WORSE))
+    assert table["i2t_recall@1_std"].iloc[0] == pytest.approx(np.std(WORSE, ddof=1))
+    assert pd.isna(table["i2t_recall@1_std"].iloc[3])
+    assert table["protocol"].tolist() == ["full"] * 5
+    assert table["seconds"].iloc[0] == 750
+    assert comparison.readable(table)["i2t_recall@1"].iloc[0] == "41.0 ± 1.0"
+
+
+def test_a_difference_is_claimed_only_over_seeds(settings):
+    verdicts = comparison.comparison_table(settings)["i2t_recall@1_verdict"].tolist()
+    assert compare_settings(BETTER, WORSE).is_difference
+    assert not compare_settings(LIKE, WORSE).is_difference
+    expected = ["baseline", "higher", "no difference shown", "too few seeds", "not compared: another gallery"]
+    assert verdicts == expected
+    flipped = comparison.comparison_table(settings, settings[1].runs[0].name)["i2t_recall@1_verdict"]
+    assert flipped.tolist()[:2] == ["lower", "baseline"]
+    with pytest.raises(LabError, match="baseline 'nobody' does not exist"):
+        comparison.comparison_table(settings, "nobody")
+
+
+def test_two_single_runs_have_the_paired_test_of_their_kept_ranks(home, run):
+    other = write_run(config_of(home, use_batch_norm=True))
+    table = evaluate.compare_runs([run, other], show=False)
+    test = paired_test(ranks_of(other, "test"), ranks_of(run, "test"), "t2i_recall@1")
+    word = (
+        {True: "higher", False: "lower"}[test.difference > 0] if test.is_difference else "no difference shown"
+    )
+    assert table["t2i_recall@1_verdict"].iloc[1] == f"{word} (test sample only, p = {test.p_value:.3f})"
+    found = comparison.paired_test_of(other, run, "t2i_recall@1")
+    assert found == test
+    other.metrics["test"]["gallery"] = "another"
+    with pytest.raises(LabError, match="different galleries"):
+        comparison.paired_test_of(other, run)
+
+
+def test_finished_runs_are_found_by_preset(home, run):
+    write_run(config_of(home, seed=9), finished=False)
+    assert run.name in [found.name for found in evaluate.finished_runs(home / "runs", "quickstart")]
+    assert all(found.config.seed != 9 for found in evaluate.finished_runs(home / "runs"))
     assert evaluate.finished_runs(home / "runs", "flickr8k") == []
 
 
-def test_command_line_prints_the_table_and_one_sentence(run, tmp_path):
-    def call(*words):
-        command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+def test_labels_and_fields_say_what_sets_runs_apart(home):
+    config = config_of(home, use_batch_norm=True)
+    assert evaluate.settings_label(make_config("quickstart", seed=3, device="cpu")) == "plain"
+    assert (
+        evaluate.settings_label(make_config("quickstart", use_batch_norm=True, batch_size=8))
+        == "bn, batch_size=8"
+    )
+    fields = comparison.differing_fields({"a": config, "b": config.updated(batch_size=8, seed=4)})
+    assert fields.to_dict("index") == {"batch_size": {"a": "16", "b": "8"}}
 
-    evaluate.evaluate_run(run)
-    good = call(run.folder)
-    assert good.returncode == 0, good.stderr
-    assert "novel 12" in good.stdout
-    bad = call(tmp_path / "none")
-    assert bad.returncode == 1
-    assert bad.stderr.strip() == f"error: {tmp_path / 'none'} is not a run's folder (no config.yaml)."
+
+# --- the command line ---
+
+
+def test_command_line_prints_the_table_and_one_sentence(run, tmp_path, capsys):
+    evaluate.main([str(run.folder)])
+    shown = capsys.readouterr().out
+    assert "novel full" in shown
+    assert f"{run.folder}: metrics.json" in shown
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main([str(tmp_path / "none")])
+    assert ended.value.code == f"error: {tmp_path / 'none'} is not a run's folder (no config.yaml)."
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(["compare", str(tmp_path)])
+    assert "train one first" in ended.value.code
+    assert f"{tmp_path} is passed over: not a run." in capsys.readouterr().out
+
+
+def test_search_and_export_get_what_the_shell_says(tmp_path, monkeypatch, capsys):
+    config_of(tmp_path).save(tmp_path / "run" / "config.yaml")
+    monkeypatch.setattr(evaluate, "search_command", lambda run, *words, **given: (run.name, *words, given))
+    evaluate.main(["search", str(tmp_path / "run"), "a dog", "--minus", "snow", "--k", "3"])
+    assert capsys.readouterr().out.strip() == "('run', 'a dog', {'image': None, 'minus': 'snow', 'k': 3})"
+    monkeypatch.setattr("export.export_run", lambda run, folder: [folder / run.config.preset])
+    evaluate.main(["export", str(tmp_path / "run"), "--folder", str(tmp_path / "out")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "quickstart")
