@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: lab test soak install jupyter bench clean
+.PHONY: lab test browser soak all_heads install jupyter bench clean
 
 lab: install  ## run main.ipynb headless: results, executed notebook, HTML, figures
 	$(BIN)/python run_notebook.py main.ipynb
@@ -10,7 +10,14 @@ test: install  ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not browser_labs"
+
+browser: install  ## every notebook in JupyterLab, driven by a headless Chromium
+	$(BIN)/pytest tests/browser -s
+
+all_heads: install  ## lab 1's configurations on generated scenes, one table
+	test -d data/scene_embeddings || $(BIN)/python encode.py --preset quickstart --folder data/scene_embeddings
+	$(BIN)/python tune.py compare configs/attention.yaml configs/clip.yaml configs/mlp.yaml configs/siglip.yaml
 
 soak: install  ## kill a training run at twenty random moments; each must end with the same bits
 	OMP_NUM_THREADS=1 KILLS=20 $(BIN)/pytest tests/test_kill.py -n 2

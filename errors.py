@@ -12,8 +12,11 @@ Choice = TypeVar("Choice")
 class LabError(ValueError):
     """Bad input, told in one sentence that says what to do.
 
-    Command lines print it without a traceback.
+    Command lines print it without a traceback, and so do notebooks.
     """
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"LabError: {self}"]  # IPython asks for this instead of its own
 
 
 def nearest(name: str, names: list[str]) -> str:

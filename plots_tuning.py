@@ -151,7 +151,8 @@ def _told(value: Any) -> str:
     """A value as ticks show it."""
     if not isinstance(value, (float, np.floating)):
         return str(value)
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:g}"
+    number = float(value)
+    return f"{number:.3g}" if abs(number) < 1000 else f"{number:g}"
 
 
 @styled

@@ -1,4 +1,4 @@
-"""Runs a notebook headless and exports one self-contained HTML page, progress bars as text."""
+"""Runs a notebook headless and exports one self-contained HTML page, widgets as what they last showed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ast
 import base64
 import html as markup
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def run_notebook(
         )
     except papermill.PapermillExecutionError as error:
         raise LabError(f"{notebook} failed: {error.ename}: {error.evalue}; see {executed}.") from error
-    shown = widgets_as_text(nbformat.read(executed, as_version=4))
+    shown = widgets_as_shown(nbformat.read(executed, as_version=4))
     page = executed.with_suffix(".html")
     body, _ = HTMLExporter(
         exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url=""
@@ -54,33 +55,96 @@ def run_notebook(
     }
 
 
-def widgets_as_text(notebook: Any) -> Any:
-    """The notebook with each progress bar's last state as text, and bars that were closed left out."""
+def widgets_as_shown(notebook: Any) -> Any:
+    """The notebook with each widget's last state as text, pictures and tables; a closed one leaves nothing.
+
+    Where no state was saved, what the cell shows to pages without widgets stays.
+    """
     state = notebook.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
     for cell in notebook.cells:
         kept = []
         for output in cell.get("outputs", []):
-            model = output.get("data", {}).get(WIDGET, {}).get("model_id")
+            model = output.get("data", {}).pop(WIDGET, {}).get("model_id")
             if model is None:
                 kept.append(output)
-            elif text := _widget_text(state, model):
-                kept.append(nbformat.v4.new_output("stream", name="stdout", text=f"{text}\n"))
+            elif model in state:
+                kept += _as_outputs(_shown(state, model))
+            elif set(output["data"]) - {"text/plain"}:
+                kept.append(output)
         if "outputs" in cell:
             cell.outputs = kept
     notebook.metadata.pop("widgets", None)
     return notebook
 
 
-def _widget_text(state: dict[str, Any], model: str) -> str:
-    """What a widget and its children say, in order; empty for one that is gone."""
+Shown = list[Any]  # texts, and {mime type: data} of pictures and tables, in their order
+
+
+def _shown(state: dict[str, Any], model: str) -> Shown:
+    """What a widget and its children show; a row's texts in one line."""
     values = state.get(model, {}).get("state", {})
-    if "children" in values:
-        parts = [_widget_text(state, child.removeprefix("IPY_MODEL_")) for child in values["children"]]
-        return " ".join(part for part in parts if part)
-    if "max" in values:
-        share = values["value"] / (values["max"] or 1)
-        return f"|{'█' * round(20 * share):<20}|"
-    return markup.unescape(re.sub(r"<[^>]+>", "", str(values.get("value", "")))).strip()
+    layout = str(values.get("layout", "")).removeprefix("IPY_MODEL_")
+    if state.get(layout, {}).get("state", {}).get("display") == "none":
+        return []
+    if "children" not in values:
+        make = LEAVES.get(values.get("_model_name", ""), _input)
+        return [part for part in [make(values, state.get(model, {}))] if part]
+    parts = [part for child in values["children"] for part in _shown(state, child.removeprefix("IPY_MODEL_"))]
+    if values.get("_model_name") == "HBoxModel" and all(isinstance(part, str) for part in parts):
+        return [" ".join(parts)] if parts else []
+    return parts
+
+
+def _bar(values: dict[str, Any], saved: Any) -> str:
+    return f"|{'█' * round(20 * values['value'] / (values['max'] or 1)):<20}|"
+
+
+def _picture(values: dict[str, Any], saved: dict[str, Any]) -> dict[str, str] | None:
+    data = [buffer["data"] for buffer in saved.get("buffers", []) if buffer["path"] == ["value"]]
+    return {"image/png": data[0]} if data and data[0] else None
+
+
+def _html(values: dict[str, Any], saved: Any) -> Any:
+    value = str(values.get("value", ""))
+    return {"text/html": value} if "<table" in value else _plain(value)
+
+
+def _input(values: dict[str, Any], saved: Any) -> str:
+    """`label: value` of an input; of a menu what is chosen."""
+    chosen, labels = values.get("index"), values.get("_options_labels", [])
+    numbers = list(chosen) if isinstance(chosen, (list, tuple)) else [] if chosen is None else [chosen]
+    value = ", ".join(labels[number] for number in numbers) if labels else values.get("value", "")
+    text = "" if value == [] else _plain(str(value))
+    label = _plain(str(values.get("description") or ""))
+    return f"{label}: {text}" if label and text else text
+
+
+def _plain(text: str) -> str:
+    return markup.unescape(re.sub(r"<[^>]+>", "", text)).strip()
+
+
+LEAVES: dict[str, Callable[[dict[str, Any], Any], Any]] = {
+    "FloatProgressModel": _bar,
+    "ImageModel": _picture,
+    "HTMLModel": _html,
+}
+"""How widgets that hold no others are told; what is not here is an input."""
+
+
+def _as_outputs(parts: Shown) -> list[Any]:
+    lines: list[str] = []
+    outputs = []
+    for part in [*parts, None]:
+        if isinstance(part, str):
+            lines.append(part)
+            continue
+        if lines:
+            text = "".join(f"{line}\n" for line in lines)
+            outputs.append(nbformat.v4.new_output("stream", name="stdout", text=text))
+            lines = []
+        if part is not None:
+            outputs.append(nbformat.v4.new_output("display_data", data=part))
+    return outputs
 
 
 def without_network(html: str) -> str:

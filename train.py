@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any
 
 import pandas as pd
@@ -111,8 +110,13 @@ def main(
         print(overfit(config, overfit_).to_string())
         return
     folder = config.runs_dir / run_name(config)
-    draw = None if no_plotting else functools.partial(save_curves, folder)
-    run = load_run(folder) if eval_only else fit(config, resume=resume, on_epoch=draw)
+
+    def draw(history: pd.DataFrame) -> None:
+        save_curves(folder, history)
+
+    run = (
+        load_run(folder) if eval_only else fit(config, resume=resume, on_epoch=None if no_plotting else draw)
+    )
     if run.finished and is_main():
         copy = output_file or None
         if config.reader == "paired_cifar":

@@ -186,8 +186,8 @@ class _Meter:
             progress.uniform_sum += uniform * count
         if self.bar is not None:
             mean = progress.loss_sum / progress.images
-            rate = progress.images / max(progress.seconds, 1e-9)
-            self.bar.set_postfix_str(f"loss {mean:.3f}, {rate:.0f} images/s", refresh=False)
+            rate = f", {progress.images / progress.seconds:.0f} images/s" if progress.seconds else ""
+            self.bar.set_postfix_str(f"loss {mean:.3f}{rate}", refresh=False)
             self.bar.update(len(self.unread))
         self.unread.clear()
 

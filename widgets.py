@@ -1,30 +1,49 @@
-"""Notebook views; each is also a plain call."""
+"""The notebooks' controls and live views; each is also a plain call.
+
+| control | the same as a plain call |
+|---|---|
+| `experiment_form(config)` | `config[name] = value` |
+| `search_box(gallery)` | `search_figure(GallerySearch.of(gallery), query)` |
+| `zero_shot_playground(gallery)` | `zero_shot_figure(run, picture, labels)` |
+| `attention_explorer(gallery)` | `attention_figure(gallery, first)` |
+| `failure_explorer(gallery)` | `failure_figure(gallery, first)` |
+| `run_browser(runs_dir)` | `runs_table(runs, baseline)`, `runs_figure(runs)` |
+| `data_browser(table)` | `browse_figure(table, words)`, `check_flags(report)` |
+| `fit(config, on_epoch=live_training(config))` | `plots.learning_curves({name: run.history})` |
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from browsers import browse_figure, check_flags, data_browser, run_browser, runs_figure, runs_table
+from explorers import (
+    attention_explorer,
+    attention_figure,
+    failure_explorer,
+    failure_figure,
+    search_box,
+    search_figure,
+    zero_shot_figure,
+    zero_shot_playground,
+)
+from form import experiment_form
+from live import live_curves, live_training
 
-import pandas as pd
-from IPython.display import DisplayHandle, display
-
-import plots
-
-
-def live_curves(name: str, *, chance: float | None = None, uniform_loss: float | None = None) -> Callable:
-    """A callback for `fit(on_epoch=...)` that keeps one figure of the learning curves up to date.
-
-    Args:
-        name: of the run, for the legend.
-        chance: recall of a random ranking, drawn as a line.
-        uniform_loss: the loss of uniform logits, drawn as a line.
-    """
-    handle: list[DisplayHandle] = []
-
-    def draw(history: pd.DataFrame) -> None:
-        figure = plots.learning_curves({name: history}, chance=chance, uniform_loss=uniform_loss)
-        if handle:
-            handle[0].update(figure)
-        else:
-            handle.append(display(figure, display_id=True))
-
-    return draw
+__all__ = [
+    "attention_explorer",
+    "attention_figure",
+    "browse_figure",
+    "check_flags",
+    "data_browser",
+    "experiment_form",
+    "failure_explorer",
+    "failure_figure",
+    "live_curves",
+    "live_training",
+    "run_browser",
+    "runs_figure",
+    "runs_table",
+    "search_box",
+    "search_figure",
+    "zero_shot_figure",
+    "zero_shot_playground",
+]

@@ -310,7 +310,8 @@ fit(load_config(sys.argv[1] + "/config.yaml"), show=False)
 def test_two_processes_give_the_gradients_and_the_run_of_one(coco, tmp_path):
     config = make_config(
         "quickstart", data_dir=coco, cache_dir=tmp_path / "cache", runs_dir=tmp_path / "two", image_tower_mode="cached",
-        image_size=32, num_epochs=3, batch_size=10, warmup_steps=2, device="cpu", negatives="queue", queue_size=12, precision="fp32",
+        image_size=32, num_epochs=3, batch_size=10, warmup_steps=2, device="cpu", negatives="queue", queue_size=12,
+        precision="fp32",
     )  # fmt: skip
     alone = fit(config.updated(runs_dir=tmp_path / "one"), show=False)
     config.save(tmp_path / "config.yaml")

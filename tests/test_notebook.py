@@ -1,34 +1,86 @@
-"""main.ipynb from an empty folder to its last cell, and what is exported."""
+"""main.ipynb from an empty folder with nothing but itself to its last cell, and what is exported."""
 
 import os
 import re
 import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import nbformat
 import pytest
 from conftest import ROOT, SHARED
 
 from errors import LabError
-from run_notebook import run_notebook, tables, widgets_as_text, without_network
+from run_notebook import run_notebook, tables, widgets_as_shown, without_network
+
+VIEW = "application/vnd.jupyter.widget-view+json"
+STATE = "application/vnd.jupyter.widget-state+json"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    home = tmp_path_factory.mktemp("clone")
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, home)
-    notebook = shutil.copy(ROOT / "main.ipynb", home)
-    before = os.getcwd()
-    os.chdir(home)
+@contextmanager
+def chdir(folder: Path) -> Iterator[None]:  # contextlib's own is of Python 3.11
+    before = Path.cwd()
+    os.chdir(folder)
     try:
-        return run_notebook(
-            notebook, {"FAST_RUN": True, "OVERRIDES": {"use_attention_pooling": True}}, home / "outputs"
-        )
+        yield
     finally:
         os.chdir(before)
 
 
-def test_every_cell_runs_and_says_something(made):
+def git(*words: str, cwd: Path) -> None:
+    who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    subprocess.run(["git", *who, *words], cwd=cwd, check=True, capture_output=True)
+
+
+def bare_repository(folder: Path) -> str:
+    """A repository of the lab as it stands here; its address."""
+    tree = folder / "tree"
+    for pattern in ("*.py", "*.ipynb", "requirements*.txt", "configs/**/*.*"):
+        for path in ROOT.glob(pattern):
+            target = tree / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    git("init", "--quiet", cwd=tree)
+    git("add", ".", cwd=tree)
+    git("commit", "--quiet", "-m", "the lab", cwd=tree)
+    git("clone", "--quiet", "--bare", "tree", "lab.git", cwd=folder)
+    return f"file://{folder / 'lab.git'}"
+
+
+def notebook_alone(folder: Path, repository: str) -> Path:
+    """main.ipynb in a folder of its own, its form filled in as a reader would."""
+    folder.mkdir()
+    source = (ROOT / "main.ipynb").read_text(encoding="utf-8")
+    assert source.count('REPOSITORY = \\"\\"') == 1
+    path = folder / "main.ipynb"
+    path.write_text(
+        source.replace('REPOSITORY = \\"\\"', f'REPOSITORY = \\"{repository}\\"'), encoding="utf-8"
+    )
+    return path
+
+
+SETTINGS = {"FAST_RUN": True, "OVERRIDES": {"use_attention_pooling": True}}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    home = tmp_path_factory.mktemp("colab")
+    notebook = notebook_alone(home / "content", bare_repository(home))
+    with chdir(notebook.parent):
+        checkpoints = {"CHECKPOINT_DIR": str(home / "drive")}
+        return run_notebook(notebook, {**SETTINGS, **checkpoints}, home / "outputs")
+
+
+@pytest.fixture(scope="module")
+def lab(made) -> Path:
+    """The clone that the notebook made."""
+    return made["notebook"].parent.parent / "content" / "lab"
+
+
+def test_every_cell_runs_and_says_something(made, lab):
+    assert (lab / "config.py").is_file()
     cells = [c for c in nbformat.read(made["notebook"], as_version=4).cells if c.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
     assert not [out for cell in cells for out in cell.outputs if out.output_type == "error"]
@@ -37,46 +89,37 @@ def test_every_cell_runs_and_says_something(made):
     assert "quickstart_attn_" in shown
 
 
+def test_checkpoints_lie_where_they_were_asked_for(made, lab):
+    (kept,) = {path.parent.name for path in (made["notebook"].parent.parent / "drive").glob("*/step_*.pt")}
+    assert kept.startswith("quickstart_attn_")
+    assert not list(lab.glob("runs/*/checkpoints/*.pt"))
+
+
 def test_the_page_is_whole_without_a_network(made):
     html = made["html"].read_text()
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=[\"']https?://", html)
     assert html.count("data:image/png;base64") >= 7
     assert len(list(made["figures"].glob("*.png"))) >= 7
-    assert "application/vnd.jupyter.widget-view" not in html
+    assert VIEW not in html
+    assert "model not found" not in html
+    assert "labels: " in html  # the playground's inputs, above its picture
     assert "text-embedding cache" in html.lower()
 
 
-def test_run_again_it_reuses_what_is_finished(made):
-    home = made["notebook"].parent.parent
-    (weights,) = home.glob("runs/*/best.safetensors")
+def test_run_again_it_reuses_what_is_finished(made, lab, tmp_path):
+    (weights,) = lab.glob("runs/*/best.safetensors")
     stamp = weights.stat().st_mtime_ns
-    before = os.getcwd()
-    os.chdir(home)
-    try:
-        run_notebook(
-            home / "main.ipynb",
-            {"FAST_RUN": True, "OVERRIDES": {"use_attention_pooling": True}},
-            home / "again",
-        )
-    finally:
-        os.chdir(before)
+    with chdir(lab):
+        run_notebook(lab / "main.ipynb", SETTINGS, tmp_path)
     assert weights.stat().st_mtime_ns == stamp
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/flickr8k here")
-def test_photographs_take_the_same_cells(made, tmp_path):
-    home = made["notebook"].parent.parent
-    os.chdir(home)
-    try:
-        settings = {
-            "PRESET": "flickr8k",
-            "FAST_RUN": True,
-            "OVERRIDES": {"data_dir": str(SHARED / "flickr8k")},
-        }
-        photographs = run_notebook(home / "main.ipynb", settings, tmp_path)
-    finally:
-        os.chdir(ROOT)
-    assert "i2t_recall@1" in tables(photographs["notebook"])
+def test_photographs_take_the_same_cells(lab, tmp_path):
+    photographs = {"PRESET": "flickr8k", "OVERRIDES": {"data_dir": str(SHARED / "flickr8k")}}
+    with chdir(lab):
+        found = run_notebook(lab / "main.ipynb", {"FAST_RUN": True, **photographs}, tmp_path)
+    assert "i2t_recall@1" in tables(found["notebook"])
 
 
 def test_a_failing_cell_is_named(tmp_path):
@@ -87,23 +130,59 @@ def test_a_failing_cell_is_named(tmp_path):
         run_notebook(tmp_path / "bad.ipynb", {}, tmp_path / "out")
 
 
-def test_progress_bars_become_text():
-    view = "application/vnd.jupyter.widget-view+json"
-    state = {
-        "box": {"state": {"children": ["IPY_MODEL_a", "IPY_MODEL_b", "IPY_MODEL_c"]}},
-        "a": {"state": {"value": "captions:&nbsp;<b>100%</b>"}},
-        "b": {"state": {"value": 5, "max": 10}},
-        "c": {"state": {"value": " 5/10"}},
-    }
+# --- widgets as what they last showed ---
+
+
+def shown(state: dict, *outputs: dict) -> list:
+    """What is left of a cell's outputs."""
     cell = nbformat.v4.new_code_cell("x")
-    cell.outputs = [
-        nbformat.v4.new_output("display_data", data={view: {"model_id": "box"}}),
-        nbformat.v4.new_output("display_data", data={view: {"model_id": "closed"}}),
-    ]
+    cell.outputs = [nbformat.v4.new_output("display_data", data=dict(data)) for data in outputs]
     notebook = nbformat.v4.new_notebook(cells=[cell])
-    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": state}}
-    (output,) = widgets_as_text(notebook).cells[0].outputs
+    notebook.metadata["widgets"] = {STATE: {"state": state}}
+    return widgets_as_shown(notebook).cells[0].outputs
+
+
+def widget(kind: str, **values) -> dict:
+    return {"state": {"_model_name": f"{kind}Model", **values}}
+
+
+def test_progress_bars_become_text():
+    state = {
+        "box": widget("HBox", children=["IPY_MODEL_a", "IPY_MODEL_b", "IPY_MODEL_c"]),
+        "a": widget("HTML", value="captions:&nbsp;<b>100%</b>"),
+        "b": widget("FloatProgress", value=5, max=10),
+        "c": widget("HTML", value=" 5/10"),
+        "gone": widget("HBox", children=[], layout="IPY_MODEL_hidden"),
+        "hidden": widget("Layout", display="none"),
+    }
+    (output,) = shown(
+        state, {VIEW: {"model_id": "box"}}, {VIEW: {"model_id": "gone"}}, {VIEW: {"model_id": "?"}}
+    )
     assert output.text == "captions:\xa0100% |██████████          | 5/10\n"
+
+
+def test_a_control_becomes_its_inputs_its_picture_and_its_table():
+    state = {
+        "all": widget("VBox", children=[f"IPY_MODEL_{name}" for name in ("row", "say", "png", "empty", "table")]),
+        "row": widget("HBox", children=["IPY_MODEL_text", "IPY_MODEL_menu", "IPY_MODEL_several", "IPY_MODEL_file"]),
+        "text": widget("Text", description="search", value="a dog & a cat"),
+        "menu": widget("Dropdown", description="show", _options_labels=["one", "two"], index=1),
+        "several": widget("SelectMultiple", description="runs", _options_labels=["x", "y", "z"], index=[0, 2]),
+        "file": widget("FileUpload", description="upload", value=[]),
+        "say": widget("HTML", value="<b>write something.</b>"),
+        "png": {**widget("Image"), "buffers": [{"path": ["value"], "data": "iVBORw==", "encoding": "base64"}]},
+        "empty": widget("Image"),
+        "table": widget("HTML", value="<table><tr><td>1</td></tr></table>"),
+    }  # fmt: skip
+    words, picture, table = shown(state, {VIEW: {"model_id": "all"}, "image/png": "older"})
+    assert words.text == "search: a dog & a cat show: two runs: x, z\nwrite something.\n"
+    assert picture.data == {"image/png": "iVBORw=="}
+    assert table.data == {"text/html": "<table><tr><td>1</td></tr></table>"}
+
+
+def test_without_a_saved_state_the_fallback_stays():
+    (output,) = shown({}, {VIEW: {"model_id": "gone"}, "image/png": "iVBORw==", "text/plain": "x"})
+    assert output.data == {"image/png": "iVBORw==", "text/plain": "x"}
 
 
 def test_pages_lose_scripts_from_elsewhere_only():

@@ -9,18 +9,37 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     "errors presets",
-    "config compat data_folder plots_style scene_plan ranks augment matching heads",
-    "cache captions pictures downloads losses metrics cli plots_parts plots_data scene_captions scene_pictures",
-    "archives table_builder caption_rows caption_cache image_store plots uncertainty towers scenes",
-    "sources folder_readers image_cache data_check plots_features plots_ranks models preencoded",
-    "readers optimisation",
+    "config compat tower_parts transformer_blocks distributed data_folder plots_style scene_plan "
+    "ranks augment matching heads caption_augment balancing interpolation",
+    "vit text_transformer clip_tokenizer hub export_heads margin_losses swap_loss pair_ranks",
+    "image_towers text_towers cache cifar_files captions search_spaces studies interrupts logs "
+    "pictures downloads losses metrics cli plots_parts plots_data scene_captions scene_pictures",
+    "feature_rows report plots_tuning archives table_builder caption_rows caption_cache image_store "
+    "plots uncertainty towers scenes search paired_scenes",
+    "mining sources folder_readers image_cache data_check plots_features plots_ranks plots_demo "
+    "models preencoded",
+    "memory export_clip export_model readers optimisation checkpoints runs watch",
+    "export_text negatives",
+    "export engine",
+    "precision",
     "dataset paired_cifar",
-    "encode",
+    "training_set",
+    "encode pairs_data",
+    "paired_data",
     "open_data",
     "utils",
+    "gallery",
+    "queries labelled measure",
+    "zero_shot comparison",
+    "looking_inside paired_evaluation",
+    "run_report",
     "evaluate",
-    "train",
-    "widgets run_notebook",
+    "trainer",
+    "train retrieval_evaluation",
+    "caption_order",
+    "controls colab live grid",
+    "form explorers browsers",
+    "widgets run_notebook tune",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))

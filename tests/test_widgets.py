@@ -1,0 +1,421 @@
+"""Every control without a browser: the plain call, the input that changes it, and the sentence where it cannot."""
+
+import asyncio
+import base64
+import io
+import json
+import types
+
+import ipywidgets
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+import browsers
+import colab
+import explorers
+import form
+import widgets
+from config import Config, make_config
+from controls import WIDGET_VIEW, Control, after_pause
+from data_check import check
+from dataset import load_table
+from errors import LabError
+from gallery import open_gallery
+from live import Interrupted, LiveView
+from queries import GallerySearch
+from scenes import write_scenes
+from train import fit
+from utils import load_run
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lab")
+    write_scenes(root / "scenes", num_train=40, num_val=12, num_test=20, num_novel=12)
+    return root
+
+
+def config_of(home, **settings):
+    return make_config(
+        "quickstart", data_dir=home / "scenes", cache_dir=home / "cache", runs_dir=home / "runs", device="cpu",
+        image_tower_mode="cached", image_size=64, batch_size=16, **{"num_epochs": 2, **settings},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(home):
+    return fit(config_of(home), show=False)
+
+
+@pytest.fixture(scope="module")
+def gallery(run):
+    return open_gallery(run, "test", show=False)
+
+
+def picture_of(control) -> Image.Image:
+    return Image.open(io.BytesIO(control.picture.value))
+
+
+# --- what all controls share ---
+
+
+def double(number: int) -> pd.DataFrame:
+    if number < 0:
+        raise LabError("number is negative; give one from 0.")
+    return pd.DataFrame({"twice": [2 * number]})
+
+
+def test_a_control_is_its_function_of_its_inputs():
+    control = Control(double, number=ipywidgets.IntText(3))
+    assert control.result["twice"].tolist() == [6]
+    control.inputs["number"].value = 5
+    assert control.result["twice"].tolist() == [10]
+    assert control.set(number=7)["twice"].tolist() == [14]
+    assert "14" in control.table.value
+
+
+def test_a_control_says_what_is_wrong_and_keeps_its_result():
+    control = Control(double, number=ipywidgets.IntText(3))
+    control.inputs["number"].value = -1
+    assert "number is negative; give one from 0." in control.message.value
+    assert control.result["twice"].tolist() == [6]
+    control.inputs["number"].value = 1
+    assert control.message.value == ""
+    with pytest.raises(LabError, match="number is negative"):
+        control.set(number=-1)
+
+
+def test_a_page_without_widgets_shows_the_result():
+    bundle = Control(double, number=ipywidgets.IntText(3))._repr_mimebundle_()
+    assert "<table" in bundle["text/html"]
+    assert WIDGET_VIEW in bundle
+    json.dumps(bundle)
+
+
+def test_typing_is_waited_for():
+    async def type_quickly() -> list[str]:
+        heard = []
+        ask = after_pause(lambda: heard.append("asked"), seconds=0.02)
+        for _ in range(5):
+            ask()
+            await asyncio.sleep(0.002)
+        assert heard == []
+        await asyncio.sleep(0.05)
+        return heard
+
+    assert asyncio.run(type_quickly()) == ["asked"]
+
+
+# --- the form ---
+
+
+def test_the_form_is_the_configuration():
+    fields = form.config_fields()
+    assert list(fields) == list(Config.model_fields)
+    assert fields["use_batch_norm"].group == "flags"
+    assert fields["queue_size"].group == "loss"
+    assert all(field.group and field.help for field in fields.values())
+    assert fields["loss"].choices[:2] == ("infonce", "sigmoid")
+    assert fields["precision"].choices == ("auto", "fp32", "bf16", "fp16")
+    assert fields["source"].choices == ()
+    kinds = {name: type(form.make_input(fields[name], Config()[name])) for name in fields}
+    assert kinds["use_batch_norm"] is ipywidgets.Checkbox
+    assert kinds["batch_size"] is ipywidgets.IntText
+    assert kinds["learning_rate"] is ipywidgets.FloatText
+    assert kinds["image_tower"] is ipywidgets.Dropdown
+    assert kinds["max_samples"] is ipywidgets.Text
+
+
+def test_every_field_takes_its_own_value_back():
+    config = make_config("quickstart")
+    before = config.model_dump()
+    made = widgets.experiment_form(config)
+    made.group.value = form.EVERY
+    assert made.visible() == [name for name in Config.model_fields if name != "preset"]
+    for name, row in made.rows.items():
+        assert made.enter(name, row.input.value), made.message.value
+    assert config.model_dump() == before
+
+
+def test_a_change_in_the_form_is_one_in_the_configuration():
+    config = make_config("quickstart")
+    made = widgets.experiment_form(config)
+    made.rows["use_batch_norm"].input.value = True
+    assert config.use_batch_norm is True
+    assert "quickstart_bn_s0" in made.summary.value
+    assert "●" in made.rows["use_batch_norm"].name.value
+    assert made.differences().loc["use_batch_norm"].tolist() == ["True", "False"]
+    made.group.value = "optimisation"
+    for text, value in [("3", 3), ("", None)]:
+        made.rows["patience"].input.value = text
+        assert config.patience == value
+    made.group.value = "evaluation (no part of a run's name)"
+    made.rows["recall_ks"].input.value = "1, 3"
+    assert config.recall_ks == (1, 3)
+    made.group.value = form.CHANGED
+    assert made.visible() == ["use_batch_norm", "recall_ks"]
+
+
+def test_a_wrong_value_is_explained_and_the_old_one_kept():
+    config = make_config("quickstart")
+    made = widgets.experiment_form(config)
+    made.group.value = "optimisation"
+    made.rows["batch_size"].input.value = 0
+    assert config.batch_size == 32
+    assert made.rows["batch_size"].input.value == 32
+    assert "configuration field &#x27;batch_size&#x27; takes int" in made.message.value
+    assert not made.enter("bach_size", 3)
+    assert "did you mean &#x27;batch_size&#x27;?" in made.message.value
+
+
+def test_words_find_a_field_and_another_preset_keeps_the_places(tmp_path):
+    config = make_config("quickstart", runs_dir=tmp_path, seed=3)
+    made = widgets.experiment_form(config)
+    made.find.value = "temperature clamped"
+    assert made.visible() == ["learn_temperature"]
+    made.preset.value = "flickr8k"
+    assert config == make_config("flickr8k", runs_dir=tmp_path, seed=3)
+
+
+# --- explorers ---
+
+
+def test_search_is_the_exact_ranking(gallery):
+    control = widgets.search_box(gallery, "a red circle", k=4)
+    assert isinstance(control.result, Figure)
+    assert picture_of(control).width > 800
+    first = control.picture.value
+    control.inputs["query"].value = "a blue square"
+    assert control.picture.value != first
+    control.inputs["query"].value = " ; "
+    assert "write what the picture should show" in control.message.value
+
+
+def test_search_takes_words_away_and_adds_a_picture(gallery):
+    search = GallerySearch.of(gallery)
+    path = gallery.dataset.pictures([2])[0]
+    plain = explorers.search_figure(search, "a red circle", k=3)
+    without = explorers.search_figure(search, "a red circle", minus="a circle", k=3)
+    like = explorers.search_figure(search, "", k=3, picture=path)
+    assert len(plain.axes) == len(without.axes) == 3
+    assert len(like.axes) == 4  # the picture asked with stands before its answers
+
+
+def test_zero_shot_follows_labels_and_an_upload(gallery):
+    control = widgets.zero_shot_playground(gallery, "a red circle; a blue square")
+    before = control.picture.value
+    path = gallery.dataset.pictures([int(control.inputs["item"].value)])[0]
+    same = control.function(item=0, upload=[{"content": memoryview(path.read_bytes())}],
+                            labels="a red circle; a blue square", templates="a photo of {}.")  # fmt: skip
+    assert isinstance(same, Figure)
+    control.inputs["labels"].value = "a star; a cross; a ring"
+    assert control.picture.value != before
+    control.inputs["templates"].value = "no place for it"
+    assert "needs {}" in control.message.value
+
+
+def test_failures_begin_with_the_worst(gallery):
+    ranks = gallery.ranks.t2i
+    worst = explorers._worst_captions(ranks)
+    assert ranks.best[worst[0]] == ranks.best.max()
+    assert len(set(ranks.image_id[worst])) == len(worst)  # one a picture
+    expected = {int(i) for i in ranks.image_id[ranks.best > 1]}
+    assert {int(i) for i in ranks.image_id[worst]} == expected
+    figure = explorers.failure_figure(gallery, first=0, count=1)
+    texts = [text.get_text() for text in figure.texts]
+    assert any(f"rank {ranks.best.max()} of 20" in text for text in texts)
+    caption = gallery.captions[int(ranks.rows[worst[0]])]
+    assert any(caption.split()[0] in text for text in texts)
+    with pytest.raises(LabError, match="no failure to show"):
+        explorers.failure_figure(gallery, first=10**6)
+
+
+def test_attention_needs_its_pooling(gallery):
+    control = widgets.attention_explorer(gallery)
+    assert "use_attention_pooling" in control.message.value
+
+
+# --- browsers ---
+
+
+def test_runs_are_compared_with_a_baseline(home, run):
+    other = fit(config_of(home, seed=1), show=False)
+    control = widgets.run_browser(home / "runs", run.name)
+    figure, table = control.result
+    assert list(table.index) == sorted([run.name, other.name])
+    assert len(figure.axes) == 3
+    assert table.loc[run.name, "points over baseline, i2t"] == "baseline"
+    gap = 100 * (
+        load_run(other.folder).metrics["test"]["i2t_recall@1"]
+        - load_run(run.folder).metrics["test"]["i2t_recall@1"]
+    )
+    assert table.loc[other.name, "points over baseline, i2t"].startswith(f"{gap:+.1f} [")
+    control.inputs["names"].value = ()
+    assert "choose at least one run" in control.message.value
+
+
+def test_no_run_no_browser(tmp_path):
+    with pytest.raises(LabError, match="holds no finished run; train one first"):
+        widgets.run_browser(tmp_path)
+
+
+def test_captions_are_filtered(home):
+    table = load_table(config_of(home), ("train",))
+    rows = browsers.find_rows(table, "RED circle")
+    assert rows == [
+        row for row in range(len(table))
+        if any("red" in text.lower() and "circle" in text.lower() for text in table.captions_of(row))
+    ]  # fmt: skip
+    control = widgets.data_browser(table)
+    control.inputs["words"].value = "red circle"
+    assert control.result[1]["pictures found"].tolist() == [len(rows)]
+    control.inputs["words"].value = "zebra"
+    assert "no caption holds" in control.message.value
+
+
+def test_flags_are_what_the_check_found(home, tmp_path):
+    table = load_table(config_of(home), ("train",))
+    report = check(table, num_workers=0, progress=False)
+    report["bad_images"] = {table.paths[0]: "not a picture"}
+    flags = browsers.check_flags(report)
+    assert flags.loc[table.paths[0], "detail"] == "not a picture"
+    _, about = browsers.browse_figure(table, "", bad=report["bad_images"])
+    assert about["pictures found"].tolist() == [len(table) - 1]
+    control = widgets.data_browser(table, report)
+    control.inputs["show"].value = browsers.FLAGS
+    assert control.result.index.tolist() == [table.paths[0]]
+    assert browsers.check_flags(report, "no such word").empty
+
+
+# --- the training view ---
+
+
+class Page:
+    """Stands for a page: what was displayed, and what was put in its place."""
+
+    def __init__(self, monkeypatch):
+        self.shown, self.updates = [], []
+        monkeypatch.setattr("live.display", self.display)
+
+    def display(self, part, display_id):
+        self.shown.append(part)
+        return types.SimpleNamespace(update=self.updates.append)
+
+
+def history_of(epochs: int) -> pd.DataFrame:
+    return pd.DataFrame({"epoch": np.arange(1.0, epochs + 1), "train_loss": 2.0, "val_loss": 1.5,
+                         "i2t_recall@1": 0.25, "t2i_recall@1": 0.2, "learning_rate": 1e-3,
+                         "temperature": 0.07, "images_per_second": 1234.0, "train_seconds": 60.0})  # fmt: skip
+
+
+def test_a_long_run_leaves_one_figure_and_one_line(monkeypatch):
+    page, clock = Page(monkeypatch), iter(range(0, 10**6, 5))
+    monkeypatch.setattr("live.time.monotonic", lambda: next(clock))
+    view = LiveView("a run", num_epochs=6)
+    for epochs in range(1, 7):
+        view(history_of(epochs))
+    assert [type(part).__name__ for part in page.shown] == ["LabFigure", "DataFrame"]
+    assert len(page.updates) == 2 * 5
+    line = page.updates[-1].iloc[0]
+    assert line["epoch"] == "6 of 6"
+    assert line["image-to-text Recall@1"] == "25.0%"
+    assert line["training left"] == "0:00:00"
+    assert view.status(history_of(2)).iloc[0]["training left"] == "0:04:00"
+    assert line["images a second"] == "1,234"
+
+
+def test_quick_epochs_are_drawn_now_and_then_and_the_last_always(monkeypatch):
+    page = Page(monkeypatch)
+    monkeypatch.setattr("live.time.monotonic", lambda: 0.0)
+    view = LiveView("a run", num_epochs=5)
+    for epochs in range(1, 6):
+        view(history_of(epochs))
+    assert len(page.shown) == 2
+    assert [part.iloc[0]["epoch"] for part in page.updates[1::2]] == ["5 of 5"]
+
+
+def test_a_cell_run_again_begins_where_the_run_is(monkeypatch, run, home):
+    page = Page(monkeypatch)
+    view = widgets.live_training(config_of(home), chance=0.05)
+    assert page.shown[1].iloc[0]["epoch"] == "2 of 2"
+    view.finish(run)
+    assert len(page.shown) == 2
+    run_half = types.SimpleNamespace(history=history_of(1), finished=False, config=run.config, best_epoch=1)
+    with pytest.raises(Interrupted, match="after 1 of 2 epochs; run this cell again to continue") as stopped:
+        view.finish(run_half)
+    assert stopped.value._render_traceback_() == [str(stopped.value)]
+
+
+# --- Colab ---
+
+
+def test_only_what_is_missing_is_installed(tmp_path, monkeypatch):
+    file = tmp_path / "requirements.txt"
+    file.write_text("# the lab\n-r other.txt\ntorch>=2.6\nno-such-package-here>=1  # wanted\npandas>=99\n")
+    missing = ["no-such-package-here>=1", "pandas>=99"]
+    assert colab.missing_packages(file) == missing
+    asked = []
+    monkeypatch.setattr(colab.subprocess, "run", lambda command, check: asked.append(command))
+    assert colab.install(file) == missing
+    assert asked[0][-2:] == missing
+    assert asked[0][1:4] == ["-m", "pip", "install"]
+    file.write_text("torch>=2.6\n")
+    assert colab.install(file) == []
+    assert len(asked) == 1
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    """A pretended Colab runtime with one secret, and the folders that were mounted."""
+    mounted = []
+
+    class SecretNotFoundError(Exception):
+        pass
+
+    def get(name):
+        if name != "KAGGLE_KEY":
+            raise SecretNotFoundError
+        return "a key"
+
+    userdata = types.SimpleNamespace(
+        get=get,
+        SecretNotFoundError=SecretNotFoundError,
+        NotebookAccessError=PermissionError,
+        TimeoutException=TimeoutError,
+    )
+    parts = {"google.colab": types.ModuleType("google.colab"), "google.colab.userdata": userdata,
+             "google.colab.drive": types.SimpleNamespace(mount=mounted.append)}  # fmt: skip
+    for name, module in parts.items():
+        monkeypatch.setitem(colab.sys.modules, name, module)
+    for name in colab.SECRETS:
+        monkeypatch.delenv(name, raising=False)
+    return mounted
+
+
+def test_on_colab_secrets_are_read_and_drive_is_mounted(runtime, monkeypatch, tmp_path):
+    assert colab.read_secrets() == ["KAGGLE_KEY"]
+    assert colab.os.environ.pop("KAGGLE_KEY") == "a key"
+    monkeypatch.setattr(colab, "DRIVE", tmp_path / "drive")
+    folder = colab.checkpoint_folder(str(tmp_path / "drive" / "MyDrive" / "lab"))
+    assert runtime == [str(tmp_path / "drive")]
+    assert folder.is_dir()
+    colab.checkpoint_folder(str(folder))
+    assert len(runtime) == 1  # it is there
+    assert "T4 GPU" in colab.runtime_advice(make_config("quickstart", device="cpu"))
+
+
+def test_elsewhere_nothing_is_asked_for(tmp_path):
+    assert colab.read_secrets() == []
+    assert colab.checkpoint_folder(" ") is None
+    assert colab.checkpoint_folder(str(tmp_path / "here")).is_dir()
+    assert "CPU runtime is enough" in colab.runtime_advice(make_config("flickr8k"))
+    assert "use a machine that has one" in colab.runtime_advice(make_config("quickstart", device="cpu"))
+    assert colab.prepare().endswith("secrets read: none")
+
+
+def test_the_picture_in_the_bundle_is_a_picture(gallery):
+    bundle = widgets.failure_explorer(gallery)._repr_mimebundle_()
+    assert Image.open(io.BytesIO(base64.b64decode(bundle["image/png"]))).format == "PNG"
