@@ -97,7 +97,7 @@ def test_the_starting_bias_is_the_least_loss_of_equal_logits(batch_size):
 
 def test_a_queued_caption_of_an_image_in_the_batch_stands_aside():
     """Old rows come with id -1; those of the batch's own images must not be among them, its keys are matches."""
-    queue = QueueNegatives(CLIPModel(towers.CachedTower(4), towers.CachedTower(4)), 8)
+    queue = QueueNegatives(CLIPModel(towers.CachedTower(4), towers.CachedTower(4), embed_dim=4), 8)
     rows, ids = torch.eye(4), torch.tensor([1, 2, 3])
     queue.keys = {
         "image_features": rows[:2],
