@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import save_file
+from small_data import ROOT
 
 import encode
 import towers

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import write_coco
+from small_data import write_coco
 
 from augment import augment
 from caption_augment import (

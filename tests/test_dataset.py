@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import write_coco
+from small_data import write_coco
 
 from config import make_config
 from dataset import COCOClipDataset, EpochBatches, load_table, main, make_loader, prepare_data, split_sizes

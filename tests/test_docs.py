@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_coco
+from small_data import ROOT, write_coco
 
 import heads
 import losses

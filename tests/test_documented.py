@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 import torchvision
-from conftest import write_coco
+from small_data import write_coco
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 import towers

@@ -7,7 +7,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from small_data import ROOT
 from torch import nn
 
 import towers

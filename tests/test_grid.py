@@ -1,7 +1,7 @@
 """The grid: every combination once, finished ones only read, an interrupted one continued."""
 
 import pytest
-from conftest import write_coco
+from small_data import write_coco
 
 import grid
 from config import make_config, run_name

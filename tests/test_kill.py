@@ -12,8 +12,8 @@ import time
 import pandas as pd
 import pytest
 import torch
-from conftest import write_coco
 from safetensors.torch import load_file
+from small_data import write_coco
 
 import checkpoints
 from config import Config, make_config

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from small_data import SHARED
 from torch.nn import functional as F
 
 import metrics

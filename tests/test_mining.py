@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_coco
 from safetensors.torch import load_file
+from small_data import write_coco
 from torch import nn
 
 from balancing import Balance, small_categories

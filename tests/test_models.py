@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from small_data import ROOT
 from torch import nn
 
 import towers

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT, SHARED
+from small_data import ROOT, SHARED
 
 from errors import LabError
 from run_notebook import run_notebook, tables, widgets_as_shown, without_network

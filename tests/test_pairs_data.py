@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
 from safetensors.torch import save_file
+from small_data import SHARED
 
 from captions import CaptionTable
 from config import make_config

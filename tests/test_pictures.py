@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED
 from PIL import Image
+from small_data import SHARED
 
 from errors import LabError
 from pictures import MAX_BYTES, UndecodableImage, decode, decode_rgb, stored_size

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SHARED
 from figures import RUNS, overlaps, picture_axes, pictures, texts_of
 from matplotlib.colors import same_color
 from PIL import Image
+from small_data import SHARED
 
 import plots
 from errors import LabError

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_coco
 from figures import overlaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from small_data import write_coco
 
 import plots_data
 from data_check import check, load_report, save_report

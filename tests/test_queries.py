@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_coco
 from PIL import Image
 from safetensors.torch import save_file
+from small_data import write_coco
 
 import queries
 from config import make_config

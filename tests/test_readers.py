@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHARED
+from small_data import SHARED
 
 from captions import CaptionTable, Strings
 from errors import LabError

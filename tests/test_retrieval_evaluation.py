@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from conftest import ROOT
 from figures import picture_axes, texts_of
 from PIL import Image
+from small_data import ROOT
 
 import caption_order
 import retrieval_evaluation as changed

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import SHARED, write_coco
 from open_clip import SimpleTokenizer
+from small_data import SHARED, write_coco
 
 import towers
 from clip_tokenizer import clean, clip_tokenizer

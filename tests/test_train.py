@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, write_coco
 from safetensors.torch import load_file
+from small_data import ROOT, write_coco
 
 import towers
 from config import make_config
