@@ -1,10 +1,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: lab test browser soak all_heads install jupyter bench clean
+.PHONY: lab picture test browser soak all_heads install jupyter bench clean
 
 lab: install  ## run main.ipynb headless: results, executed notebook, HTML, figures
 	$(BIN)/python run_notebook.py main.ipynb
+
+picture: lab  ## the README's: what the quickstart finds
+	$(BIN)/python evaluate.py search runs/quickstart_s0 "a red star left of a blue circle" --k 5
+	cp runs/quickstart_s0/search/a-red-star-left-of-a-blue-circle.png docs/search.png
 
 test: install  ## lint, types, tests
 	$(BIN)/ruff check .

@@ -262,7 +262,7 @@ def test_a_silent_server(
     started = time.monotonic()
     message = refused(tmp_path, timeout=0.2)
     assert "Kaggle sends nothing for 0.2 s, 2 times in a row; check the network or wait" in message
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 30  # it gives up; a client without a time-out would wait for ever
     assert contents(fetch(tmp_path)) == FLICKR_FILES
 
 
