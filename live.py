@@ -29,10 +29,7 @@ STATUS = {
 
 
 class Interrupted(LabError):  # noqa: N818  a state, not a mistake
-    """A run has epochs left; a notebook shows the sentence alone."""
-
-    def _render_traceback_(self) -> list[str]:
-        return [str(self)]
+    """A run has epochs left."""
 
 
 class LiveView:

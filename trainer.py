@@ -218,6 +218,11 @@ class Trainer:
         kept = self.checkpoints / "best.safetensors"
         if is_main() and kept.is_file() and not (self.folder / "best.safetensors").is_file():
             shutil.copyfile(kept, self.folder / "best.safetensors")  # the run's folder was lost, not this one
+            self._write_history()
+
+    def _write_history(self) -> None:
+        with atomic_path(self.folder / "history.csv") as beside:
+            pd.DataFrame(self.history).to_csv(beside, index=False)
 
     def _is_due(self) -> bool:
         return time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
@@ -283,8 +288,7 @@ class Trainer:
         self.history.append({name: float(value) for name, value in row.items()})
         self.progress = EpochProgress()
         if is_main():
-            with atomic_path(self.folder / "history.csv") as beside:
-                pd.DataFrame(self.history).to_csv(beside, index=False)
+            self._write_history()
             self.board.add(self.history[-1], self.steps)
             self._keep_epoch(epoch + 1)
         if self.config.best_metric in self.history[-1] or self._is_due():
