@@ -16,7 +16,7 @@ class LabError(ValueError):
     """
 
     def _render_traceback_(self) -> list[str]:
-        return [f"LabError: {self}"]  # IPython asks for this instead of its own
+        return [f"{type(self).__name__}: {self}"]  # IPython asks for this instead of its own
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -346,7 +346,7 @@ def test_a_cell_run_again_begins_where_the_run_is(monkeypatch, run, home):
     run_half = types.SimpleNamespace(history=history_of(1), finished=False, config=run.config, best_epoch=1)
     with pytest.raises(Interrupted, match="after 1 of 2 epochs; run this cell again to continue") as stopped:
         view.finish(run_half)
-    assert stopped.value._render_traceback_() == [str(stopped.value)]
+    assert stopped.value._render_traceback_() == [f"Interrupted: {stopped.value}"]
 
 
 # --- Colab ---
