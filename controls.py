@@ -1,18 +1,28 @@
-"""What every notebook control is: widgets over the result of a plain function, and nothing lost without widgets."""
+"""Notebook controls over plain functions, and the experiment form, made from the configuration's own fields."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Callable
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from html import escape
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 import ipywidgets as widgets
 import pandas as pd
 from matplotlib.figure import Figure
 
+from config import Config, make_config, run_name
 from errors import LabError
+from presets import PRESETS
+
+# --- Controls ---
+
 
 PAUSE = 0.4  # seconds without a key press after which a control answers
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -131,3 +141,225 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
+
+
+# --- The experiment form ---
+
+
+EVERY = "every group"
+CHANGED = "changed from the preset"
+KEPT = ("seed", "cache_dir", "runs_dir", "checkpoint_dir", "device")  # another preset does not move the lab
+
+
+@dataclass(frozen=True)
+class FormField:
+    """One field of the configuration as a form needs it.
+
+    Args:
+        group: heading in the configuration's source.
+        help: its docstring.
+        choices: the values it takes, or () where they cannot be listed.
+    """
+
+    name: str
+    group: str
+    help: str
+    annotation: Any
+    choices: tuple[Any, ...] = ()
+
+    @property
+    def optional(self) -> bool:
+        return NoneType in get_args(self.annotation)
+
+    def as_text(self, value: Any) -> str:
+        """A value as it stands in a text box; none is empty."""
+        if isinstance(value, tuple):
+            return ", ".join(map(str, value))
+        return "" if value is None else str(value)
+
+    def parse(self, entered: Any) -> Any:
+        """What was entered, as the configuration takes it; it checks the rest."""
+        if not isinstance(entered, str) or self.choices:
+            return entered
+        if get_origin(self.annotation) is tuple:
+            return tuple(part.strip() for part in entered.split(",") if part.strip())
+        return None if self.optional and not entered.strip() else entered.strip()
+
+
+def config_fields() -> dict[str, FormField]:
+    """Every field by name, in the configuration's order; its groups are the source's `# --- ... ---` lines."""
+    fields, group = {}, ""
+    for line in inspect.getsource(Config).splitlines():
+        heading = re.fullmatch(r"    # --- (.+) ---", line)
+        name = re.match(r"    (\w+): ", line)
+        if heading:
+            group = heading[1]
+        elif name and name[1] in Config.model_fields:
+            found = Config.model_fields[name[1]]
+            text = " ".join((found.description or "").split())
+            fields[name[1]] = FormField(
+                name[1], group, text, found.annotation, _choices(found.annotation, text)
+            )
+    return fields
+
+
+def _choices(annotation: Any, text: str) -> tuple[Any, ...]:
+    """A Literal's values, or the names of the table that the docstring points to."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    table = re.search(r"name of (\w+)\.([A-Z_]+)[.;]", text)
+    return tuple(getattr(importlib.import_module(table[1]), table[2])) if table else ()
+
+
+# --- widgets ---
+
+WIDE = widgets.Layout(width="260px", flex="0 0 auto")
+NAME = widgets.Layout(width="210px", flex="0 0 auto")
+
+
+def _dropdown(field: FormField, value: Any) -> widgets.Widget:
+    options = field.choices if value in field.choices else (value, *field.choices)
+    return widgets.Dropdown(options=options, value=value, tooltip=field.help, layout=WIDE)
+
+
+def _text(field: FormField, value: Any) -> widgets.Widget:
+    return widgets.Text(
+        value=field.as_text(value),
+        placeholder="none" if field.optional else "",
+        continuous_update=False,
+        tooltip=field.help,
+        layout=WIDE,
+    )
+
+
+INPUTS: Mapping[Any, Callable[[FormField, Any], widgets.Widget]] = {
+    bool: lambda field, value: widgets.Checkbox(value=value, indent=False, tooltip=field.help, layout=WIDE),
+    int: lambda field, value: widgets.IntText(value=value, tooltip=field.help, layout=WIDE),
+    float: lambda field, value: widgets.FloatText(value=value, tooltip=field.help, layout=WIDE),
+}
+"""The widget of a field's type; what is not here is text, what has choices a menu."""
+
+
+def make_input(field: FormField, value: Any) -> widgets.Widget:
+    """The widget that edits a field."""
+    return _dropdown(field, value) if field.choices else INPUTS.get(field.annotation, _text)(field, value)
+
+
+class ExperimentForm:
+    """Edits a configuration in place; cells below that read it see the change.
+
+    A group, or words of a field's name or help, choose what is shown. A value that the configuration
+    refuses leaves it as it was and says why.
+
+    Args: config: changed as the form is.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.fields = config, config_fields()
+        self.rows: dict[str, FormRow] = {}
+        groups = list(dict.fromkeys(field.group for field in self.fields.values()))
+        self.preset = widgets.Dropdown(options=list(PRESETS), value=config.preset, description="preset")
+        self.group = widgets.Dropdown(options=[EVERY, CHANGED, *groups], value="flags", description="show")
+        self.find = widgets.Text(placeholder="words of a name or its help", description="find")
+        self.message, self.summary, self.shown = widgets.HTML(), widgets.HTML(), widgets.VBox()
+        self.summary.add_class("jp-RenderedHTMLCommon")
+        choosers = widgets.HBox([self.preset, self.group, self.find], layout=widgets.Layout(flex_flow="wrap"))
+        self.widget = widgets.VBox([choosers, self.message, self.shown, self.summary])
+        self.preset.observe(lambda change: self.load(change["new"]), "value")
+        self.group.observe(lambda change: self._arrange(), "value")
+        self.find.observe(lambda change: self._arrange(), "value")
+        self._arrange()
+
+    def enter(self, name: str, entered: Any) -> bool:
+        """Enter a value as the form does; whether the configuration took it."""
+        field = self.fields.get(name)
+        try:
+            self.config[name] = field.parse(entered) if field else entered
+        except LabError as error:
+            self.message.value = f"<b>{escape(str(error))}</b>"
+            return False
+        self.message.value = ""
+        self._describe()
+        return True
+
+    def load(self, preset: str) -> None:
+        """Put every field to a preset's value, but for those in `KEPT`."""
+        fresh = make_config(preset, **{name: self.config[name] for name in KEPT})
+        for name in self.fields:
+            self.config[name] = fresh[name]
+        self.rows.clear()
+        self._arrange()
+
+    def differences(self) -> pd.DataFrame:
+        """What differs from the preset: a row a field, this run's value and the preset's."""
+        changed = self.config.differences(make_config(self.config.preset))
+        rows = {name: [str(value) for value in pair] for name, pair in changed.items()}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["this run", "preset"])
+
+    def visible(self) -> list[str]:
+        """Names of the fields shown now."""
+        words = self.find.value.lower().split()
+        changed = set(self.differences().index)
+        return [
+            name
+            for name, field in self.fields.items()
+            if name != "preset" and self._chosen(field, words, changed)
+        ]
+
+    def _chosen(self, field: FormField, words: list[str], changed: set[str]) -> bool:
+        if words:
+            return all(word in f"{field.name} {field.help}".lower() for word in words)
+        known = {EVERY: True, CHANGED: field.name in changed}
+        return known.get(self.group.value, field.group == self.group.value)
+
+    def _arrange(self) -> None:
+        names = self.visible()
+        for name in names:
+            if name not in self.rows:
+                self.rows[name] = FormRow(self, self.fields[name])
+        self.shown.children = [self.rows[name].widget for name in names]
+        self._describe()
+
+    def _describe(self) -> None:
+        table = self.differences()
+        for name, row in self.rows.items():
+            row.mark(table["preset"].get(name))
+        about = f"run <b>{escape(run_name(self.config))}</b>"
+        self.summary.value = about + (table_html(table) if len(table) else ", as the preset is")
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        return shown_bundle(self.widget, html=self.summary.value)
+
+
+class FormRow:
+    """A field's name, its input and its help; the name is bold where it differs from the preset."""
+
+    def __init__(self, form: ExperimentForm, field: FormField) -> None:
+        self.form, self.field = form, field
+        self.name = widgets.HTML(layout=NAME)
+        self.input = make_input(field, form.config[field.name])
+        self.help = widgets.HTML()
+        self.widget = widgets.HBox(
+            [self.name, self.input, self.help], layout=widgets.Layout(align_items="center")
+        )
+        self.input.observe(lambda change: self._entered(change["new"]), "value")
+
+    def _entered(self, value: Any) -> None:
+        if not self.form.enter(self.field.name, value):
+            now = self.form.config[self.field.name]
+            said = self.form.message.value
+            self.input.value = self.field.as_text(now) if isinstance(self.input, widgets.Text) else now
+            self.form.message.value = said  # putting the old value back is no new entry
+
+    def mark(self, preset_value: str | None) -> None:
+        """Show whether the field differs from the preset, and what the preset has."""
+        name, text = escape(self.field.name), re.sub("`(.+?)`", r"<code>\1</code>", escape(self.field.help))
+        self.name.value = f"<code>{name}</code>" if preset_value is None else f"<b><code>● {name}</code></b>"
+        self.help.value = (
+            text if preset_value is None else f"<b>preset: {escape(preset_value) or 'none'}.</b> {text}"
+        )
+
+
+def experiment_form(config: Config) -> ExperimentForm:
+    """A form that edits `config` in place; `config[name] = value` is the same as a plain line."""
+    return ExperimentForm(config)

@@ -22,9 +22,8 @@ from cli import Parser, one_sentence
 from config import Config
 from errors import LabError
 from image_cache import ImageCache
-from paired_scenes import write_shapes
 from readers import READERS, read_captions
-from scenes import write_scenes
+from scenes import write_scenes, write_shapes
 from sources import SOURCES, fetch, is_linked
 
 Batch = dict[str, Any]

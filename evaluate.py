@@ -16,13 +16,11 @@ from typing import Any
 from cli import Parser, one_sentence
 from comparison import compare_runs, finished_runs, flag_settings, settings_label
 from config import Config
-from gallery import INTERVALS, Gallery, open_gallery
-from labelled import known_labels
-from measure import chance, evaluate_run, metrics_table, recalls_of
+from gallery import INTERVALS, Gallery, chance, evaluate_run, metrics_table, open_gallery, recalls_of
 from queries import Found, search_command, search_text
 from run_report import open_runs, report_comparison, report_run
 from runs import load_run
-from zero_shot import DEFAULT_TEMPLATES, class_features, classify, zero_shot, zero_shot_accuracy
+from zero_shot import DEFAULT_TEMPLATES, class_features, classify, known_labels, zero_shot, zero_shot_accuracy
 
 __all__ = [
     "DEFAULT_TEMPLATES",

@@ -1,28 +1,33 @@
-"""Explorers of one encoded split: search, zero-shot, attention, failures; plain functions and their controls."""
+"""Explorers of one encoded split, browsers of runs and of captioned pictures; plain functions and their controls."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
 import plots
 import plots_features
+from captions import CaptionTable
+from comparison import finished_runs, paired_test_of
 from controls import Control
-from errors import LabError
-from gallery import Gallery
-from labelled import known_labels
+from errors import LabError, choose
+from gallery import Gallery, evaluate_run, figures_of, recalls_of, told
 from pictures import decode
 from queries import GallerySearch, search_grid
 from ranks import QueryRanks
 from utils import Run
-from zero_shot import DEFAULT_TEMPLATES, classify
+from zero_shot import DEFAULT_TEMPLATES, classify, known_labels
+
+# --- Explorers of one encoded split ---
+
 
 WIDE, NARROW = widgets.Layout(width="440px"), widgets.Layout(width="300px")
 AS_WIDE = widgets.Layout(width="auto")  # as its label
@@ -187,4 +192,163 @@ def failure_explorer(gallery: Gallery, count: int = 3) -> Control:
     failed = len(_worst_captions(gallery.ranks.t2i))
     return Control(
         partial(failure_figure, gallery, count=count), first=_slider(failed, "worst from", step=count)
+    )
+
+
+# --- Browsers of runs and of data ---
+
+
+# --- runs ---
+
+
+def runs_table(runs: Sequence[Run], baseline: Run | None = None) -> pd.DataFrame:
+    """Recalls in percent with 95 % intervals, a row a run, on its first test split.
+
+    With a baseline, also the difference of Recall@1 in points with the interval of the paired test over
+    pictures, where both were measured on the same gallery.
+    """
+    rows = {}
+    for run in runs:
+        found = evaluate_run(run)[run.config.test_splits[0]]
+        about = {"split": found["split"], "images": found["num_images"], "captions": found["num_texts"]}
+        names = [name for name in recalls_of(found) if name.endswith("@1")] or list(figures_of(found))[:3]
+        figures = {name: told(found, name) for name in names}
+        against = {} if baseline is None else gains(run, baseline)
+        rows[run.name] = {**about, **figures, **against, "best epoch": run.best_epoch}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def gains(run: Run, baseline: Run) -> dict[str, str]:
+    """Recall@1 over a baseline's in points, each way: `+1.3 [+0.2, +2.4]`."""
+    column = "points over baseline, {}"
+    ways = ("i2t", "t2i")
+    if run.name == baseline.name:
+        return {column.format(way): "baseline" for way in ways}
+    split = run.config.test_splits[0]
+    ours, theirs = run.metrics[split], baseline.metrics.get(split, {})
+    if not recalls_of(ours) or ours.get("gallery", "none") != theirs.get("gallery"):
+        return {column.format(way): "another gallery" for way in ways}
+    found = {way: paired_test_of(run, baseline, f"{way}_recall@1") for way in ways}
+    return {
+        column.format(way): f"{100 * test.difference:+.1f} [{100 * test.low:+.1f}, {100 * test.high:+.1f}]"
+        for way, test in found.items()
+    }
+
+
+def runs_figure(runs: Sequence[Run]) -> Figure:
+    """The learning curves of runs, laid over one another."""
+    return plots.learning_curves(
+        {run.name: run.history for run in runs}, best_epoch={run.name: run.best_epoch for run in runs}
+    )
+
+
+def compare_chosen(
+    known: Mapping[str, Run], names: Sequence[str], baseline: str
+) -> tuple[Figure, pd.DataFrame]:
+    """Curves and table of the runs of these names. Raises: LabError if none is named or one is unknown."""
+    if not names:
+        raise LabError("choose at least one run; Ctrl or Shift with a click adds another.")
+    runs = [choose(known, name, "run") for name in names]
+    against = choose(known, baseline, "run")
+    evaluate_run(against)
+    return runs_figure(runs), runs_table(runs, against)
+
+
+def run_browser(runs_dir: str | Path = "runs", baseline: str = "") -> Control:
+    """Choose finished runs and a baseline; table with intervals, curves, differences.
+
+    Raises: LabError if no run is finished.
+    """
+    known = {run.name: run for run in finished_runs(runs_dir)}
+    if not known:
+        raise LabError(f"{runs_dir} holds no finished run; train one first.")
+    names = list(known)
+    wide = widgets.Layout(width="420px")
+    return Control(
+        partial(compare_chosen, known),
+        names=widgets.SelectMultiple(
+            options=names, value=names[:4], rows=min(8, len(names)), description="runs", layout=wide
+        ),
+        baseline=widgets.Dropdown(
+            options=names, value=baseline or names[0], description="baseline", layout=wide
+        ),
+    )
+
+
+# --- captioned pictures ---
+
+PER_PAGE, FLAGS_PER_PAGE = 8, 32
+WHOLE = {"description_width": "initial"}  # labels are not cut
+PICTURES, FLAGS = "pictures", "what the check found"
+
+
+def find_rows(table: CaptionTable, words: str = "") -> list[int]:
+    """Rows of the images one of whose captions holds all the words."""
+    wanted = words.lower().split()
+    hits = [all(word in text.lower() for word in wanted) for text in table.captions]
+    starts = table.offsets
+    return [row for row in range(len(table)) if any(hits[starts[row] : starts[row + 1]])]
+
+
+def browse_figure(
+    table: CaptionTable, words: str = "", page: int = 1, bad: Collection[str] = ()
+) -> tuple[Figure, pd.DataFrame]:
+    """A page of pictures whose captions hold the words, and how many there are.
+
+    Args:
+        page: from 1; past the last one, the last.
+        bad: paths that are not shown, since they cannot be decoded.
+    Raises: LabError if there is none.
+    """
+    rows = [row for row in find_rows(table, words) if table.paths[row] not in bad]
+    if not rows:
+        raise LabError(f"no caption holds {words!r}; try fewer words.")
+    pages = -(-len(rows) // PER_PAGE)
+    page = min(page, pages)
+    shown = rows[(page - 1) * PER_PAGE : page * PER_PAGE]
+    figure = plots.captioned_images(
+        [table.path_of(row) for row in shown], [table.captions_of(row)[:2] for row in shown]
+    )
+    about = {"pictures found": len(rows), "of": len(table), "page": f"{page} of {pages}"}
+    return figure, pd.DataFrame([about], index=[words or "all"])
+
+
+def check_flags(report: Mapping[str, Any], words: str = "") -> pd.DataFrame:
+    """What the data check flagged, a row a file: file, flag, detail.
+
+    Args:
+        report: of `data_check.check` or `load_report`.
+        words: only rows that hold them all.
+    """
+    rows = [(path, "undecodable", cause) for path, cause in report["bad_images"].items()]
+    for group in report["duplicates"]:
+        splits = " = ".join(group["splits"])
+        rows += [(path, "equal file in several splits", splits) for path in group["paths"]]
+    rows += [(problem["where"], problem["kind"], problem["what"]) for problem in report["problems"]]
+    wanted = words.lower().split()
+    kept = [row for row in rows if all(word in " ".join(map(str, row)).lower() for word in wanted)]
+    return pd.DataFrame(kept, columns=["file", "flag", "detail"]).set_index("file")
+
+
+def data_browser(table: CaptionTable, report: Mapping[str, Any] | None = None) -> Control:
+    """Filter captions and see their pictures, or see what the check found.
+
+    Args: report: of `data_check.check` or `load_report`; none: pictures alone.
+    """
+    report = report or {"bad_images": {}, "duplicates": [], "problems": []}
+
+    def browse(words: str, page: int, show: str) -> Any:
+        if show == PICTURES:
+            return browse_figure(table, words, page, report["bad_images"])
+        flags = check_flags(report, words)
+        if not len(flags):
+            raise LabError("the check flagged no file" + (f" with {words!r}." if words else "."))
+        return flags.iloc[(page - 1) * FLAGS_PER_PAGE : page * FLAGS_PER_PAGE]
+
+    pages = max(1, -(-len(table) // PER_PAGE))
+    return Control(
+        browse,
+        words=widgets.Text(description="captions with", style=WHOLE, layout=widgets.Layout(width="380px")),
+        page=widgets.BoundedIntText(1, 1, pages, description="page"),
+        show=widgets.ToggleButtons(options=[PICTURES, FLAGS], style={"button_width": "auto"}),
     )

@@ -14,8 +14,7 @@ from torch import Tensor
 from config import Config
 from errors import LabError
 from export_clip import clip_features, write_clip
-from export_model import loaded, write_heads, write_model
-from export_text import sentence_features, write_sentence_transformer
+from export_model import loaded, sentence_features, write_heads, write_model, write_sentence_transformer
 from models import CLIPModel, build_model
 from runs import Run
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from errors import LabError, choose
 from hub import checkpointed, load, load_clip_half, load_weights, load_whole, model_config
 from tower_parts import CLIP_MEAN, CLIP_STD, HALF, LITE_MEAN, LITE_STD, CachedTower, ImageTower
-from vit import VisionTransformer
+from transformer import VisionTransformer
 
 
 def resnet50(weights: str = "pretrained") -> ImageTower:

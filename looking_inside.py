@@ -18,8 +18,7 @@ import plots_features
 import plots_ranks
 import zero_shot
 from errors import LabError
-from gallery import Gallery, fitting_protocols
-from measure import as_text, chance, recalls_of
+from gallery import Gallery, as_text, chance, fitting_protocols, recalls_of
 from metrics import evaluate_protocol, published_points, recall_by_gallery_size
 
 WAYS = {"i2t": "image-to-text", "t2i": "text-to-image"}

@@ -1,10 +1,14 @@
-"""Pairs of small pictures side by side with a caption that names left and right: batches and their measure."""
+"""Pairs of small pictures side by side with a caption that names left and right: files, batches and their measure."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +20,199 @@ from config import Config
 from dataset import Batch
 from encode import cached_text_features
 from errors import LabError
+from image_cache import ImageCache
+from losses import SWAPPED
 from models import CLIPModel
 from pair_ranks import PairRanks, rank_pairs, swapped
-from paired_cifar import TEMPLATE, Pictures, few, open_pictures, pair_caption
-from swap_loss import SWAPPED
+from readers import read_captions
+
+# --- CIFAR's own files, read without executing pickled code ---
+
+
+SIDE = 32
+ARRAY_PARTS = {("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype")} | {
+    (f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")
+}
+DAMAGE = (OSError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError)
+
+
+class Pictures(NamedTuple):
+    """images: (N, 3, 32, 32) uint8. labels: (N,) class of each. names: (C,) the classes. left_out: file -> cause."""
+
+    images: Tensor
+    labels: np.ndarray
+    names: list[str]
+    left_out: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of a set's files by split, and of what stands in them."""
+
+    folder: str
+    files: Mapping[str, tuple[str, ...]]
+    meta: str
+    labels_key: str
+    names_key: str
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    "cifar10": Layout(
+        "cifar-10-batches-py",
+        {"train": tuple(f"data_batch_{n}" for n in range(1, 6)), "test": ("test_batch",)},
+        "batches.meta",
+        "labels",
+        "label_names",
+    ),
+    "cifar100": Layout(
+        "cifar-100-python",
+        {"train": ("train",), "test": ("test",)},
+        "meta",
+        "fine_labels",
+        "fine_label_names",
+    ),
+}
+
+
+def find_cifar(data_dir: str | Path) -> tuple[Path, Layout] | None:
+    """The folder of CIFAR's files, `data_dir` itself or the one torchvision makes in it; None without any."""
+    for layout in LAYOUTS.values():
+        for place in (Path(data_dir), Path(data_dir, layout.folder)):
+            if (place / layout.meta).is_file():
+                return place, layout
+    return None
+
+
+def read_cifar(data_dir: str | Path, split: str = "test") -> Pictures:
+    """The pictures of split `train` or `test`.
+
+    Raises: LabError if there are no such files, or one is damaged.
+    """
+    found = find_cifar(data_dir)
+    if found is None:
+        wanted = " or ".join(layout.folder for layout in LAYOUTS.values())
+        raise LabError(f"{data_dir} holds no {wanted}; download CIFAR with torchvision, or fetch cifar100.")
+    folder, layout = found
+    if split not in layout.files:
+        raise LabError(f"split {split!r} does not exist; CIFAR's files have {', '.join(layout.files)}.")
+    names = [str(word).replace("_", " ") for word in _unpickle(folder / layout.meta, layout.names_key)]
+    parts = [_read_part(folder / file, layout.labels_key, len(names)) for file in layout.files[split]]
+    images, labels = zip(*parts, strict=True)
+    return Pictures(torch.from_numpy(np.concatenate(images)), np.concatenate(labels), names)
+
+
+def _read_part(path: Path, labels_key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 3, 32, 32) pixels and (N,) labels of one file."""
+    data, labels = _unpickle(path, "data"), np.array(_unpickle(path, labels_key), dtype=np.int64)
+    try:
+        images = np.array(data, dtype=np.uint8).reshape(-1, 3, SIDE, SIDE)
+    except DAMAGE as error:
+        raise _damaged(path, error) from error
+    if len(labels) != len(images) or not np.isin(labels, np.arange(classes)).all():
+        raise LabError(f"{path} has labels without pictures or names; fetch the set again.")
+    return images, labels
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Makes dictionaries, lists and NumPy arrays of a pickle, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in ARRAY_PARTS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _unpickle(path: Path, key: str) -> Any:
+    try:
+        with open(path, "rb") as file:
+            return _ArraysOnly(file, encoding="latin1").load()[key]
+    except DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> LabError:
+    return LabError(f"{path} is none of CIFAR's files ({error}); fetch the set again.")
+
+
+# --- Small pictures by class ---
+
+
+__all__ = ["SIDE", "TEMPLATE", "Pictures", "few", "open_pictures", "pair_caption"]
+
+TEMPLATE = "a photo of a {left} and a {right}"
+VAL_EVERY = 10  # of each class's training pictures, one in ten is held out where no val split is there
+
+
+def pair_caption(left: str, right: str, template: str = TEMPLATE) -> str:
+    """The caption of two classes; `a` before a name becomes `an` where it must."""
+    text = template
+    for side, name in (("left", left), ("right", right)):
+        article = "an" if name[0].lower() in "aeiou" else "a"
+        text = text.replace(f"a {{{side}}}", f"{article} {{{side}}}").replace(f"{{{side}}}", name)
+    return text
+
+
+def open_pictures(
+    data_dir: str | Path, split: str = "train", *, size: int = SIDE, cache_dir: str | Path = "cache"
+) -> Pictures:
+    """The pictures of a split, so that pairs of two splits never share one.
+
+    `data_dir` holds CIFAR-100's or CIFAR-10's own files as torchvision keeps them, or class folders as the
+    reader `class_folders` takes them. Without a val split, a tenth of each class's training pictures is it.
+
+    Args:
+        size: side that pictures of class folders are cut and scaled to; CIFAR's are 32 x 32.
+        cache_dir: where decoded pictures of class folders are kept.
+    Raises: LabError if neither is there, the split does not exist, or CIFAR is asked for another size.
+    """
+    if find_cifar(data_dir) is None:
+        return _read_class_folders(data_dir, split, size, cache_dir)
+    if split not in ("train", "val", "test"):
+        raise LabError(f"split {split!r} does not exist; CIFAR has train, val, test.")
+    if size != SIDE:
+        raise LabError(f"CIFAR's pictures are {SIDE} x {SIDE}; set image_size to {SIDE}, not {size}.")
+    return _hold_out(read_cifar(data_dir, "test" if split == "test" else "train"), split)
+
+
+def few(pictures: Pictures, count: int) -> Pictures:
+    """At most `count` pictures, two by two from each class in turn, so that every class left makes a pair."""
+    within = np.empty(len(pictures.labels), dtype=np.int64)  # a picture's number within its class
+    order = np.argsort(pictures.labels, kind="stable")
+    sizes = np.bincount(pictures.labels, minlength=len(pictures.names))
+    within[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    turns = np.lexsort([within % 2, pictures.labels, within // 2])
+    return _rows(pictures, np.sort(turns[: count - count % 2]))
+
+
+def _rows(pictures: Pictures, rows: np.ndarray) -> Pictures:
+    return pictures._replace(images=pictures.images[torch.from_numpy(rows)], labels=pictures.labels[rows])
+
+
+def _read_class_folders(data_dir: str | Path, split: str, size: int, cache_dir: str | Path) -> Pictures:
+    table = read_captions("class_folders", data_dir)
+    has_val = "val" in table.split_sizes()
+    part = table.split("train" if split == "val" and not has_val else split)
+    cache = ImageCache.open_or_build(part.root, part.paths, size=size, folder=Path(cache_dir) / "images")
+    good = np.setdiff1d(np.arange(len(part)), list(cache.bad))
+    names = np.unique(np.asarray(table.categories))
+    labels = np.searchsorted(names, np.asarray(part.categories)[good])
+    bad = {part.paths[row]: cause for row, cause in cache.bad.items()}
+    pictures = Pictures(cache.gather(good).contiguous(), labels, names.tolist(), bad)
+    return pictures if has_val else _hold_out(pictures, split)
+
+
+def _hold_out(pictures: Pictures, split: str) -> Pictures:
+    """Of training pictures those of `train` or of `val`, which has the tenth, twentieth ... of each class."""
+    if split not in ("train", "val"):
+        return pictures
+    held = np.zeros(len(pictures.labels), dtype=bool)
+    for label in range(len(pictures.names)):
+        held[np.flatnonzero(pictures.labels == label)[VAL_EVERY - 1 :: VAL_EVERY]] = True
+    return _rows(pictures, np.flatnonzero(held == (split == "val")))
+
+
+# --- Pairs ---
+
 
 CAPTIONS_AT_ONCE = 4096
 

@@ -17,12 +17,11 @@ import pandas as pd
 
 import plots
 from cli import Parser, one_sentence
-from comparison import settings_label
+from comparison import markdown_table, save_table, settings_label
 from dataset import make_loader
 from errors import LabError, choose
 from pair_ranks import PairRanks
 from paired_data import PairedPictures, fixed_pairs
-from report import markdown_table, save_table
 from runs import Run, load_run, write_json
 from uncertainty import TEST_SAMPLE_ONLY
 from utils import encode_loader

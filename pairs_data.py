@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from cache import Rows
 from config import Config
 from dataset import COCOClipDataset
 from errors import LabError
-from feature_rows import Rows
 from models import build_image_tower, build_text_tower
 from preencoded import Pairs, encoders, file_splits, image_ids, joined, read_division, read_pairs
 from readers import read_captions

@@ -19,21 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from errors import LabError
-from plots_parts import (
-    Cell,
-    Metrics,
-    Picture,
-    Series,
-    Table,
-    as_histories,
-    as_picture,
-    as_table,
-    chance_of,
-    draw_picture,
-    picture_rows,
-    plot_series,
-    to_numpy,
-)
 from plots_style import (
     BLUE,
     DIRECTIONS,
@@ -44,17 +29,30 @@ from plots_style import (
     MARGIN,
     VERDICTS,
     WIDTH,
+    Cell,
+    Metrics,
+    Picture,
     SavePath,
+    Series,
+    Table,
+    as_histories,
+    as_picture,
+    as_table,
     axes_at,
+    chance_of,
     colour,
+    draw_picture,
     legend_above,
     legend_below,
     new_figure,
+    picture_rows,
+    plot_series,
     saved,
     shade_bar,
     styled,
     text_at,
     text_height,
+    to_numpy,
     wrap,
 )
 

@@ -13,32 +13,30 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
 
 from errors import LabError, choose
-from plots_parts import (
-    Cell,
-    Picture,
-    as_histories,
-    as_picture,
-    draw_picture,
-    picture_rows,
-    plot_series,
-    shaded_matrix,
-    to_numpy,
-)
 from plots_style import (
     BLUE,
     GREY,
     MARGIN,
     WRONG,
+    Cell,
+    Picture,
     SavePath,
+    as_histories,
+    as_picture,
     axes_at,
     colour,
+    draw_picture,
     legend_above,
     legend_below,
     new_figure,
+    picture_rows,
+    plot_series,
     saved,
     shade_bar,
+    shaded_matrix,
     styled,
     text_height,
+    to_numpy,
     wrap,
 )
 

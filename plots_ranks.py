@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from errors import LabError
-from plots_parts import shaded_matrix, to_numpy
 from plots_style import (
     BLUE,
     DIRECTIONS,
@@ -30,10 +29,12 @@ from plots_style import (
     new_figure,
     saved,
     shade_bar,
+    shaded_matrix,
     styled,
     text_at,
     text_height,
     text_width,
+    to_numpy,
     wrap,
 )
 

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cache import as_rows, atomic_path, fingerprint
+from cache import Rows, as_rows, atomic_path, divide, fingerprint, same_rows, stacked
 from captions import CaptionTable, Strings
 from cli import Parser, one_sentence
 from errors import LabError
-from feature_rows import Rows, divide, same_rows, stacked
 
 ROWS_AT_ONCE = 65_536
 ROUNDING = 1e-2  # of a row's largest number: two encodings of one picture in half precision differ by less

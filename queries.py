@@ -30,8 +30,7 @@ from errors import LabError
 from gallery import Gallery, open_gallery
 from open_data import open_dataset
 from pictures import UndecodableImage, decode, decode_rgb
-from plots_parts import Cell, picture_rows
-from plots_style import saved
+from plots_style import Cell, picture_rows, saved
 from runs import Run, load_run
 from search import Index, build_index, combine, mine_neighbours, open_index, save_index
 from training_set import OFF

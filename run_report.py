@@ -11,16 +11,24 @@ import pandas as pd
 
 import plots
 import zero_shot
-from comparison import Setting, comparison_table, differing_fields, group_settings, judged_figures, readable
+from comparison import (
+    Page,
+    Setting,
+    comparison_table,
+    differing_fields,
+    group_settings,
+    judged_figures,
+    markdown_table,
+    readable,
+    save_table,
+)
 from config import DEFAULT_CONFIG, NOT_IN_NAME, make_config
 from errors import LabError, choose
-from gallery import INTERVALS, open_gallery
-from labelled import open_labelled
+from gallery import INTERVALS, evaluate_run, keep_measured, metrics_table, open_gallery
 from looking_inside import Exhibit, examine, zero_shot_exhibits
-from measure import evaluate_run, keep_measured, metrics_table
-from report import Page, markdown_table, save_table
 from runs import Run, write_json
 from uncertainty import TEST_SAMPLE_ONLY
+from zero_shot import open_labelled
 
 LEFT_OUT_SHOWN = 50
 CURVES_SHOWN = 7

@@ -1,22 +1,132 @@
-"""A run's folder: configuration, history, metrics, weights; how it was trained."""
+"""A run's folder: configuration, history, weights, checkpoints; one process a run, and a Ctrl-C that loses nothing."""
 
 from __future__ import annotations
 
 import functools
 import json
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compat import get_device
 
+import numpy as np
 import pandas as pd
+import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
 from cache import atomic_path
 from config import Config, load_config
 from errors import LabError
 from models import CLIPModel, build_model
+
+# --- Checkpoint files: whole or not at all, the last two kept, read without executing code ---
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  libraries draw from the global state
+    torch.manual_seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """States of every random generator in use, loadable without pickle's code."""
+    state: Any = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (state[0], state[1].tolist(), *state[2:]),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put back what `random_states` returned."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def save_checkpoint(folder: str | Path, state: dict[str, Any], step: int, keep: int = 2) -> Path:
+    """Write `step_{step}.pt` whole or not at all, then drop all but the last `keep`.
+
+    Raises: LabError if the disk is full; earlier checkpoints are kept.
+    """
+    folder = Path(folder)
+    path = folder / f"step_{step:09d}.pt"
+    with atomic_path(path) as beside:
+        torch.save(state, beside)
+    for old in sorted(folder.glob("step_*.pt"))[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """A checkpoint's content, without executing pickled code. Raises: LabError if it is damaged."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise LabError(
+            f"checkpoint {path} cannot be read ({error}); delete it to use the one before."
+        ) from error
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint of a folder, or None."""
+    return max(Path(folder).glob("step_*.pt"), default=None)
+
+
+# --- One process a run; Ctrl-C finishes the step ---
+
+
+class Stopped(Exception):  # noqa: N818  a signal, not an error
+    """Training was asked to stop; everything is saved."""
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within, no other process trains in this folder. Raises: LabError if one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise LabError(f"another process is training {folder}; wait for it, or stop it first.") from error
+
+
+@contextmanager
+def stop_after_step() -> Iterator[threading.Event]:
+    """Within, the first Ctrl-C or SIGTERM sets the event instead of raising; a second one raises."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- Runs ---
 
 
 def goodness(value: Any, metric: str) -> Any:

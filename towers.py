@@ -37,7 +37,7 @@ from text_towers import (
     transformer,
 )
 from tower_parts import CLIP_MEAN, CLIP_STD, CachedTower, ImageTower, PictureTower
-from transformer_blocks import freeze_parts
+from transformer import freeze_parts
 
 __all__ = [
     "CLIP_MEAN",

@@ -11,10 +11,9 @@ from torch import nn
 from cli import run_command
 from config import Config, run_name
 from distributed import is_main
-from interrupts import alone, stop_after_step
 from paired_evaluation import report_pairs, save_curves
 from run_report import report_run
-from runs import Run, load_run
+from runs import Run, alone, load_run, stop_after_step
 from trainer import OnEpoch, Trainer
 
 __all__ = ["Trainer", "alone", "fit", "overfit", "stop_after_step"]

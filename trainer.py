@@ -23,23 +23,29 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from cache import atomic_path
-from checkpoints import last_checkpoint, load_checkpoint, random_states, save_checkpoint, set_random_states
 from config import Config, run_name
 from dataset import make_loader, prepare_data
 from distributed import any_of, barrier, from_main, is_main, join_group, rank, world_size
-from engine import Engine
+from engine import Engine, choose_precision
 from errors import LabError, choose
-from interpolation import mix_weights
-from interrupts import Stopped
-from logs import Board, peak_memory_gb
 from models import build_loss, build_model
 from negatives import build_negatives
 from open_data import open_dataset
-from optimisation import EMA, build_optimizer, build_scheduler
-from precision import choose_precision
-from runs import goodness, load_run, load_start, write_json
+from optimisation import EMA, build_optimizer, build_scheduler, mix_weights
+from runs import (
+    Stopped,
+    goodness,
+    last_checkpoint,
+    load_checkpoint,
+    load_run,
+    load_start,
+    random_states,
+    save_checkpoint,
+    set_random_states,
+    write_json,
+)
 from utils import EpochProgress, run_epoch, seed_everything, to_device, validate
-from watch import Watch
+from watch import Board, Watch, peak_memory_gb
 
 OnEpoch = Callable[[pd.DataFrame], None]
 

@@ -15,14 +15,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from augment import augment, augment_parts
-from checkpoints import (
-    last_checkpoint,
-    load_checkpoint,
-    random_states,
-    save_checkpoint,
-    seed_everything,
-    set_random_states,
-)
 from config import Config
 from distributed import gather_rows
 from engine import Engine
@@ -30,7 +22,19 @@ from errors import LabError
 from metrics import retrieval_metrics
 from models import CLIPModel
 from optimisation import autocast
-from runs import Run, goodness, load_run, read_json, write_json
+from runs import (
+    Run,
+    goodness,
+    last_checkpoint,
+    load_checkpoint,
+    load_run,
+    random_states,
+    read_json,
+    save_checkpoint,
+    seed_everything,
+    set_random_states,
+    write_json,
+)
 from watch import feature_spread
 
 __all__ = [

@@ -1,15 +1,23 @@
-"""Warnings while a run trains, each given once, each with what to try."""
+"""What a run tells besides its history: warnings, each given once with what to try; a TensorBoard log; peak memory."""
 
 from __future__ import annotations
 
 import math
+import sys
 import warnings
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from config import Config
+from errors import LabError
 from losses import ALIASES
 from models import MAX_LOGIT_SCALE, CLIPModel
+
+# --- Warnings ---
+
 
 NEAR_UNIFORM = 0.99  # of the loss of equal logits
 STEPS_BEFORE_UNIFORM = 50  # warm-up may well take that long
@@ -65,3 +73,48 @@ class Watch:
                     f"the {kind} features have collapsed into one place",
                     "lower the learning_rate, or begin with a milder loss (triplet_mining 'mean' or 'semi_hard')",
                 )
+
+
+# --- TensorBoard and memory ---
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory used so far: the GPU's by tensors, else the process's resident set; GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class Board:
+    """TensorBoard's log of a run, or nothing.
+
+    Args:
+        folder: the run's; None: nothing is written.
+        step: what comes after it is written anew by a resumed run.
+    """
+
+    def __init__(self, folder: Path | None, step: int = 0) -> None:
+        self.writer: Any = None
+        if folder is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise LabError(
+                    "tensorboard is not installed; pip install tensorboard, or leave the flag."
+                ) from error
+            self.writer = SummaryWriter(folder / "tensorboard", purge_step=step)
+
+    def add(self, row: dict[str, float], step: int) -> None:
+        if self.writer is not None:
+            for name, value in row.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()

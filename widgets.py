@@ -14,18 +14,23 @@
 
 from __future__ import annotations
 
-from browsers import browse_figure, check_flags, data_browser, run_browser, runs_figure, runs_table
+from controls import experiment_form
 from explorers import (
     attention_explorer,
     attention_figure,
+    browse_figure,
+    check_flags,
+    data_browser,
     failure_explorer,
     failure_figure,
+    run_browser,
+    runs_figure,
+    runs_table,
     search_box,
     search_figure,
     zero_shot_figure,
     zero_shot_playground,
 )
-from form import experiment_form
 from live import live_curves, live_training
 
 __all__ = [

@@ -16,14 +16,13 @@ from torch import nn
 from benchmarks import plain_loop
 from benchmarks.bench_lab import FLICKR8K, ROOT
 from captions import CaptionTable
-from checkpoints import save_checkpoint
 from config import Config, make_config
 from dataset import COCOClipDataset, make_loader
-from engine import Engine
+from engine import Engine, choose_precision
 from models import build_loss, build_model
 from open_data import open_dataset
 from optimisation import build_optimizer, build_scheduler
-from precision import choose_precision
+from runs import save_checkpoint
 from train import fit
 from trainer import Trainer
 from utils import run_epoch, validate

@@ -19,12 +19,11 @@ import pandas as pd
 from scipy.stats import t as student
 from tqdm.auto import tqdm
 
-from caption_order import order_margins
 from config import Config, make_config
 from dataset import prepare_data
 from errors import LabError, choose
-from gallery import open_gallery
-from measure import evaluate_run
+from gallery import evaluate_run, open_gallery
+from retrieval_evaluation import order_margins
 from runs import Run
 from train import fit
 from uncertainty import compare_settings

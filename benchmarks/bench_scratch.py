@@ -16,8 +16,7 @@ import pandas as pd
 import torch
 
 from config import Config, make_config
-from memory import CAPTION, memory_need
-from models import build_loss, build_model
+from models import CAPTION, build_loss, build_model, memory_need
 from optimisation import autocast, build_optimizer
 
 PAIRS = 1000

@@ -17,8 +17,7 @@ from torch import Tensor
 import towers
 from encode import encode_texts
 from readers import read_captions
-from scene_captions import describe
-from scene_plan import plan_split
+from scene_plan import describe, plan_split
 
 FLICKR8K = Path(__file__).resolve().parents[2] / "shared" / "flickr8k"
 CAPTIONS, ROUNDS, BATCH, PADDED = 800, 3, 64, 77

@@ -16,9 +16,9 @@ import pandas as pd
 import tune
 from comparison import compare_runs, readable
 from config import Config, make_config
-from grid import train_all
 from pairs_data import embeddings_at
-from search_spaces import read_space
+from studies import read_space
+from tune import train_all
 from uncertainty import compare_settings
 
 ROOT = Path(__file__).resolve().parent.parent

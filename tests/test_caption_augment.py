@@ -5,8 +5,8 @@ import pytest
 import torch
 from small_data import write_coco
 
-from augment import augment
-from caption_augment import (
+from augment import (
+    augment,
     drop_words,
     reorder_clauses,
     speaks_of_sides,

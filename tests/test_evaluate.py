@@ -13,11 +13,20 @@ from evaluated import argsort_recall, config_of, made_gallery, write_home, write
 import comparison
 import evaluate
 import looking_inside
-import measure
 from config import make_config
 from errors import LabError
-from gallery import fitting_protocols, protocol_of
-from measure import load_ranks, metrics_table, ranks_of, ranks_path, save_ranks
+from gallery import (
+    RANK_FIELDS,
+    fitting_protocols,
+    keep_measured,
+    load_ranks,
+    measured,
+    metrics_table,
+    protocol_of,
+    ranks_of,
+    ranks_path,
+    save_ranks,
+)
 from metrics import retrieval_metrics
 from runs import load_run
 from uncertainty import compare_settings, paired_test
@@ -60,7 +69,7 @@ def test_metrics_state_their_protocol_and_are_read_once(run):
 
 
 def test_the_table_names_protocol_gallery_and_chance(run):
-    table = metrics_table(measure.measured(run))
+    table = metrics_table(measured(run))
     assert table.index.names == ["split", "protocol", "images", "captions", ""]
     assert table.index[0] == ("test", "full", 20, 100, "model")
     found = run.metrics["test"]
@@ -188,7 +197,7 @@ def own_metrics(model, features, config):
 def test_a_data_set_may_bring_its_own_metrics(tmp_path):
     gallery = made_gallery(30, validation_metrics=own_metrics)
     gallery.run.folder = tmp_path
-    measure.keep_measured(gallery)
+    keep_measured(gallery)
     found = json.loads((tmp_path / "metrics.json").read_text())["test"]
     assert (found["protocol"], found["top1"], found["num_images"]) == ("the data set's own", 0.5, 30)
     assert not list(tmp_path.glob("ranks*"))
@@ -206,9 +215,7 @@ def test_a_data_set_may_bring_its_own_metrics(tmp_path):
 
 def same(one, two):
     ways = [(getattr(one, way), getattr(two, way)) for way in ("i2t", "t2i")]
-    return all(
-        np.array_equal(getattr(a, name), getattr(b, name)) for a, b in ways for name in measure.RANK_FIELDS
-    )
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for a, b in ways for name in RANK_FIELDS)
 
 
 def test_ranks_are_kept_and_refused_where_they_do_not_fit(tmp_path):
@@ -232,13 +239,13 @@ def test_a_gallery_differs_with_its_ids_and_data():
 
 
 def test_ranks_need_no_second_encoding(run, gallery, monkeypatch):
-    measure.measured(run)
-    monkeypatch.setattr(measure, "open_gallery", lambda *_, **__: pytest.fail("encoded again"))
+    measured(run)
+    monkeypatch.setattr("gallery.open_gallery", lambda *_, **__: pytest.fail("encoded again"))
     assert same(ranks_of(run, "test"), gallery.ranks)
 
 
 def test_lost_ranks_are_measured_again(run):
-    measure.measured(run)
+    measured(run)
     ranks_path(run, "novel").unlink()
     assert ranks_of(run, "novel", show=False).num_images == 12
     assert ranks_path(run, "novel").is_file()

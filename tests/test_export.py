@@ -19,7 +19,7 @@ import towers
 from config import make_config
 from errors import LabError
 from export import export_run
-from export_heads import fold_batch_norm, linear_map, plain_layers
+from export_clip import fold_batch_norm, linear_map, plain_layers
 from heads import HEADS, HeadOptions
 from models import build_model
 from runs import Run, load_run

@@ -3,11 +3,11 @@
 import pytest
 from small_data import write_coco
 
-import grid
+import tune
 from config import make_config, run_name
 from errors import LabError
-from grid import grid_settings, run_grid, train_all
 from train import fit
+from tune import grid_settings, run_grid, train_all
 
 GRID = {"use_batch_norm": [False, True], "seed": [0, 1]}
 
@@ -52,7 +52,7 @@ def test_a_grid_is_trained_once_and_continued(config, monkeypatch, capsys):
             run.training["finished"] = False  # as after Ctrl-C
         return run
 
-    monkeypatch.setattr(grid, "fit", counted)
+    monkeypatch.setattr(tune, "fit", counted)
     table = run_grid(config, GRID, show=False)
     assert len(trained) == 3  # the fourth is not begun
     assert table["seeds"].tolist() == [2]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from errors import LabError
-from interpolation import mix_weights, mixture
+from optimisation import mix_weights, mixture
 
 
 def parts() -> tuple[nn.Module, dict, dict]:

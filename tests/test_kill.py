@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from small_data import write_coco
 
-import checkpoints
+import runs
 from config import Config, make_config
 from runs import Run
 from train import fit
@@ -70,7 +70,7 @@ def killed_at_write(config: Config, moment: str, number: int) -> None:
         if count[0] > number and moment == "after":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoints.torch.save = torn
+    runs.torch.save = torn
     fit(config, show=False)
 
 

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 
 from config import make_config
 from errors import LabError
-from losses import InfoNCELoss, build_loss
-from margin_losses import ContrastiveLoss, LabelledLoss, TripletLoss
+from losses import ContrastiveLoss, InfoNCELoss, LabelledLoss, TripletLoss, build_loss
 
 # Two images, the first with two captions; the last caption is a negative only.
 IMAGES = torch.tensor([[1.0, 0.0], [0.0, 1.0]])

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from small_data import write_coco
 from torch import nn
 
-from balancing import Balance, small_categories
 from captions import CaptionTable
 from config import make_config
 from dataset import COCOClipDataset, make_loader
@@ -29,7 +28,7 @@ from mining import (
 from open_data import open_dataset
 from readers import read_captions
 from train import Trainer, fit
-from training_set import OFF, TrainingSet
+from training_set import OFF, Balance, TrainingSet, small_categories
 
 
 def features(rows: int, width: int = 6, seed: int = 0) -> torch.Tensor:

@@ -13,8 +13,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR100
 
 from errors import LabError
-from paired_cifar import few, open_pictures, pair_caption
-from paired_scenes import CLASSES, write_shapes
+from paired_data import few, open_pictures, pair_caption
+from scenes import PAIR_CLASSES, write_shapes
 
 NAMES = ["apple", "aquarium_fish", "bee"]
 
@@ -148,7 +148,7 @@ def test_drawn_shapes_are_class_folders_the_same_every_time(tmp_path):
         write_shapes(tmp_path / name / "shapes", num_train=10, num_test=3) for name in ("one", "two")
     )
     files = sorted(path.relative_to(first) for path in first.rglob("*.png"))
-    assert len(files) == len(CLASSES) * 13
+    assert len(files) == len(PAIR_CLASSES) * 13
     assert all((first / file).read_bytes() == (second / file).read_bytes() for file in files)
     parts = {split: open_pictures(first, split, cache_dir=tmp_path) for split in ("train", "val", "test")}
     assert {split: len(part.labels) for split, part in parts.items()} == {"train": 90, "val": 10, "test": 30}

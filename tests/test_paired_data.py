@@ -12,12 +12,10 @@ from config import make_config
 from dataset import make_loader
 from errors import LabError
 from heads import HEADS, HeadOptions
-from losses import InfoNCELoss, build_loss
+from losses import InfoNCELoss, SwapMarginLoss, build_loss
 from open_data import open_dataset
-from paired_cifar import Pictures, pair_caption
-from paired_data import PairedPictures, fixed_pairs, open_paired
-from paired_scenes import write_shapes
-from swap_loss import SwapMarginLoss
+from paired_data import PairedPictures, Pictures, fixed_pairs, open_paired, pair_caption
+from scenes import write_shapes
 from utils import _augmented, encode_loader, split_metrics
 
 NAMES = ["apple", "aquarium fish", "bee"]

@@ -16,7 +16,7 @@ from errors import LabError
 from models import build_model
 from pair_ranks import PairRanks, rank_pairs, swapped
 from paired_evaluation import evaluate_pairs, guesses, pairs_table, report_pairs, save_curves, settings_table
-from paired_scenes import write_shapes
+from scenes import write_shapes
 from train import fit
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from small_data import SHARED
 
+from cache import Rows, divide, same_rows, stacked
 from captions import CaptionTable
 from config import make_config
 from dataset import make_loader
 from errors import LabError
-from feature_rows import Rows, divide, same_rows, stacked
-from measure import evaluate_run
+from gallery import evaluate_run
 from open_data import open_dataset
 from pairs_data import embeddings_at
 from preencoded import main as preencoded_main

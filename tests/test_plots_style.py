@@ -12,7 +12,6 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 import plots
-import plots_parts
 import plots_style
 from errors import LabError
 
@@ -100,29 +99,29 @@ def test_every_form_of_a_picture_gives_the_same_pixels(tmp_path):
     forms = [Image.fromarray(pixels), pixels, tensor, tensor.float() / 255, tmp_path / "picture.png"]
     forms += [str(tmp_path / "picture.png"), pixels.transpose(2, 0, 1), pixels / 255]
     for form in forms:
-        np.testing.assert_array_equal(plots_parts.as_picture(form), pixels)
-    grey = plots_parts.as_picture(pixels[..., 0])
+        np.testing.assert_array_equal(plots_style.as_picture(form), pixels)
+    grey = plots_style.as_picture(pixels[..., 0])
     np.testing.assert_array_equal(grey, np.repeat(pixels[..., :1], 3, axis=-1))
-    assert plots_parts.as_picture(Image.new("RGB", (2000, 1000))).shape == (240, 480, 3)
+    assert plots_style.as_picture(Image.new("RGB", (2000, 1000))).shape == (240, 480, 3)
 
 
 def test_a_bad_picture_is_refused_with_what_to_do(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(LabError, match=r"broken\.jpg cannot be read; replace it or leave it out"):
-        plots_parts.as_picture(tmp_path / "broken.jpg")
+        plots_style.as_picture(tmp_path / "broken.jpg")
     with pytest.raises(LabError, match="undo its normalisation"):
-        plots_parts.as_picture(torch.randn(3, 8, 8))
+        plots_style.as_picture(torch.randn(3, 8, 8))
     with pytest.raises(LabError, match=r"\(2, 8, 8\) is no picture"):
-        plots_parts.as_picture(np.zeros((2, 8, 8)))
+        plots_style.as_picture(np.zeros((2, 8, 8)))
 
 
 def test_tables_are_read_from_every_plain_form():
     indexed = pd.DataFrame(RUNS).set_index("run")
     forms = [RUNS, pd.DataFrame(RUNS), indexed, {run["run"]: {**run} for run in RUNS}]
     for form in forms:
-        pd.testing.assert_frame_equal(plots_parts.as_table(form)[indexed.columns], indexed, check_names=False)
-    assert plots_parts.as_table({"i2t_recall@1": 0.5}).index.tolist() == [""]
+        pd.testing.assert_frame_equal(plots_style.as_table(form)[indexed.columns], indexed, check_names=False)
+    assert plots_style.as_table({"i2t_recall@1": 0.5}).index.tolist() == [""]
     with pytest.raises(LabError, match="no run to draw"):
-        plots_parts.as_table([])
+        plots_style.as_table([])
     with pytest.raises(LabError, match="no column such as 'i2t_recall@1'"):
         plots.recall_bars({"loss": 1.0})

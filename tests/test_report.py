@@ -14,9 +14,9 @@ from PIL import Image
 
 import evaluate
 import run_report
+from comparison import FOLD_ROWS, Page, markdown_table, save_table
 from errors import LabError
-from measure import measured
-from report import FOLD_ROWS, Page, markdown_table, save_table
+from gallery import measured
 
 VOID = {"meta", "img", "br", "link"}
 

@@ -9,14 +9,14 @@ from figures import picture_axes, texts_of
 from PIL import Image
 from small_data import ROOT
 
-import caption_order
+import retrieval_evaluation
 import retrieval_evaluation as changed
 import towers
 from config import make_config
 from errors import LabError
 from gallery import open_gallery
 from run_notebook import run_notebook, tables
-from scene_captions import swap_captions
+from scene_plan import swap_captions
 from scenes import load_scenes, write_scenes
 from train import fit
 
@@ -133,16 +133,18 @@ def test_forgetting_is_paired_over_pictures(tuned, pair, tmp_path):
 
 
 def test_the_order_of_words_by_hand(home, pair):
-    margins = caption_order.order_margins(pair[0])
+    margins = retrieval_evaluation.order_margins(pair[0])
     scenes = load_scenes(home / "scenes", "test")
     assert len(margins) == sum(len(swap_captions(scene)) for scene in scenes.values())
     first = margins.iloc[0]
     swap = swap_captions(scenes[first["image_id"]])[0]
-    texts = caption_order.text_features(pair[0].run.model, pair[0].run.config, [swap.right, swap.wrong])
+    texts = retrieval_evaluation.text_features(
+        pair[0].run.model, pair[0].run.config, [swap.right, swap.wrong]
+    )
     image = pair[0].image_features[pair[0].image_id == int(first["image_id"])][0]
     assert first["margin"] == pytest.approx((image @ (texts[0] - texts[1])).item(), abs=1e-5)
     other = margins.assign(margin=1.0)
-    table = caption_order.order_table({"before": margins, "always right": other})
+    table = retrieval_evaluation.order_table({"before": margins, "always right": other})
     share = (margins.loc[margins["kind"] == "colour", "margin"] > 0).mean()
     assert table.loc[("before", "colour"), "accuracy"] == pytest.approx(share)
     assert table.loc[("before", "colour"), "difference"] == 0

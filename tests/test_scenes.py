@@ -18,8 +18,7 @@ from PIL import Image
 import scene_plan
 import scenes
 from errors import LabError
-from scene_captions import describe, swap_captions
-from scene_plan import COLOURS, HELD_OUT_PAIRS, SHAPES, Scene, SceneObject
+from scene_plan import COLOURS, HELD_OUT_PAIRS, SHAPES, Scene, SceneObject, describe, swap_captions
 from scenes import write_scenes
 
 SMALL = {"num_train": 70, "num_val": 5, "num_test": 6, "num_novel": 7, "image_size": 64}

@@ -8,38 +8,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    "errors presets",
-    "config compat tower_parts transformer_blocks distributed data_folder plots_style scene_plan "
-    "ranks augment matching heads caption_augment balancing interpolation",
-    "vit text_transformer clip_tokenizer hub export_heads margin_losses swap_loss pair_ranks",
-    "image_towers text_towers cache cifar_files captions search_spaces studies interrupts logs "
-    "pictures downloads losses metrics cli plots_parts plots_data scene_captions scene_pictures",
-    "feature_rows report plots_tuning archives table_builder caption_rows caption_cache image_store "
-    "plots uncertainty towers scenes search paired_scenes",
-    "mining sources folder_readers image_cache data_check plots_features plots_ranks plots_demo "
-    "models preencoded",
-    "memory export_clip export_model readers optimisation checkpoints runs watch",
-    "export_text negatives",
-    "export engine",
-    "precision",
-    "dataset paired_cifar",
-    "training_set",
-    "encode pairs_data",
-    "paired_data",
-    "open_data",
-    "utils",
-    "gallery",
-    "queries labelled measure",
-    "zero_shot comparison",
-    "looking_inside paired_evaluation",
-    "run_report",
-    "evaluate",
-    "trainer",
-    "train retrieval_evaluation",
-    "caption_order",
-    "controls colab live grid",
-    "form explorers browsers",
-    "widgets run_notebook tune",
+    "distributed errors presets",
+    "augment compat config data_folder downloads heads pair_ranks pictures plots_style ranks "
+    "scene_plan tower_parts",
+    "archives captions cli colab controls hub losses metrics plots plots_data plots_features "
+    "plots_ranks plots_tuning scenes studies transformer",
+    "cache image_towers plots_demo run_notebook sources table_builder text_towers uncertainty",
+    "caption_cache data_check image_store preencoded search towers",
+    "image_cache mining models readers",
+    "dataset export_clip optimisation runs watch",
+    "export_model negatives training_set",
+    "encode engine export pairs_data",
+    "paired_data utils",
+    "live open_data",
+    "gallery trainer",
+    "comparison queries",
+    "paired_evaluation zero_shot",
+    "explorers looking_inside retrieval_evaluation",
+    "run_report widgets",
+    "evaluate train",
+    "tune",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))

@@ -10,12 +10,12 @@ from open_clip import SimpleTokenizer
 from small_data import SHARED, write_coco
 
 import towers
-from clip_tokenizer import clean, clip_tokenizer
 from config import make_config
 from dataset import check_data
 from errors import LabError
 from export_clip import text_config
-from text_transformer import TextTransformer
+from text_towers import clean, clip_tokenizer
+from transformer import TextTransformer
 
 CAPTIONS = [
     "a dog runs through the snow",

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-import precision
+import engine
 import train
 from cli import run_command
 from config import make_config
@@ -163,7 +163,7 @@ def test_overfit_from_a_shell(small, monkeypatch, tmp_path, capsys):
 def test_precision_on_a_processor_is_measured_once(small, monkeypatch):
     timings = iter([0.0, 2.0, 0.0, 1.0] * 3)
     config = small.updated(image_tower_mode="trainable")
-    monkeypatch.setattr(precision, "time", type("Clock", (), {"perf_counter": lambda: next(timings)}))
+    monkeypatch.setattr(engine, "time", type("Clock", (), {"perf_counter": lambda: next(timings)}))
     monkeypatch.setattr(Engine, "gradients", lambda self, batch: None)
     batch = {
         "image_id": torch.arange(4),
@@ -171,11 +171,11 @@ def test_precision_on_a_processor_is_measured_once(small, monkeypatch):
         "image": torch.zeros(4),
         "text": ["a"] * 4,
     }
-    assert precision.choose_precision(config, build_model(config), batch) == "bf16"
+    assert engine.choose_precision(config, build_model(config), batch) == "bf16"
     known = json.loads((config.cache_dir / "precision.json").read_text())
     assert list(known.values()) == ["bf16"]
-    assert precision.choose_precision(config, build_model(config), batch) == "bf16"  # the clock has run out
-    assert precision.choose_precision(config.updated(precision="fp16"), build_model(config), batch) == "fp16"
+    assert engine.choose_precision(config, build_model(config), batch) == "bf16"  # the clock has run out
+    assert engine.choose_precision(config.updated(precision="fp16"), build_model(config), batch) == "fp16"
 
 
 def test_a_run_says_its_precision_and_keeps_it(small):

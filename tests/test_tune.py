@@ -19,8 +19,7 @@ from config import Config, load_config, make_config
 from errors import LabError
 from pairs_data import embeddings_at
 from plots_tuning import _Axis, fields_of, importances, parallel_coordinates, slices, study_history
-from search_spaces import draw, expand, read_space
-from studies import Worker, trials_table
+from studies import Worker, draw, expand, read_space, trials_table
 from train import fit
 
 

@@ -13,11 +13,9 @@ from torch.nn import functional as F
 import towers
 from config import make_config
 from errors import LabError
-from memory import CAPTION, memory_need
-from models import build_loss, build_model
+from models import CAPTION, build_loss, build_model, memory_need
 from optimisation import build_optimizer
-from transformer_blocks import Encoder, initialise
-from vit import VisionTransformer
+from transformer import Encoder, VisionTransformer, initialise
 
 TINY = dict(hidden_size=24, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
 

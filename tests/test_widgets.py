@@ -13,10 +13,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-import browsers
 import colab
+import controls
 import explorers
-import form
 import widgets
 from config import Config, make_config
 from controls import WIDGET_VIEW, Control, after_pause
@@ -113,7 +112,7 @@ def test_typing_is_waited_for():
 
 
 def test_the_form_is_the_configuration():
-    fields = form.config_fields()
+    fields = controls.config_fields()
     assert list(fields) == list(Config.model_fields)
     assert fields["use_batch_norm"].group == "flags"
     assert fields["queue_size"].group == "loss"
@@ -121,7 +120,7 @@ def test_the_form_is_the_configuration():
     assert fields["loss"].choices[:2] == ("infonce", "sigmoid")
     assert fields["precision"].choices == ("auto", "fp32", "bf16", "fp16")
     assert fields["source"].choices == ()
-    kinds = {name: type(form.make_input(fields[name], Config()[name])) for name in fields}
+    kinds = {name: type(controls.make_input(fields[name], Config()[name])) for name in fields}
     assert kinds["use_batch_norm"] is ipywidgets.Checkbox
     assert kinds["batch_size"] is ipywidgets.IntText
     assert kinds["learning_rate"] is ipywidgets.FloatText
@@ -133,7 +132,7 @@ def test_every_field_takes_its_own_value_back():
     config = make_config("quickstart")
     before = config.model_dump()
     made = widgets.experiment_form(config)
-    made.group.value = form.EVERY
+    made.group.value = controls.EVERY
     assert made.visible() == [name for name in Config.model_fields if name != "preset"]
     for name, row in made.rows.items():
         assert made.enter(name, row.input.value), made.message.value
@@ -155,7 +154,7 @@ def test_a_change_in_the_form_is_one_in_the_configuration():
     made.group.value = "evaluation (no part of a run's name)"
     made.rows["recall_ks"].input.value = "1, 3"
     assert config.recall_ks == (1, 3)
-    made.group.value = form.CHANGED
+    made.group.value = controls.CHANGED
     assert made.visible() == ["use_batch_norm", "recall_ks"]
 
 
@@ -264,7 +263,7 @@ def test_no_run_no_browser(tmp_path):
 
 def test_captions_are_filtered(home):
     table = load_table(config_of(home), ("train",))
-    rows = browsers.find_rows(table, "RED circle")
+    rows = explorers.find_rows(table, "RED circle")
     assert rows == [
         row for row in range(len(table))
         if any("red" in text.lower() and "circle" in text.lower() for text in table.captions_of(row))
@@ -280,14 +279,14 @@ def test_flags_are_what_the_check_found(home, tmp_path):
     table = load_table(config_of(home), ("train",))
     report = check(table, num_workers=0, progress=False)
     report["bad_images"] = {table.paths[0]: "not a picture"}
-    flags = browsers.check_flags(report)
+    flags = explorers.check_flags(report)
     assert flags.loc[table.paths[0], "detail"] == "not a picture"
-    _, about = browsers.browse_figure(table, "", bad=report["bad_images"])
+    _, about = explorers.browse_figure(table, "", bad=report["bad_images"])
     assert about["pictures found"].tolist() == [len(table) - 1]
     control = widgets.data_browser(table, report)
-    control.inputs["show"].value = browsers.FLAGS
+    control.inputs["show"].value = explorers.FLAGS
     assert control.result.index.tolist() == [table.paths[0]]
-    assert browsers.check_flags(report, "no such word").empty
+    assert explorers.check_flags(report, "no such word").empty
 
 
 # --- the training view ---

@@ -13,14 +13,13 @@ import torch
 from evaluated import config_of, made_gallery, write_home, write_run
 from PIL import Image
 
-import cifar_files
-import labelled
+import paired_data
 import zero_shot
 from errors import LabError
 from gallery import open_gallery
-from labelled import Labelled, known_labels, labelled_of, open_labelled
 from pictures import UndecodableImage
 from scenes import load_scenes
+from zero_shot import Labelled, known_labels, labelled_of, open_labelled
 
 LABELS = ["red circle", "blue star", "green heart"]
 
@@ -138,7 +137,7 @@ def test_measuring_is_what_written_out_loops_say(run, several):
         inside = (found.confidence > low) & (found.confidence <= low + 0.1)
         gap += abs(np.array(correct)[inside].sum() - found.confidence[inside].sum()) / 60
     assert found.summary["calibration_error"] == pytest.approx(gap, abs=1e-6)
-    assert found.summary["rule"] == (labelled.MANY_LABELS if several else labelled.ONE_LABEL)
+    assert found.summary["rule"] == (zero_shot.MANY_LABELS if several else zero_shot.ONE_LABEL)
 
 
 # --- labelled pictures ---
@@ -180,7 +179,7 @@ def test_coco_categories_count_once_for_each_present(tmp_path):
     other = tmp_path / "other.json"
     other.write_text("{}")
     with pytest.raises(LabError, match="none of COCO's instances files"):
-        labelled.read_instances(other)
+        zero_shot.read_instances(other)
 
 
 def test_class_folders_leave_out_what_cannot_be_decoded(run, tmp_path):
@@ -196,12 +195,12 @@ def test_class_folders_leave_out_what_cannot_be_decoded(run, tmp_path):
     expected = zero_shot.classify(run, tmp_path / "test" / "red_car" / "1.png", made.labels)
     found = zero_shot.probabilities(run, made.features[4:5], zero_shot.class_features(run, made.labels))
     assert found[0].tolist() == pytest.approx(expected.loc[made.labels, "probability"].tolist(), abs=1e-4)
-    assert labelled._at_most(7, 3).tolist() == [0, 3, 6]  # max_samples is spread evenly
+    assert zero_shot._at_most(7, 3).tolist() == [0, 3, 6]  # max_samples is spread evenly
 
 
 def write_cifar(folder, name):
     """Files of CIFAR's form: six pictures of two classes in each."""
-    layout = cifar_files.LAYOUTS[name]
+    layout = paired_data.LAYOUTS[name]
     (folder / layout.folder).mkdir(parents=True)
     rng = np.random.default_rng(0)
     for file in [file for files in layout.files.values() for file in files]:
@@ -219,7 +218,7 @@ def write_cifar(folder, name):
 def test_cifar_is_read_as_torchvision_reads_it(name, tmp_path):
     from torchvision import datasets
 
-    pictures = cifar_files.read_cifar(write_cifar(tmp_path, name))
+    pictures = paired_data.read_cifar(write_cifar(tmp_path, name))
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     unchecked = type(
         "Unchecked", (kind,), {"_check_integrity": lambda self: True, "_load_meta": lambda self: None}
@@ -228,14 +227,14 @@ def test_cifar_is_read_as_torchvision_reads_it(name, tmp_path):
     np.testing.assert_array_equal(pictures.images.permute(0, 2, 3, 1).numpy(), theirs.data)
     assert pictures.labels.tolist() == theirs.targets
     assert pictures.names == ["maple tree", "cat"]
-    count = len(cifar_files.read_cifar(tmp_path, "train").labels)
-    assert count == 6 * len(cifar_files.LAYOUTS[name].files["train"])
+    count = len(paired_data.read_cifar(tmp_path, "train").labels)
+    assert count == 6 * len(paired_data.LAYOUTS[name].files["train"])
 
 
 def test_cifar_is_classified(run, tmp_path):
     made = open_labelled(run, write_cifar(tmp_path, "cifar10"), show=False)
     assert made.truth.tolist() == np.eye(2, dtype=bool)[[0, 1, 1, 0, 1, 0]].tolist()
-    pixels = cifar_files.read_cifar(tmp_path).images[2].permute(1, 2, 0).numpy()
+    pixels = paired_data.read_cifar(tmp_path).images[2].permute(1, 2, 0).numpy()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     alone = zero_shot.classify(run, file.getvalue(), made.labels)
@@ -252,12 +251,12 @@ def test_cifar_files_run_no_code_and_damage_is_named(tmp_path, capsys):
     folder = write_cifar(tmp_path, "cifar10") / "cifar-10-batches-py"
     (folder / "test_batch").write_bytes(pickle.dumps(Harm()))
     with pytest.raises(LabError, match="it asks for builtins.print"):
-        cifar_files.read_cifar(tmp_path)
+        paired_data.read_cifar(tmp_path)
     assert capsys.readouterr().out == ""
     (folder / "test_batch").write_bytes(pickle.dumps({"data": np.zeros((2, 3072)), "labels": [0, 7]}))
     with pytest.raises(LabError, match="labels without pictures or names"):
-        cifar_files.read_cifar(tmp_path)
+        paired_data.read_cifar(tmp_path)
     with pytest.raises(LabError, match="split 'val' does not exist"):
-        cifar_files.read_cifar(tmp_path, "val")
+        paired_data.read_cifar(tmp_path, "val")
     with pytest.raises(LabError, match="holds no cifar-10-batches-py or cifar-100-python"):
-        cifar_files.read_cifar(folder / "nowhere")
+        paired_data.read_cifar(folder / "nowhere")
