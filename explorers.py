@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
 import plots
-import plots_features
 from captions import CaptionTable
 from comparison import finished_runs, paired_test_of
 from controls import Control
 from errors import LabError, choose
 from gallery import Gallery, evaluate_run, figures_of, recalls_of, told
+from looking_inside import failure_figure, worst_captions
 from pictures import decode
 from queries import GallerySearch, search_grid
-from ranks import QueryRanks
 from utils import Run
 from zero_shot import DEFAULT_TEMPLATES, classify, known_labels
 
@@ -149,47 +147,9 @@ def attention_explorer(gallery: Gallery, count: int = 4) -> Control:
     )
 
 
-def failure_figure(gallery: Gallery, first: int = 0, count: int = 3, above: int = 3) -> Figure:
-    """The captions whose own picture ranks worst, one a picture, from the `first`-worst on, and what ranks above.
-
-    Raises: LabError if every caption finds its picture first.
-    """
-    ranks = gallery.ranks.t2i
-    worst = _worst_captions(ranks)[first : first + count]
-    if not len(worst):
-        raise LabError("every caption finds its own picture first; there is no failure to show.")
-    rows = ranks.rows[worst].tolist()
-    scores = gallery.text_features[rows] @ gallery.image_features.T  # (count, I)
-    items_of = {int(number): item for item, number in enumerate(gallery.image_id)}
-    own = [items_of[int(number)] for number in ranks.image_id[worst]]
-    nearest = [
-        [item for item in order.tolist() if item != mine][: min(above, int(rank) - 1)]
-        for order, mine, rank in zip(
-            scores.argsort(dim=1, descending=True), own, ranks.best[worst], strict=True
-        )
-    ]
-    shown = [[mine, *found] for mine, found in zip(own, nearest, strict=True)]
-    return plots_features.failures(
-        [gallery.captions[row] for row in rows],
-        gallery.dataset.pictures(own),
-        ranks.best[worst].tolist(),
-        [gallery.dataset.pictures(found) for found in nearest],
-        [scores[place, items].tolist() for place, items in enumerate(shown)],
-        gallery=len(gallery.image_id),
-    )
-
-
-def _worst_captions(ranks: QueryRanks) -> np.ndarray:
-    """Positions of each picture's worst caption, the worst of all first; pictures always found are left out."""
-    order = np.argsort(-ranks.best, kind="stable")
-    failed = order[ranks.best[order] > 1]
-    _, places = np.unique(ranks.image_id[failed], return_index=True)
-    return failed[np.sort(places)]
-
-
 def failure_explorer(gallery: Gallery, count: int = 3) -> Control:
     """Walk from the worst caption on."""
-    failed = len(_worst_captions(gallery.ranks.t2i))
+    failed = len(worst_captions(gallery.ranks.t2i))
     return Control(
         partial(failure_figure, gallery, count=count), first=_slider(failed, "worst from", step=count)
     )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 import plots
@@ -19,7 +20,10 @@ import plots_ranks
 import zero_shot
 from errors import LabError
 from gallery import Gallery, as_text, chance, fitting_protocols, recalls_of
+from geometry import MEASURES, feature_geometry
 from metrics import evaluate_protocol, published_points, recall_by_gallery_size
+from plots_style import SavePath
+from ranks import QueryRanks
 
 WAYS = {"i2t": "image-to-text", "t2i": "text-to-image"}
 SHOWN_PICTURES = 8
@@ -126,30 +130,51 @@ def rank_histogram(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
 def worst_failures(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
     """The captions whose own picture stands furthest down, one an image, and what stands above it."""
     _need_pictures(gallery)
-    one_way, path = gallery.ranks.t2i, _file(folder, "failures", gallery)
-    order = np.argsort(-one_way.best, kind="stable")
-    _, first = np.unique(one_way.image_id[order], return_index=True)
-    worst = [query for query in order[np.sort(first)][:WORST] if one_way.best[query] > 1]
-    if not worst:
-        raise LabError("every caption finds its own picture first.")
-    items = {ident: item for item, ident in enumerate(gallery.image_id.tolist())}
-    rows, own = one_way.rows[worst], [items[ident] for ident in one_way.image_id[worst].tolist()]
-    scores = gallery.text_features[torch.from_numpy(rows)] @ gallery.image_features.T  # (WORST, I)
-    found = scores.argsort(dim=1, descending=True)[:, :WORST].tolist()
-    above = [
-        [item for item in found[n] if item != own[n]][: one_way.best[q] - 1] for n, q in enumerate(worst)
-    ]
-    plots_features.failures(
-        [gallery.captions[row] for row in rows.tolist()],
-        gallery.dataset.pictures(own),
-        one_way.best[worst].tolist(),
-        [gallery.dataset.pictures(some) for some in above],
-        [[scores[n, item].item() for item in (own[n], *some)] for n, some in enumerate(above)],
-        path,
-        gallery.ranks.num_images,
-    )
+    path = _file(folder, "failures", gallery)
+    failure_figure(gallery, count=WORST, above=WORST, path=path)
     caption = f"The worst captions of split {gallery.split}: their own picture, and those ranked above it."
     yield Exhibit("failures", caption, figure=path)
+
+
+def failure_figure(
+    gallery: Gallery, first: int = 0, count: int = 3, above: int = 3, path: SavePath = None
+) -> Figure:
+    """The captions whose own picture ranks worst, one a picture, from the `first`-worst on, and what ranks above.
+
+    Raises: LabError if every caption finds its picture first.
+    """
+    ranks = gallery.ranks.t2i
+    worst = worst_captions(ranks)[first : first + count]
+    if not len(worst):
+        raise LabError("every caption finds its own picture first; there is no failure to show.")
+    rows = ranks.rows[worst].tolist()
+    scores = gallery.text_features[rows] @ gallery.image_features.T  # (count, I)
+    items_of = {int(number): item for item, number in enumerate(gallery.image_id)}
+    own = [items_of[int(number)] for number in ranks.image_id[worst]]
+    nearest = [
+        [item for item in order.tolist() if item != mine][: min(above, int(rank) - 1)]
+        for order, mine, rank in zip(
+            scores.argsort(dim=1, descending=True), own, ranks.best[worst], strict=True
+        )
+    ]
+    shown = [[mine, *found] for mine, found in zip(own, nearest, strict=True)]
+    return plots_features.failures(
+        [gallery.captions[row] for row in rows],
+        gallery.dataset.pictures(own),
+        ranks.best[worst].tolist(),
+        [gallery.dataset.pictures(found) for found in nearest],
+        [scores[place, items].tolist() for place, items in enumerate(shown)],
+        path,
+        len(gallery.image_id),
+    )
+
+
+def worst_captions(ranks: QueryRanks) -> np.ndarray:
+    """Positions of each picture's worst caption, the worst of all first; pictures always found are left out."""
+    order = np.argsort(-ranks.best, kind="stable")
+    failed = order[ranks.best[order] > 1]
+    _, places = np.unique(ranks.image_id[failed], return_index=True)
+    return failed[np.sort(places)]
 
 
 def similarities(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
@@ -170,13 +195,18 @@ def similarities(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
 
 def geometry(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
     """Modality gap, alignment, uniformity."""
-    found = plots_features.feature_geometry(**gallery.features)
+    found = feature_geometry(**gallery.features, most=None)
     table = pd.DataFrame({"value": found}).round(3).rename_axis("measure")
     caption = (
         "Distance of the two modalities' means (Liang et al. 2022); mean squared distance of matching pairs and "
         "spread of each modality, lower is closer and more spread out (Wang & Isola 2020)."
     )
     yield Exhibit("geometry", caption, table)
+    if set(MEASURES) <= set(gallery.run.history):
+        path = _file(folder, "geometry", gallery)
+        plots_features.modality_gap(gallery.run.history, path)
+        told = "The same over training, on the validation split."
+        yield Exhibit("geometry over training", told, figure=path)
 
 
 # --- of any data set ---

@@ -13,6 +13,7 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
 
 from errors import LabError, choose
+from geometry import unit_rows
 from plots_style import (
     BLUE,
     GREY,
@@ -42,77 +43,6 @@ from plots_style import (
 
 # --- geometry ---
 
-
-def _unit_rows(features: Any, name: str) -> np.ndarray:
-    """(N, D) features on the unit sphere."""
-    rows = to_numpy(features).astype(np.float32)
-    if rows.ndim != 2 or not len(rows) or not np.isfinite(rows).all():
-        raise LabError(f"{name} must be finite numbers of shape (N, D); got shape {rows.shape}.")
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-def modality_gap_size(image_features: Any, text_features: Any) -> float:
-    """Distance between the mean image feature and the mean text feature, 0 to 2.
-
-    Args: (I, D) and (T, D) features, normalised here.
-    Source: Liang et al. 2022, "Mind the Gap", the difference between the two modalities' centres.
-    """
-    image_mean = _unit_rows(image_features, "image_features").mean(axis=0)
-    text_mean = _unit_rows(text_features, "text_features").mean(axis=0)
-    return float(np.linalg.norm(image_mean - text_mean))
-
-
-def alignment(image_features: Any, text_features: Any, image_id: Any, text_id: Any) -> float:
-    """Mean squared distance of matching pairs, 0 to 4: the lower, the closer.
-
-    Args: (I, D) and (T, D) features, normalised here; (I,) and (T,) ids, equal ids match, -1 never does.
-    Raises: LabError if nothing matches.
-    Source: Wang & Isola 2020, section 4.1, alpha = 2.
-    """
-    sums, counts = [], []
-    wanted = np.intersect1d(to_numpy(image_id), to_numpy(text_id))
-    wanted = wanted[wanted != -1]
-    if not len(wanted):
-        raise LabError("no image and text share an id; alignment needs matching pairs.")
-    for features, ids, name in ((image_features, image_id, "image"), (text_features, text_id, "text")):
-        having = np.isin(to_numpy(ids), wanted)
-        rows = _unit_rows(features, f"{name}_features")[having]
-        place = np.searchsorted(wanted, to_numpy(ids)[having])
-        total = np.zeros((len(wanted), rows.shape[1]))
-        np.add.at(total, place, rows)
-        sums.append(total)
-        counts.append(np.bincount(place, minlength=len(wanted)))
-    return float(2 - 2 * (sums[0] * sums[1]).sum() / (counts[0] * counts[1]).sum())
-
-
-def uniformity(features: Any, chunk: int = 1024) -> float:
-    """Log of the mean Gaussian potential of all pairs of rows, at most 0: the lower, the more spread out.
-
-    Args: (N, D) features, normalised here, N > 1; takes N^2 D operations in memory N * chunk.
-    Source: Wang & Isola 2020, section 4.1, t = 2.
-    """
-    rows = _unit_rows(features, "features")
-    if len(rows) < 2:
-        raise LabError("uniformity needs at least two rows of features.")
-    total = 0.0
-    for start in range(0, len(rows), chunk):
-        cosine = rows[start : start + chunk] @ rows.T  # (chunk, N)
-        total += float(np.exp(4 * np.minimum(cosine, 1) - 4, dtype=np.float32).sum(dtype=np.float64))
-    return float(np.log((total - len(rows)) / (len(rows) * (len(rows) - 1))))
-
-
-def feature_geometry(
-    image_features: Any, text_features: Any, image_id: Any, text_id: Any
-) -> dict[str, float]:
-    """One row of `modality_gap`'s history: gap, alignment, and uniformity of both modalities."""
-    return {
-        "modality_gap": modality_gap_size(image_features, text_features),
-        "alignment": alignment(image_features, text_features, image_id, text_id),
-        "image_uniformity": uniformity(image_features),
-        "text_uniformity": uniformity(text_features),
-    }
-
-
 GEOMETRY = {
     "distance of the two means": {"modality_gap": ("modality gap", "-")},
     "alignment (lower: closer)": {"alignment": ("matching pairs", "-")},
@@ -128,7 +58,7 @@ def modality_gap(history: Mapping[str, Any] | pd.DataFrame, path: SavePath = Non
     """Gap, alignment and uniformity over training, of one or several runs.
 
     Args:
-        history: a table with `epoch` and the columns that `feature_geometry` gives, or name -> table.
+        history: a table with `epoch` and the columns that `geometry.feature_geometry` gives, or name -> table.
     """
     tables = as_histories(history)
     figure = new_figure(3.1)
@@ -267,7 +197,7 @@ def modality_map(
         pairs: (P, 2) rows (image, text) joined by a line.
         limit: at most so many rows of each modality, drawn by seed; the legend says so.
     """
-    sides = [_unit_rows(image_features, "image_features"), _unit_rows(text_features, "text_features")]
+    sides = [unit_rows(image_features, "image_features"), unit_rows(text_features, "text_features")]
     joined = np.zeros((0, 2), int) if pairs is None else to_numpy(pairs).astype(int).reshape(-1, 2)
     given = () if thumbnails is None else thumbnails
     shown = dict(given if isinstance(given, Mapping) else enumerate(given))

@@ -19,6 +19,7 @@ from config import Config
 from distributed import gather_rows
 from engine import Engine
 from errors import LabError
+from geometry import feature_geometry, feature_spread
 from metrics import retrieval_metrics
 from models import CLIPModel
 from optimisation import autocast
@@ -35,7 +36,6 @@ from runs import (
     set_random_states,
     write_json,
 )
-from watch import feature_spread
 
 __all__ = [
     "EpochProgress",
@@ -59,6 +59,7 @@ __all__ = [
 STEPS_BEFORE_READING = {"cpu": 1}
 """Steps whose losses stay on the device until one reading; waiting for each would idle a GPU."""
 MOST_STEPS_BEFORE_READING = 20
+MOST_ROWS = 2000  # whose uniformity a validation measures: a tenth of a second
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -283,4 +284,4 @@ def split_metrics(
         return dataset.validation_metrics(model, features, config)
     ks = tuple(k for k in config.recall_ks if k <= len(features["image_id"]))
     spread = {f"{kind}_spread": feature_spread(features[f"{kind}_features"]) for kind in ("image", "text")}
-    return {**retrieval_metrics(**features, ks=ks), **spread}
+    return {**retrieval_metrics(**features, ks=ks), **spread, **feature_geometry(**features, most=MOST_ROWS)}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from config import Config
 from errors import LabError
@@ -26,11 +25,6 @@ LEAST_SPREAD = 0.02
 
 class TrainingWarning(UserWarning):
     """Training goes on, but probably not as meant."""
-
-
-def feature_spread(features: Tensor) -> float:
-    """1 - the mean cosine between rows of normalised features (N, D): 0 where all are one, near 1 at best."""
-    return 1 - features.float().mean(dim=0).square().sum().item()
 
 
 class Watch:

@@ -1,8 +1,12 @@
-"""`python -m benchmarks [NAME ...]` runs the named benchmarks, or all of them; an unknown name lists what there is."""
+"""`python -m benchmarks [NAME ...] [--option ...]` runs the named benchmarks, or all of them, with their options.
+
+An unknown name lists what there is.
+"""
 
 from __future__ import annotations
 
 import sys
+from itertools import takewhile
 
 from benchmarks import (
     bench_data,
@@ -37,8 +41,8 @@ BENCHMARKS = {
 }
 
 if __name__ == "__main__":
-    names = sys.argv[1:] or list(BENCHMARKS)
-    del sys.argv[1:]  # a benchmark run on its own reads options of its own there
+    names = list(takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+    del sys.argv[1 : 1 + len(names)]  # what is left are a benchmark's own options
     with one_sentence():
-        for run in [choose(BENCHMARKS, name, "benchmark") for name in names]:
+        for run in [choose(BENCHMARKS, name, "benchmark") for name in names or BENCHMARKS]:
             run()

@@ -189,3 +189,7 @@ def main() -> None:
     )  # fmt: skip
     assert trainable is not None
     time_to_recall(trainable, f"Flickr8k, tower trained at 112 px on {given.images} images")
+
+
+if __name__ == "__main__":
+    main()

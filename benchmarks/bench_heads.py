@@ -1,6 +1,6 @@
 """Heads over embeddings: memory and time at COCO's size, and the preset's recall.
 
-`python -m benchmarks.bench_heads` simulates 473,000 pairs of 1152-d images and 4096-d texts (5 GB on disk) and times
+`python -m benchmarks heads` simulates 473,000 pairs of 1152-d images and 4096-d texts (5 GB on disk) and times
 an epoch of their batches against a plain Dataset and DataLoader, in turns; then trains the preset on Flickr8k's
 features with three seeds. `--pairs 20000 --skip_recall` proves the command in seconds.
 """

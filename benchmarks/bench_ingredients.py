@@ -108,3 +108,7 @@ def main() -> None:
             print(
                 f"\n{preset}, official 1K test, 5 captions, seeds {seeds}\n{on_test(config, seeds).to_string()}"
             )
+
+
+if __name__ == "__main__":
+    main()

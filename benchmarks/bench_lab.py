@@ -64,3 +64,7 @@ def main() -> None:
     """Both."""
     time_notebook()
     recall_flickr8k()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Speed and memory of exact ranks: `python -m benchmarks.bench_metrics [--full]`.
+"""Speed and memory of exact ranks: `python -m benchmarks metrics [--full]`.
 
 Against the chunked product alone at a quarter of COCO val2014's images (`--full`: all 40,504 with
 202,654 captions), and against a full argsort of the pair-by-pair matrix at 2,000 images with five

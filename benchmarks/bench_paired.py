@@ -1,7 +1,7 @@
 """Pairs of small pictures, the plain setting beside the full one, with and without the swap margin.
 
 `python -m benchmarks paired` trains everything below and prints one table a data set; a finished run is reused.
-`python -m benchmarks.bench_paired --tiny` proves the command in a minute on a few pictures.
+`python -m benchmarks paired --tiny` proves the command in a minute on a few pictures.
 """
 
 from __future__ import annotations
@@ -74,12 +74,20 @@ def verdicts(rows: list[tuple[Run, dict[str, Any]]]) -> None:
             print(f"{preset}, {name}: {compare_settings(*sides, names=('no margin', 'margin')).verdict}")
 
 
-def main(tiny: bool = False) -> None:
+def main() -> None:
     """Drawn shapes, then CIFAR-10's class folders where they are."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="a few pictures, two epochs, two seeds")
+    parser.add_argument("--data", choices=("shapes", "cifar10"), help="one data set alone")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    given = parser.parse_args()
     places: dict[str, Any] = {"runs_dir": ROOT / "runs" / "bench_paired", "cache_dir": ROOT / "cache"}
-    some = {**places, **(TINY if tiny else {})}
-    seeds = SEEDS[:2] if tiny else SEEDS
-    measure("drawn shapes", seeds, data_dir=ROOT / "data" / "shapes", **some)
+    some = {**places, **(TINY if given.tiny else {})}
+    seeds = tuple(given.seeds[:2] if given.tiny else given.seeds)
+    if given.data != "cifar10":
+        measure("drawn shapes", seeds, data_dir=ROOT / "data" / "shapes", **some)
+    if given.data == "shapes":
+        return
     cifar10 = next((folder for folder in CIFAR10 if folder.is_dir()), None)
     if cifar10 is None:
         print("CIFAR-10: skipped; put its pictures into data/cifar10/{train,test}/CLASS/")
@@ -88,6 +96,4 @@ def main(tiny: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="a few pictures, two epochs, two seeds")
-    main(**vars(parser.parse_args()))
+    main()

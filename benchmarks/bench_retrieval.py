@@ -1,4 +1,4 @@
-"""What hard negatives are worth: `python -m benchmarks.bench_retrieval [--budget SECONDS] [--seeds N ...]`.
+"""What hard negatives are worth: `python -m benchmarks retrieval [--budget SECONDS] [--seeds N ...]`.
 
 Every setting starts from the same heads and gets the same processor time: an epoch of each is timed in this
 process, mining and validation with it, and the setting gets as many epochs as fit into the budget.

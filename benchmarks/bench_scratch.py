@@ -1,8 +1,7 @@
 """CLIP from nothing at full size: seconds for an epoch of 1,000 pairs, and memory.
 
-`python -m benchmarks scratch` takes a few steps and scales them; `python -m benchmarks.bench_scratch` takes
-`--batch_size`, `--steps` and `--preset` to make it smaller. Published for the same sizes at batch 64, one
-caption a picture: 580 s an epoch on its authors' GPU.
+`python -m benchmarks scratch [--batch_size N] [--steps N] [--preset NAME]` takes a few steps and scales them.
+Published for the same sizes at batch 64, one caption a picture: 580 s an epoch on its authors' GPU.
 """
 
 from __future__ import annotations

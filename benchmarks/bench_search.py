@@ -1,4 +1,4 @@
-"""Search over many features: recall against exact and latency: `python -m benchmarks.bench_search [--rows N]`.
+"""Search over many features: recall against exact and latency: `python -m benchmarks search [--rows N]`.
 
 The features are drawn: Gaussian clusters in 48 dimensions, turned into 512 and blurred, so that neighbourhoods
 exist as in a trained joint space (isotropic noise has none). Queries are new points of the same clusters.

@@ -1,4 +1,4 @@
-"""A tuned head against the untuned one on the test split: `python -m benchmarks.bench_tuning`.
+"""A tuned head against the untuned one on the test split: `python -m benchmarks tuning`.
 
 A study of 60 trials with pruning on Flickr8k's features, everything chosen on dev; then three seeds each of the
 preset's head and of the best trial's settings. `--trials 5 --epochs 2 --seeds 2` proves the command in minutes.

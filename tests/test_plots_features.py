@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.offsetbox import AnnotationBbox
 from scipy.spatial.distance import cdist, pdist
 
+import geometry
 import plots_features
 from errors import LabError
 
@@ -29,7 +30,7 @@ def test_geometry_matches_scipy_s_distances():
     images, texts = features(0, 12), features(1, 30)
     image_id = np.array([*range(10), 10, -1])
     text_id = np.array([*np.repeat(np.arange(9), 3), -1, 77, 10])
-    found = plots_features.feature_geometry(torch.tensor(images), texts, image_id, text_id)
+    found = geometry.feature_geometry(torch.tensor(images), texts, image_id, text_id)
     match = (image_id[:, None] == text_id) & (text_id != -1)
     squared = cdist(images, texts, "sqeuclidean")
     assert found["alignment"] == pytest.approx(squared[match].mean(), abs=1e-6)
@@ -38,16 +39,24 @@ def test_geometry_matches_scipy_s_distances():
         assert found[f"{side}_uniformity"] == pytest.approx(expected, abs=1e-5)
     gap = np.linalg.norm(images.mean(axis=0) - texts.mean(axis=0))
     assert found["modality_gap"] == pytest.approx(gap, abs=1e-6)
-    assert plots_features.uniformity(images, chunk=5) == pytest.approx(found["image_uniformity"], abs=1e-6)
+    assert geometry.uniformity(images, chunk=5) == pytest.approx(found["image_uniformity"], abs=1e-6)
+
+
+def test_uniformity_of_many_rows_is_that_of_evenly_spaced_ones():
+    images, texts = features(0, 3), features(1, 31)
+    found = geometry.feature_geometry(images, texts, range(3), [0] * 31, most=10)
+    assert found["text_uniformity"] == geometry.uniformity(texts[::4])
+    assert found["image_uniformity"] == geometry.uniformity(images)
+    assert np.isnan(geometry.feature_geometry(images[:1], texts, [0], [0] * 31)["image_uniformity"])
 
 
 def test_geometry_refuses_bad_features():
     with pytest.raises(LabError, match="no image and text share an id"):
-        plots_features.alignment(features(0, 2), features(1, 2), [1, -1], [2, -1])
+        geometry.alignment(features(0, 2), features(1, 2), [1, -1], [2, -1])
     with pytest.raises(LabError, match="text_features must be finite"):
-        plots_features.modality_gap_size(features(0, 2), np.full((2, 8), np.nan))
+        geometry.modality_gap_size(features(0, 2), np.full((2, 8), np.nan))
     with pytest.raises(LabError, match="at least two rows"):
-        plots_features.uniformity(features(0, 1))
+        geometry.uniformity(features(0, 1))
 
 
 def test_modality_gap_draws_its_history():

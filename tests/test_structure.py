@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     "distributed errors presets",
-    "augment compat config data_folder downloads heads pair_ranks pictures plots_style ranks "
+    "augment compat config data_folder downloads geometry heads pair_ranks pictures plots_style ranks "
     "scene_plan tower_parts",
     "archives captions cli colab controls hub losses metrics plots plots_data plots_features "
     "plots_ranks plots_tuning scenes studies transformer",
@@ -24,9 +24,9 @@ FLOORS = [
     "gallery trainer",
     "comparison queries",
     "paired_evaluation zero_shot",
-    "explorers looking_inside retrieval_evaluation",
-    "run_report widgets",
-    "evaluate train",
+    "looking_inside retrieval_evaluation",
+    "explorers run_report",
+    "evaluate train widgets",
     "tune",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

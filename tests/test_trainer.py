@@ -16,12 +16,13 @@ from cli import run_command
 from config import make_config
 from engine import Engine
 from errors import LabError
+from geometry import feature_spread
 from losses import InfoNCELoss
 from models import MAX_LOGIT_SCALE, build_model
 from open_data import open_dataset
 from optimisation import SCHEDULES, build_optimizer, build_scheduler
 from train import Trainer, fit, overfit
-from watch import TrainingWarning, Watch, feature_spread
+from watch import TrainingWarning, Watch
 
 
 @pytest.fixture

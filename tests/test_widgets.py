@@ -218,7 +218,7 @@ def test_zero_shot_follows_labels_and_an_upload(gallery):
 
 def test_failures_begin_with_the_worst(gallery):
     ranks = gallery.ranks.t2i
-    worst = explorers._worst_captions(ranks)
+    worst = explorers.worst_captions(ranks)
     assert ranks.best[worst[0]] == ranks.best.max()
     assert len(set(ranks.image_id[worst])) == len(worst)  # one a picture
     expected = {int(i) for i in ranks.image_id[ranks.best > 1]}
