@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import compat
 
 import numpy as np
 import torch
@@ -55,6 +59,14 @@ def made_up(images: int, size: int, captions: int = 5) -> COCOClipDataset:
     )
 
 
+def usual_allocator() -> None:
+    """What `compat.reuse_freed_memory` changed, as a process has it at its start."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter in (compat.M_MMAP_THRESHOLD, compat.M_TRIM_THRESHOLD, compat.M_TOP_PAD):
+            mallopt(parameter, 128 * 1024)
+
+
 def resnet_speed(images: int = 48) -> None:
     """ResNet50 at 224 px: pictures through the tower a second, ours against the plain loop, by turns."""
     config = make_config(
@@ -66,7 +78,7 @@ def resnet_speed(images: int = 48) -> None:
         cache_dir=ROOT / "cache",
     )
     dataset = made_up(images, 224)
-    ours, plain = _resnet(config), _resnet(config)
+    ours, plain = build_model(config), build_model(config)
     loader = make_loader(dataset, config.batch_size, shuffle=True)
     ours.to(memory_format=torch.channels_last)
     config = config.updated(precision=choose_precision(config, ours, next(iter(loader))))
@@ -74,7 +86,9 @@ def resnet_speed(images: int = 48) -> None:
     engine = Engine(ours, build_loss(config), optimizer, build_scheduler(optimizer, config, 100), config)
     ratios, rates = [], []
     for _ in range(ROUNDS):
+        compat.reuse_freed_memory.__wrapped__()
         rate = run_epoch(engine, loader, 0)["images_per_second"]
+        usual_allocator()
         start, passed = time.perf_counter(), 0
         for count, _ in plain_loop.steps(plain, dataset, config.batch_size, 1e-4):
             passed += count
@@ -87,10 +101,6 @@ def resnet_speed(images: int = 48) -> None:
         f"\nResNet50, 224 px, batch {config.batch_size}, {config.precision}: {ours_rate:.1f} pictures a second against "
         f"{plain_rate:.1f}: {statistics.median(ratios):.1f}x (2 wanted), each picture with five captions against one"
     )
-
-
-def _resnet(config: Config) -> Any:
-    return build_model(config)
 
 
 def time_to_recall(config: Config, what: str, plain_epochs: int = 10, plain_rate: float = 1e-3) -> None:
@@ -172,17 +182,23 @@ def overhead(config: Config, batches: int = 12) -> None:
 
 
 def main() -> None:
-    """ResNet50's speed, overheads, and time to a recall; `--images N` for the trainable tower's (1,500)."""
+    """ResNet50's speed, overheads, and time to a recall, cached and with a trainable tower."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=1500, help="training images of the trainable setting")
+    parser.add_argument("--only", choices=("resnet", "overhead", "cached", "trainable"))
     given = parser.parse_args()
-    resnet_speed()
+    if given.only in (None, "resnet"):
+        resnet_speed()
     cached = flickr8k()
     if cached is None:
         print("flickr8k: skipped; run `python dataset.py fetch flickr8k` first")
         return
-    overhead(cached)
-    time_to_recall(cached, "Flickr8k, cached")
+    if given.only in (None, "overhead"):
+        overhead(cached)
+    if given.only in (None, "cached"):
+        time_to_recall(cached, "Flickr8k, cached")
+    if given.only not in (None, "trainable"):
+        return
     trainable = flickr8k(
         image_tower_mode="trainable", image_size=112, max_samples=given.images, batch_size=64, num_epochs=10,
         text_head="linear", image_tower_learning_rate=3e-4,

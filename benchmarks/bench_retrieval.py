@@ -1,6 +1,6 @@
 """What hard negatives are worth: `python -m benchmarks retrieval [--budget SECONDS] [--seeds N ...]`.
 
-Every setting starts from the same heads and gets the same processor time: an epoch of each is timed in this
+Every setting starts from the same heads and gets the same processor time: an epoch of each is timed once, in this
 process, mining and validation with it, and the setting gets as many epochs as fit into the budget.
 Processor time and not the clock's, so that whatever else runs on the machine favours nobody; run it with
 OMP_NUM_THREADS=1. Learning rates and epochs are chosen on the validation split; test is read once.
@@ -60,10 +60,18 @@ def validated(run: Run) -> float:
     return float(run.history[run.config.best_metric].max())
 
 
-def tuned(config: Config, start: Run, budget: float, rates: Sequence[float]) -> tuple[dict[str, Any], Run]:
-    """The run whose learning rate validates best of those that the budget allows, and how it was made."""
+def tuned(
+    config: Config, start: Run, given: argparse.Namespace, timed: dict[str, tuple[float, float]], name: str
+) -> tuple[dict[str, Any], Run]:
+    """The run whose learning rate validates best of those that the budget allows, and how it was made.
+
+    A setting is timed with the first seed; `timed` keeps it for the others.
+    """
+    budget, rates = given.budget, given.rates
     base = config.updated(start_from=start.folder, seed=start.config.seed)
-    seconds, share = epoch_seconds(base)
+    if name not in timed:
+        timed[name] = epoch_seconds(base)
+    seconds, share = timed[name]
     epochs = max(1, round(budget / seconds))
     runs = [fit(base.updated(num_epochs=epochs, learning_rate=rate), show=False) for rate in rates]
     best = max(runs, key=validated)
@@ -117,12 +125,13 @@ def photographs(given: argparse.Namespace, folder: Path) -> None:
         return
     places = dict(data_dir=data, cache_dir=ROOT / "cache", runs_dir=folder, max_samples=given.max_samples)
     config = make_config("flickr8k", **places)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    timed: dict[str, tuple[float, float]] = {}
     for seed in given.seeds:
         start = fit(config.updated(seed=seed, num_epochs=given.start_epochs), show=False)
         rows.append({"setting": "start", **test_figures(start)})
         for name, setting in tqdm(chosen(given).items(), f"flickr8k, seed {seed}", unit="setting"):
-            about, run = tuned(config.updated(**setting, batch_size=256), start, given.budget, given.rates)
+            about, run = tuned(config.updated(**setting, batch_size=256), start, given, timed, name)
             rows.append({"setting": name, "seed": seed, **about, "val": validated(run), **test_figures(run)})
     table = pd.DataFrame(rows)
     print(f"\nFlickr8k, official 1K test, 5 captions, {given.budget:g} s of processor time a run:")
@@ -148,13 +157,14 @@ def word_order(given: argparse.Namespace, folder: Path) -> None:
     heads = dict(image_tower_mode="cached", batch_size=256, head_hidden_dim=2048, text_head="mlp")
     config = make_config("quickstart", **places, **heads, max_samples=given.max_samples)
     prepare_data(config)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    timed: dict[str, tuple[float, float]] = {}
     for seed in given.seeds:
         start = fit(config.updated(seed=seed, num_epochs=given.start_epochs), show=False)
         settings = {name: how for name, how in chosen(given).items() if name.startswith("infonce")}
         rows.append({"setting": "start", **order_figures(start)})
         for name, setting in tqdm(settings.items(), f"scenes, seed {seed}", unit="setting"):
-            about, run = tuned(config.updated(**setting, batch_size=64), start, given.budget, given.rates)
+            about, run = tuned(config.updated(**setting, batch_size=64), start, given, timed, name)
             rows.append({"setting": name, **about, **order_figures(run)})
     table = pd.DataFrame(rows)
     figures = [column for column in table if "order" in str(column)]

@@ -1,8 +1,11 @@
 """The step: pieces equal the whole, memory that runs out, negatives beyond the batch, several processes."""
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -17,7 +20,7 @@ from errors import LabError
 from losses import InfoNCELoss, SigmoidLoss
 from models import CLIPModel
 from negatives import BankNegatives, QueueNegatives, build_negatives
-from runs import load_run
+from runs import Run, load_run
 from train import fit
 
 
@@ -307,6 +310,32 @@ fit(load_config(sys.argv[1] + "/config.yaml"), show=False)
 """
 
 
+IN_A_NOTEBOOK = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+from config import load_config
+from train import fit
+from accelerate import notebook_launcher
+notebook_launcher(fit, (load_config(sys.argv[1] + "/config.yaml"),), num_processes=2, use_port="{port}")
+"""
+
+
+def run_of_two(script: str, folder: Path, *launcher: str, **values) -> Run:
+    """The run that a script's two processes trained by folder/config.yaml."""
+    path = folder / "two.py"
+    path.write_text(script.format(root=str(ROOT), tests=str(ROOT / "tests"), **values))
+    command = [sys.executable, *launcher, str(path), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return load_run(next((folder / "two").iterdir()))
+
+
+def assert_same_run(together: Run, alone: Run) -> None:
+    assert together.training["processes"] == 2
+    columns = ["train_loss", "val_loss", "i2t_recall@1", "t2i_recall@1", "learning_rate", "queue_rows"]
+    pd.testing.assert_frame_equal(together.history[columns], alone.history[columns], rtol=1e-5)
+
+
 def test_two_processes_give_the_gradients_and_the_run_of_one(coco, tmp_path):
     config = make_config(
         "quickstart", data_dir=coco, cache_dir=tmp_path / "cache", runs_dir=tmp_path / "two", image_tower_mode="cached",
@@ -315,28 +344,15 @@ def test_two_processes_give_the_gradients_and_the_run_of_one(coco, tmp_path):
     )  # fmt: skip
     alone = fit(config.updated(runs_dir=tmp_path / "one"), show=False)
     config.save(tmp_path / "config.yaml")
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(script),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    assert_same_run(run_of_two(TWO_PROCESSES, tmp_path, *launcher), alone)
     one = gradients(engine_of(still(make_model())), make_batch(11, 3))
     for process in range(2):
         for size in (None, 2):
             found = torch.load(tmp_path / f"{process}_{size}.pt", weights_only=True)
             for name, gradient in one.items():
                 torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-6)
-    together = load_run(next((tmp_path / "two").iterdir()))
-    assert together.training["processes"] == 2
-    columns = ["train_loss", "val_loss", "i2t_recall@1", "t2i_recall@1", "learning_rate", "queue_rows"]
-    pd.testing.assert_frame_equal(together.history[columns], alone.history[columns], rtol=1e-5)
+    shutil.rmtree(tmp_path / "two")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert_same_run(run_of_two(IN_A_NOTEBOOK, tmp_path, port=port), alone)
