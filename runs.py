@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 import signal
 import threading
@@ -107,13 +108,19 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def stop_after_step() -> Iterator[threading.Event]:
-    """Within, the first Ctrl-C or SIGTERM sets the event instead of raising; a second one raises."""
+    """Within, the first Ctrl-C or SIGTERM sets the event instead of raising; a second one raises.
+
+    A SIGTERM is given again on leaving: it asks the process to end, not only the run.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
 
+    asked: list[int] = []
+
     def ask(number: int, frame: Any) -> None:
+        asked.append(number)
         if event.is_set():
             raise KeyboardInterrupt
         event.set()
@@ -124,6 +131,8 @@ def stop_after_step() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if signal.SIGTERM in asked:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 # --- Runs ---

@@ -1,4 +1,4 @@
-"""Pairs of small pictures, the plain setting beside the full one, with and without the swap margin.
+"""Pairs of small pictures, the plain setting beside the full one, and the swap margin's effect.
 
 `python -m benchmarks paired` trains everything below and prints one table a data set; a finished run is reused.
 `python -m benchmarks paired --tiny` proves the command in a minute on a few pictures.
@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from config import Config, make_config
+from config import make_config
 from dataset import prepare_data
 from paired_evaluation import SHOWN, PairResult, evaluate_pairs, settings_table
 from runs import Run
@@ -19,8 +19,8 @@ from uncertainty import compare_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CIFAR10 = [ROOT.parent / "shared" / "cifar10", ROOT / "data" / "cifar10"]
-PRESETS = ("paired_small_baseline", "paired_small")
-SWAP_WEIGHTS = (0.0, 1.0)
+SETTINGS = (("paired_small_baseline", 0.0), ("paired_small", 0.0), ("paired_small", 1.0))
+"""Preset, and weight of the swap margin."""
 SEEDS = (0, 1, 2)
 PAIRS_PER_EPOCH = 4000  # of CIFAR-10's 18,000 training pictures, which take their turns
 TINY: dict[str, Any] = dict(
@@ -28,17 +28,11 @@ TINY: dict[str, Any] = dict(
 )
 
 
-def settings(**overrides: Any) -> list[Config]:
-    """Both settings, each without and with the margin."""
-    return [
-        make_config(preset, swap_weight=weight, **overrides) for preset in PRESETS for weight in SWAP_WEIGHTS
-    ]
-
-
 def measure(title: str, seeds: tuple[int, ...], **overrides: Any) -> None:
     """Train every setting with every seed, and print their tables on training and on test pictures."""
     measured: dict[str, list[tuple[Run, dict[str, Any]]]] = {"train": [], "test": []}
-    for config in settings(**overrides):
+    for preset, weight in SETTINGS:
+        config = make_config(preset, swap_weight=weight, **overrides)
         prepare_data(config)
         for seed in seeds:
             run = fit(config.updated(seed=seed))
@@ -63,15 +57,15 @@ def one_line(run: Run, result: PairResult) -> str:
 
 
 def verdicts(rows: list[tuple[Run, dict[str, Any]]]) -> None:
-    """Whether the margin changes top-1 and swaps in either setting, over seeds."""
-    for preset in PRESETS:
+    """Whether the full setting is better than the plain one, and what the margin changes, over seeds."""
+    plain, full, margin = (
+        [found for run, found in rows if (run.config.preset, run.config.swap_weight) == setting]
+        for setting in SETTINGS
+    )
+    for sides, names in (((plain, full), ("plain", "full")), ((full, margin), ("no margin", "margin"))):
         for name in ("top1", "swapped"):
-            sides = [
-                [found[name] for run, found in rows if run.config.preset == preset
-                 and run.config.swap_weight == weight]
-                for weight in SWAP_WEIGHTS
-            ]  # fmt: skip
-            print(f"{preset}, {name}: {compare_settings(*sides, names=('no margin', 'margin')).verdict}")
+            values = [[found[name] for found in side] for side in sides]
+            print(f"{name}: {compare_settings(*values, names=names).verdict}")
 
 
 def main() -> None:

@@ -120,6 +120,19 @@ def test_two_processes_do_not_train_one_run(small):
         fit(small, show=False)
 
 
+def test_a_sigterm_ends_the_process_once_the_step_is_saved():
+    ended: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
+    try:
+        with stop_after_step() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.is_set()
+            assert not ended
+        assert ended == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_ctrl_c_finishes_the_step():
     with stop_after_step() as stop:
         os.kill(os.getpid(), signal.SIGINT)
