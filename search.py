@@ -52,13 +52,14 @@ class EngineOptions:
 
     Args:
         hnsw_links: neighbours each row of the graph keeps; memory and time to build grow with it.
-        hnsw_breadth: rows kept in sight during a query; recall and time grow with it.
+        hnsw_breadth: rows kept in sight during a query; recall and time grow with it; None: one of 2,000, at least
+            64, for 0.94 of the ten nearest among a million.
         ivf_lists: lists the rows are sorted into; None: the square root of their number.
         ivf_probes: lists a query looks into; recall and time grow with it.
     """
 
     hnsw_links: int = 16
-    hnsw_breadth: int = 64
+    hnsw_breadth: int | None = None
     ivf_lists: int | None = None
     ivf_probes: int = 16
 
@@ -348,7 +349,7 @@ def _flat(rows: int, width: int, options: EngineOptions) -> Any:
 def _hnsw(rows: int, width: int, options: EngineOptions) -> Any:
     faiss = _faiss()
     engine = faiss.IndexHNSWFlat(width, options.hnsw_links, faiss.METRIC_INNER_PRODUCT)
-    engine.hnsw.efSearch = options.hnsw_breadth
+    engine.hnsw.efSearch = options.hnsw_breadth or max(64, rows // 2000)
     return engine
 
 

@@ -311,7 +311,7 @@ class Trainer:
             with self.engine.ema.applied(self.model):
                 validated = validate(self.model, self.val_loader, self.criterion, self.config)
                 self._keep_best(validated)
-            self.watch.after_validation(validated)
+            self.watch.after_validation(validated, self.steps)
             found = {k: float(v) for k, v in validated.items() if isinstance(v, (int, float))}
         return from_main(found)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from config import Config
+from config import Config, run_name
 from errors import LabError
 from losses import ALIASES
 from models import MAX_LOGIT_SCALE, CLIPModel
@@ -19,7 +19,7 @@ from models import MAX_LOGIT_SCALE, CLIPModel
 
 
 NEAR_UNIFORM = 0.99  # of the loss of equal logits
-STEPS_BEFORE_UNIFORM = 50  # warm-up may well take that long
+STEPS_BEFORE_TELLING = 50  # warm-up may well take that long, and new encoders start in one place
 LEAST_SPREAD = 0.02
 
 
@@ -35,37 +35,44 @@ class Watch:
     """
 
     def __init__(self, config: Config) -> None:
+        self.name = run_name(config)
         self.is_softmax = ALIASES.get(config.loss, config.loss) == "infonce" and not config.focal_gamma
         self.learns_temperature = config.learn_temperature
         self.given: set[str] = set()
 
-    def _warn(self, what: str, advice: str) -> None:
+    def _warn(self, what: str, advice: str, steps: int) -> None:
         if what not in self.given:
             self.given.add(what)
-            warnings.warn(f"{what}; {advice}", TrainingWarning, stacklevel=3)
+            # run and step stand where Python would name its file and line, which tell a reader nothing
+            warnings.warn_explicit(f"{what}; {advice}", TrainingWarning, self.name, steps)
 
     def after_epoch(self, model: CLIPModel, loss: float, uniform: float, steps: int) -> None:
         """Args: loss and uniform: means over the epoch; steps: taken since the run began."""
-        if self.is_softmax and steps >= STEPS_BEFORE_UNIFORM and loss > NEAR_UNIFORM * uniform:
+        if self.is_softmax and steps >= STEPS_BEFORE_TELLING and loss > NEAR_UNIFORM * uniform:
             self._warn(
                 "the loss stays at that of equal logits",
                 "see whether the model fits 128 images at all (train.py --overfit 128), then try another "
                 "learning_rate or a longer warm-up",
+                steps,
             )
         if self.learns_temperature and model.logit_scale.item() >= MAX_LOGIT_SCALE - 1e-4:
             self._warn(
                 "the temperature is at its clamp of 0.01",
                 "the batch is fitted: more dropout or augmentation, fewer epochs, or a fixed temperature",
+                steps,
             )
 
-    def after_validation(self, validated: dict[str, float]) -> None:
-        """Args: figures of the validation split, with `image_spread` and `text_spread` where it has them."""
+    def after_validation(self, validated: dict[str, float], steps: int) -> None:
+        """Args: validated: figures, with `image_spread` and `text_spread` where there are any; steps: as above."""
+        if steps < STEPS_BEFORE_TELLING:
+            return
         for kind in ("image", "text"):
             spread = validated.get(f"{kind}_spread", 1.0)
             if spread < LEAST_SPREAD or math.isnan(spread):
                 self._warn(
                     f"the {kind} features have collapsed into one place",
                     "lower the learning_rate, or begin with a milder loss (triplet_mining 'mean' or 'semi_hard')",
+                    steps,
                 )
 
 

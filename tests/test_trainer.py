@@ -251,8 +251,12 @@ def test_collapsed_features_warn():
     spread = torch.eye(8)
     assert feature_spread(spread) == pytest.approx(1 - 1 / 8)
     assert feature_spread(spread[:1].expand(8, 8)) == pytest.approx(0, abs=1e-6)
-    watch = Watch(make_config("quickstart"))
+    watch, found = Watch(make_config("quickstart")), {"image_spread": 0.5, "text_spread": 0.001}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watch.after_validation(found, 49)  # encoders from nothing start there
     with pytest.warns(
-        TrainingWarning, match="the text features have collapsed into one place; lower the learning_rate"
-    ):
-        watch.after_validation({"image_spread": 0.5, "text_spread": 0.001})
+        TrainingWarning, match="the text features have collapsed into one place; lower"
+    ) as told:
+        watch.after_validation(found, 50)
+    assert (told[0].filename, told[0].lineno) == ("quickstart_s0", 50)
