@@ -25,6 +25,8 @@ CACHED: dict[str, dict[str, Any]] = {
     "negatives: bank": {"negatives": "bank"},
     "no EMA": {"ema_decay": 0.0},
     "no dropout": {"head_dropout": 0.0},
+    "dropout 0.6, decay 0.3": {"head_dropout": 0.6, "weight_decay": 0.3},
+    "learning rate 3e-4": {"learning_rate": 3e-4},
     "temperature 0.07": {"temperature": 0.07},
     "temperature learned": {"learn_temperature": True},
     "width 1024": {"head_hidden_dim": 1024},

@@ -66,3 +66,11 @@ def test_notebooks_are_stripped_and_thin(path):
     parameters = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     assert len(parameters) == 1
     assert "FAST_RUN" in parameters[0].source
+
+
+def test_every_notebook_sets_itself_up_alike():
+    setups = set()
+    for path in NOTEBOOKS:
+        code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        setups.add(tuple(code[:2]))
+    assert len(setups) == 1
