@@ -131,7 +131,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         text_tower="minilm",
         image_head="standardised",
         embed_dim=1024,
-        **{**HEADS, "head_dropout": 0.6, "weight_decay": 0.3},
+        **{**HEADS, "head_dropout": 0.6, "weight_decay": 0.3, "num_epochs": 20},
     ),
     # Both encoders from nothing, ViT-B/16 and CLIP's text transformer, on Flickr30k; wants a GPU.
     "clip_from_scratch": dict(

@@ -70,11 +70,11 @@ def main() -> None:
     """Skipped with a reason where the features are not here."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=60)
-    parser.add_argument("--trial_epochs", type=int, default=5, help="epochs of a trial")
+    parser.add_argument("--trial_epochs", type=int, default=6, help="epochs of a trial")
     parser.add_argument("--captions", type=int, default=2, help="captions an image brings in a trial's epoch")
     parser.add_argument("--epochs", type=int, default=None, help="of the final runs; none: the preset's")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--space", default=str(ROOT / "configs" / "tuning" / "clip.yaml"))
+    parser.add_argument("--space", default=str(ROOT / "configs" / "tuning" / "default.yaml"))
     given = parser.parse_args()
     data = next((place for place in FEATURES if (place / "features.safetensors").is_file()), None)
     if data is None:
