@@ -164,7 +164,7 @@ def test_what_a_folder_holds_is_told_by_its_files(coco2017):
 
 def test_a_divided_folder_trains_and_is_evaluated(coco2017, tmp_path):
     split_pairs(coco2017)
-    config = _config(coco2017, tmp_path, learning_rate=1e-2, head_dropout=0.0)
+    config = _config(coco2017, tmp_path, learning_rate=1e-2, head_dropout=0.0, num_epochs=12)
     dataset = open_dataset(config, ("train",))
     assert (len(dataset), dataset.num_captions) == (160, 480)
     batch = next(iter(make_loader(dataset, 16, shuffle=True)))
