@@ -309,37 +309,49 @@ class InfoNCELoss(nn.Module):
         matches = match_mask(len(image_features), len(text_features), image_id, text_id)
         matches = matches.to(image_features.device)
         scale = 1 / self.temperature if logit_scale is None else logit_scale
-        to_text = self._direction(scale * image_features, text_features, matches)
-        to_image = self._direction(scale * text_features, image_features, matches.T)
+        images, logits = scale * image_features, None
+        if matches.numel() <= SCORES_AT_ONCE:
+            logits = (images @ text_features.T).float()  # both directions read one product
+        to_text = self._direction(images, text_features, matches, logits)
+        to_image = self._direction(text_features, images, matches.T, None if logits is None else logits.T)
         return (to_text + to_image) / 2
 
-    def _direction(self, queries: Tensor, gallery: Tensor, matches: Tensor) -> Tensor:
-        """Mean cross-entropy of each query's softmax over the gallery; queries without a match have no term."""
+    def _direction(self, queries: Tensor, gallery: Tensor, matches: Tensor, logits: Tensor | None) -> Tensor:
+        """Mean cross-entropy of each query's softmax over the gallery; queries without a match have no term.
+
+        Args: logits: (Q, G), made piece by piece where there are none.
+        """
         has_match = matches.any(dim=1)
         if not has_match.all():
             queries, matches = queries[has_match], matches[has_match]
+            logits = None if logits is None else logits[has_match]
         if not len(queries):
             return 0.0 * (queries.sum() + gallery.sum())  # a zero with a gradient
-        pieces = in_pieces(_softmax_parts, queries, gallery, matches)
-        log_total, log_own = (
-            torch.stack(part).logsumexp(dim=0)
-            for part in zip(*[(total, own) for total, own, _ in pieces], strict=True)
-        )
-        own = torch.stack([part for *_, part in pieces]).sum(dim=0) / matches.sum(dim=1)
-        loss = log_total - own  # (Q,)
+        if logits is None:
+            pieces = in_pieces(self._scored, queries, gallery, matches)
+        else:
+            pieces = [self._parts(logits, matches)]
+        log_total, own, *log_own = (torch.stack(part) for part in zip(*pieces, strict=True))
+        log_total = log_total.logsumexp(dim=0)
+        loss = log_total - own.sum(dim=0) / matches.sum(dim=1)  # (Q,)
         if self.label_smoothing:
             everywhere = log_total - queries.float() @ gallery.float().mean(dim=0)
             loss = (1 - self.label_smoothing) * loss + self.label_smoothing * everywhere
         if self.focal_gamma:
-            loss = (-torch.expm1(log_own - log_total)).clamp(min=1e-7) ** self.focal_gamma * loss
+            wrong = -torch.expm1(log_own[0].logsumexp(dim=0) - log_total)
+            loss = wrong.clamp(min=1e-7) ** self.focal_gamma * loss
         return loss.mean()
 
+    def _scored(self, queries: Tensor, gallery: Tensor, matches: Tensor) -> tuple[Tensor, ...]:
+        return self._parts((queries @ gallery.T).float(), matches)
 
-def _softmax_parts(queries: Tensor, gallery: Tensor, matches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each query's logits: log of the sum of exponentials, the same over matches, and the matches' sum."""
-    logits = (queries @ gallery.T).float()  # (Q, G)
-    own = logits.masked_fill(~matches, -math.inf).logsumexp(dim=1)
-    return logits.logsumexp(dim=1), own, (logits * matches).sum(dim=1)
+    def _parts(self, logits: Tensor, matches: Tensor) -> tuple[Tensor, ...]:
+        """Of each query's logits: log of the sum of exponentials, the matches' sum, and the first over matches alone
+        where the focal weights want it."""
+        parts = logits.logsumexp(dim=1), (logits * matches).sum(dim=1)
+        if not self.focal_gamma:
+            return parts
+        return *parts, logits.masked_fill(~matches, -math.inf).logsumexp(dim=1)
 
 
 class SigmoidLoss(nn.Module):
