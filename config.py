@@ -195,8 +195,7 @@ class Config(BaseModel):
     logit_bias: float | None = None
     """Bias of loss `sigmoid` at the start, always trained; none: the log odds of a match in a batch."""
     negatives: Literal["batch", "queue", "bank"] = "batch"
-    """What an image is contrasted with beside its batch: nothing, recent features, every training caption. A queue
-    wants a slow learning rate: in a short, fast run its old features fall behind and little is learned."""
+    """What a batch is contrasted with beside itself: nothing, recent features, every training caption."""
     queue_size: PositiveInt = 4096
     """Images, and as many captions, whose recent features `queue` holds."""
     bank_refresh_steps: PositiveInt = 20

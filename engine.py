@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import platform
 import time
 from collections.abc import Iterator
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from cache import atomic_path, fingerprint
 from config import Config
 from distributed import gather_rows, sum_gradients, world_size
 from errors import LabError
+from losses import uniform_loss
 from models import CLIPModel, batch_norms, build_loss
 from negatives import BatchNegatives
 from optimisation import EMA, autocast
@@ -67,7 +70,7 @@ class Engine:
         self.ema = ema or EMA(model, 0.0)
         self.scaler = scaler or torch.amp.GradScaler(self.device.type, enabled=False)
         self.micro_batch_size = self.config.micro_batch_size
-        self.gallery = (0, 0)  # images and texts that the last loss saw
+        self.uniform_loss = math.nan  # what the last loss would have been with equal logits
 
     def step(self, batch: Batch) -> Tensor:
         """Learn from a batch on the device. Returns: its loss, (), detached.
@@ -116,7 +119,6 @@ class Engine:
     def gradients(self, batch: Batch) -> Tensor:
         """Fill every parameter's `.grad` with the whole batch's gradient. Returns: the loss, (), detached."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.negatives.before_step(batch)
         pieces = split_batch(batch, self.micro_batch_size)
         if len(pieces) == 1:
             features = self._forward(batch)
@@ -145,9 +147,9 @@ class Engine:
         """The loss over every process's features and the negatives."""
         image_id, text_id = gather_rows(batch["image_id"]), gather_rows(batch["text_id"])
         whole = {k: gather_rows(v) if v.ndim else v for k, v in leaves.items()}
-        given = self.negatives.extended(whole, image_id, text_id)
-        self.gallery = len(given["image_id"]), len(given["text_id"])
-        return self.criterion(**given)
+        given = self.negatives.comparisons(whole, image_id, text_id)
+        self.uniform_loss = fmean(uniform_loss(some["image_id"], some["text_id"]) for some in given)
+        return torch.stack([self.criterion(**some) for some in given]).mean()
 
     def _first_pass(self, pieces: list[Batch]) -> tuple[Features, list[Tensor]]:
         """Features of all pieces without a graph, and the random state each began with."""

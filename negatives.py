@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 
 from config import Config
-from distributed import gather_rows
 from errors import LabError, choose
 from models import CLIPModel
-from optimisation import EMA
 
 Features = dict[str, Tensor]
 CAPTIONS_AT_ONCE = 8192
 
 
 class BatchNegatives:
-    """The batch alone. The base of the others."""
+    """The batch alone. The base of the others.
 
-    def before_step(self, batch: dict[str, Any]) -> None:
-        """Look at this process's batch before the model does."""
+    Beyond the batch a query meets a gallery without gradients, and all of it: were the batch's own rows in it alone
+    to have them, they would be drawn to their matches with nothing that pushes back, and all features would drift
+    to one side.
+    """
 
-    def extended(self, features: Features, image_id: Tensor, text_id: Tensor) -> Features:
-        """The loss's arguments: features and ids, with further rows."""
-        return {**features, "image_id": image_id, "text_id": text_id}
+    def comparisons(self, features: Features, image_id: Tensor, text_id: Tensor) -> list[Features]:
+        """Features and ids to compare; the loss is the mean over the list."""
+        return [{**features, "image_id": image_id, "text_id": text_id}]
 
     def after_step(self) -> None:
         """Take note of a step."""
@@ -44,56 +44,44 @@ class BatchNegatives:
 
 
 class QueueNegatives(BatchNegatives):
-    """Keys of this and of recent batches, of images and of captions; older ones of an image in the batch stand aside.
+    """Features of this and of recent batches, of images and of captions; older ones of an image in the batch stand
+    aside.
 
-    Keys are features by a running average of the model, without dropout. The batch's own keys count as matches
-    beside its features: were all that is old a negative, moving away from it would lower the loss.
-
-    Args:
-        size: rows of either kind that are kept.
-        decay: of the average.
-    Source: MoCo, He et al. 2020, algorithm 1.
+    Args: size: rows of either kind that are kept.
+    Source: cross-batch memory, Wang et al. 2020; a gallery without gradients, MoCo, He et al. 2020.
     """
 
-    def __init__(self, model: CLIPModel, size: int, decay: float = 0.9) -> None:
-        self.model, self.size = model, size
-        self.average = EMA(model, decay)
-        self.keys: dict[str, Tensor] = {}
+    def __init__(self, size: int) -> None:
+        self.size = size
         self.rows: dict[str, Tensor] = {}
+        self.fresh: dict[str, Tensor] = {}
 
-    def extended(self, features: Features, image_id: Tensor, text_id: Tensor) -> Features:
-        given = super().extended(features, image_id, text_id)
+    def comparisons(self, features: Features, image_id: Tensor, text_id: Tensor) -> list[Features]:
+        (batch,) = super().comparisons(features, image_id, text_id)
+        found = [batch]
         for kind, ids in (("image", image_id), ("text", text_id)):
+            rows = features[f"{kind}_features"].detach()
+            self.fresh |= {f"{kind}_id": ids, f"{kind}_features": rows}
             old_ids = self.rows.get(f"{kind}_id", ids[:0])
             others = ~torch.isin(old_ids, image_id)
+            old = self.rows.get(f"{kind}_features", rows[:0])[others]
             strangers = torch.full_like(old_ids[others], -1)  # two old rows are no pair to learn from
-            fresh, keys = given[f"{kind}_features"], self.keys[f"{kind}_features"]
-            old_rows = self.rows.get(f"{kind}_features", keys[:0])[others]
-            given[f"{kind}_features"] = torch.cat([fresh, keys, old_rows])
-            given[f"{kind}_id"] = torch.cat([ids, ids, strangers])
-        return given
-
-    @torch.no_grad()
-    def before_step(self, batch: dict[str, Any]) -> None:
-        with self.average.applied(self.model), in_eval_mode(self.model):
-            features = self.model(batch["image"], batch["text"])
-        mine = {name: features[name] for name in ("image_features", "text_features")}
-        mine |= {name: batch[name] for name in ("image_id", "text_id")}
-        self.keys = {name: gather_rows(rows) for name, rows in mine.items()}
+            gallery = {f"{kind}_features": torch.cat([rows, old]), f"{kind}_id": torch.cat([ids, strangers])}
+            found.append(batch | gallery)
+        return found
 
     def after_step(self) -> None:
-        for name, keys in self.keys.items():
-            self.rows[name] = torch.cat([keys, self.rows.get(name, keys[:0])])[: self.size]
-        self.average.update(self.model)
+        for name, rows in self.fresh.items():
+            self.rows[name] = torch.cat([rows, self.rows.get(name, rows[:0])])[: self.size]
 
     def log(self) -> dict[str, float]:
         return {"queue_rows": float(len(self.rows.get("text_id", ())))}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "average": self.average.average, "step": self.average.step}
+        return {"rows": self.rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows, self.average.average, self.average.step = state["rows"], state["average"], state["step"]
+        self.rows = state["rows"]
 
 
 class BankNegatives(BatchNegatives):
@@ -101,8 +89,6 @@ class BankNegatives(BatchNegatives):
 
     Where the text head learns, the captions are encoded anew every `refresh_steps` steps, without gradients
     and without dropout; `bank_staleness` in the history is the mean cosine distance that a refresh moved them by.
-    The batch's own captions stay in the bank as matches: were only the others old, moving away from all that is
-    old would lower the loss.
 
     Args:
         model: whose text head encodes.
@@ -132,16 +118,12 @@ class BankNegatives(BatchNegatives):
         self.features = new
         self.encoded_by = {k: v.detach().clone() for k, v in self.model.text_head.state_dict().items()}
 
-    def extended(self, features: Features, image_id: Tensor, text_id: Tensor) -> Features:
+    def comparisons(self, features: Features, image_id: Tensor, text_id: Tensor) -> list[Features]:
         if self.features is None or (self.learns and self.steps % self.refresh_steps == 0):
             self._encode()
         assert self.features is not None
-        return {
-            **features,
-            "text_features": torch.cat([features["text_features"], self.features]),
-            "image_id": image_id,
-            "text_id": torch.cat([text_id, self.ids]),
-        }
+        (batch,) = super().comparisons(features, image_id, text_id)
+        return [batch, batch | {"text_features": self.features, "text_id": self.ids}]
 
     def after_step(self) -> None:
         self.steps += 1
@@ -185,7 +167,7 @@ def _bank(config: Config, model: CLIPModel, dataset: Any) -> BatchNegatives:
 
 NEGATIVES: dict[str, Callable[[Config, CLIPModel, Any], BatchNegatives]] = {
     "batch": lambda config, model, dataset: BatchNegatives(),
-    "queue": lambda config, model, dataset: QueueNegatives(model, config.queue_size),
+    "queue": lambda config, model, dataset: QueueNegatives(config.queue_size),
     "bank": _bank,
 }
 

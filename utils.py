@@ -167,8 +167,7 @@ class _Meter:
         self.unread: list[tuple[Tensor, Tensor, float]] = []
 
     def add(self, loss: Tensor, image_id: Tensor) -> None:
-        images, texts = self.engine.gallery
-        self.unread.append((loss, image_id, (math.log(images) + math.log(texts)) / 2))
+        self.unread.append((loss, image_id, self.engine.uniform_loss))
         if len(self.unread) >= self.limit:
             self.read()
 

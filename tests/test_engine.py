@@ -1,5 +1,6 @@
 """The step: pieces equal the whole, memory that runs out, negatives beyond the batch, several processes."""
 
+import math
 import os
 import shutil
 import socket
@@ -184,44 +185,41 @@ def test_other_errors_pass():
 # --- negatives ---
 
 
-def test_a_queue_holds_recent_keys_and_sets_aside_the_batch():
+def test_a_queue_holds_recent_rows_and_sets_aside_the_batch():
     model, batch = make_model().eval(), make_batch(6, 1)
-    queue = QueueNegatives(model, size=4)
+    queue = QueueNegatives(size=4)
     features = model(batch["image"], batch["text"])
 
-    def extended(rows: slice) -> dict[str, torch.Tensor]:
-        some = {kind: values[rows] for kind, values in batch.items()}
+    def galleries(rows: slice) -> list[dict[str, torch.Tensor]]:
         fresh = {kind: values[rows] for kind, values in features.items() if values.ndim}
-        queue.before_step(some)
-        given = queue.extended(fresh, some["image_id"], some["text_id"])
+        given = queue.comparisons(fresh, batch["image_id"][rows], batch["text_id"][rows])
         queue.after_step()
         return given
 
-    assert extended(slice(0, 3))["image_id"].tolist() == [50, 51, 52] * 2  # features and keys, nothing older
-    assert extended(slice(3, 5))["text_id"].tolist() == [53, 54] * 2 + [-1] * 3
-    given = extended(slice(4, 6))
-    assert (
-        given["image_id"].tolist() == [54, 55] * 2 + [-1] * 3
-    )  # 53, 50, 51 are kept; 52 fell out; 54 is here
-    torch.testing.assert_close(given["text_features"], features["text_features"][[4, 5, 4, 5, 3, 0, 1]])
-    again = QueueNegatives(model, size=4)
+    first = galleries(slice(0, 3))
+    assert [some["image_id"].tolist() for some in first] == [[50, 51, 52]] * 3  # nothing older yet
+    _, images, texts = galleries(slice(3, 5))
+    assert (images["image_id"].tolist(), images["text_id"].tolist()) == ([53, 54, -1, -1, -1], [53, 54])
+    assert (texts["image_id"].tolist(), texts["text_id"].tolist()) == ([53, 54], [53, 54, -1, -1, -1])
+    *_, texts = galleries(slice(4, 6))
+    assert texts["text_id"].tolist() == [54, 55, -1, -1, -1]  # 53, 50, 51 are kept; 52 fell out; 54 is here
+    torch.testing.assert_close(texts["text_features"], features["text_features"][[4, 5, 3, 0, 1]])
+    again = QueueNegatives(size=4)
     again.load_state_dict(queue.state_dict())
     assert torch.equal(again.rows["text_features"], queue.rows["text_features"])
 
 
-def test_keys_are_those_of_the_average():
+def test_a_gallery_beyond_the_batch_has_no_gradients_at_all():
+    """Gradients for the batch's part alone would draw it to its matches with nothing that pushes back."""
     model, batch = make_model().eval(), make_batch(4, 1)
-    queue = QueueNegatives(model, size=4, decay=0.5)
-    with torch.no_grad():
-        model.image_head[0].weight.mul_(-1)
-    queue.after_step()
-    averaged = make_model().eval()
-    with torch.no_grad():
-        averaged.image_head[0].weight.mul_(2 / 11 - 9 / 11)  # (1 + step) / (10 + step) of the old
-    expected = averaged(batch["image"], batch["text"])
-    queue.before_step(batch)
-    given = queue.extended(model(batch["image"], batch["text"]), batch["image_id"], batch["text_id"])
-    torch.testing.assert_close(given["image_features"][4:], expected["image_features"])
+    features = model(batch["image"], batch["text"])
+
+    def sides(negatives) -> list[tuple[bool, bool]]:
+        found = negatives.comparisons(features, batch["image_id"], batch["text_id"])
+        return [(some["image_features"].requires_grad, some["text_features"].requires_grad) for some in found]
+
+    assert sides(QueueNegatives(size=4)) == [(True, True), (False, True), (True, False)]
+    assert sides(BankNegatives(model, batch["text"], batch["text_id"], 1)) == [(True, True), (True, False)]
 
 
 def test_a_bank_by_hand():
@@ -231,16 +229,17 @@ def test_a_bank_by_hand():
     bank = BankNegatives(model, texts, ids, refresh_steps=2)
     engine = engine_of(model, negatives=bank)
     loss = engine.gradients(batch)
-    features = model(batch["image"], torch.cat([batch["text"], texts]))
-    logits = features["logit_scale"] * features["image_features"] @ features["text_features"].T
-    rows = logits.log_softmax(dim=1)  # 8 captions of the batch, then the bank's 14, of which 8 are the same
-    to_text = -torch.stack(
-        [rows[k, [2 * k, 2 * k + 1, 2 * k + 8, 2 * k + 9]].mean() for k in range(4)]
-    ).mean()
-    columns = logits[:, :16].log_softmax(dim=0)
-    to_image = -torch.stack([columns[k % 8 // 2, k] for k in range(16)]).mean()
-    torch.testing.assert_close(loss, (to_text + to_image).detach() / 2)
-    assert engine.gallery == (4, 22)
+    features = model(batch["image"], texts)
+    logits = features["logit_scale"] * features["image_features"] @ features["text_features"].T  # (4, 14)
+    own = [[2 * k, 2 * k + 1] for k in range(4)]
+    columns = logits[:, :8].log_softmax(dim=0)  # of both comparisons: the bank's other captions ask nothing
+    to_image = -torch.stack([columns[k // 2, k] for k in range(8)]).mean()
+    to_text = [
+        -torch.stack([rows[k, own[k]].mean() for k in range(4)]).mean()
+        for rows in (logits[:, :8].log_softmax(dim=1), logits.log_softmax(dim=1))
+    ]
+    torch.testing.assert_close(loss, ((sum(to_text) / 2 + to_image) / 2).detach())
+    assert engine.uniform_loss == pytest.approx((math.log(4) + (math.log(8) + math.log(14)) / 2) / 2)
 
 
 def test_a_bank_is_encoded_anew_and_tells_how_stale_it_was():
