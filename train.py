@@ -122,7 +122,7 @@ def main(
             report_pairs(run, comprehensive=comprehensive, output_file=copy, no_plotting=no_plotting)
         else:
             report_run(run, comprehensive=comprehensive, output_file=copy)
-        print(f"{run.folder}: config.yaml, history.csv, metrics.json, tables/, figures/, best.safetensors")
+        print(f"{run.folder}: " + ", ".join(sorted(path.name for path in run.folder.iterdir())))
 
 
 if __name__ == "__main__":
