@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,9 @@ def report_run(
     figures = run.folder / "figures"
     exhibits = {split: _examined(run, split, again, show) for split in run.config.test_splits * comprehensive}
     evaluate_run(run, again=again and not comprehensive, show=show)
-    for folder in labelled:
-        found = zero_shot.measure(run, open_labelled(run, folder, show=show))
+    for folder in dict.fromkeys(Path(each).resolve() for each in labelled):
+        name = free_name(folder, {*exhibits, *run.config.test_splits})
+        found = zero_shot.measure(run, replace(open_labelled(run, folder, show=show), name=name))
         exhibits[found.name] = list(zero_shot_exhibits([found], figures, found.name))
     for where, shown in exhibits.items():
         _save_tables(shown, run.folder / "tables", where)
@@ -72,6 +74,13 @@ def report_run(
         Path(output_file).parent.mkdir(parents=True, exist_ok=True)
         write_copy(run, Path(output_file))
     return saved
+
+
+def free_name(folder: Path, taken: Collection[str]) -> str:
+    """A folder's name, with as many of its parents' before it as tell it from those taken."""
+    parts = folder.parts[1:]
+    names = ("_".join(parts[-count:]) for count in range(1, len(parts) + 1))
+    return next(name for name in names if name not in taken)
 
 
 def _examined(run: Run, split: str, again: bool, show: bool) -> list[Exhibit]:

@@ -141,6 +141,18 @@ def test_a_comprehensive_report_shows_everything_that_fits(run):
     assert "one_caption" in " ".join(page.texts)
 
 
+def test_labelled_folders_take_no_splits_place_and_not_each_others(run, tmp_path):
+    for folder in ("first/test", "second/test"):
+        for name, colour in (("car", (200, 0, 0)), ("boat", (0, 0, 200))):
+            (tmp_path / folder / name).mkdir(parents=True)
+            Image.new("RGB", (40, 30), colour).save(tmp_path / folder / name / "1.png")
+    given = [tmp_path / "first" / "test", tmp_path / "second" / "test", tmp_path / "second" / "test"]
+    run_report.report_run(run, labelled=given, show=False)
+    tables = {path.name for path in (run.folder / "tables").glob("zero_shot_*_test.csv")}
+    assert tables == {"zero_shot_first_test.csv", "zero_shot_second_test.csv"}
+    assert (run.folder / "figures" / "confusion_second_test_second_test.png").is_file()
+
+
 @pytest.mark.parametrize("ending", ["json", "csv", "md"])
 def test_copies_hold_the_results(run, tmp_path, ending):
     path = tmp_path / f"out.{ending}"
