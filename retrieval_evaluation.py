@@ -25,12 +25,30 @@ from errors import LabError
 from gallery import Gallery, open_gallery
 from models import build_model
 from plots_style import Cell, SavePath, picture_rows, saved
-from runs import Run, load_run, load_start
+from runs import Run, goodness, load_run, load_start
 from scene_plan import swap_captions
 from scenes import load_scenes
 from search import build_index
 from uncertainty import bootstrap_intervals, paired_test
 from zero_shot import DEFAULT_TEMPLATES, ZeroShot, measure, measure_gallery, open_labelled
+
+# --- Which weights were kept ---
+
+
+def mixtures(run: Run) -> pd.DataFrame:
+    """`score` on validation, more is better, by `share` of the trained weights in a mixture with the starting ones;
+    of the trained weights alone where `interpolate_weights` was off."""
+    path = run.folder / "interpolation.csv"
+    if path.is_file():
+        return pd.read_csv(path).set_index("share")
+    best = goodness(run.history[run.config.best_metric], run.config.best_metric).max()
+    return pd.DataFrame({"score": [best]}, index=pd.Index([1.0], name="share"))
+
+
+def better_on_validation(first: Run, second: Run) -> Run:
+    """The one of two runs whose kept weights validate better; of equals the first."""
+    return max(first, second, key=lambda run: mixtures(run)["score"].max())
+
 
 # --- The order of words: a true caption against a false one of the same words ---
 
@@ -39,7 +57,7 @@ def order_margins(gallery: Gallery) -> pd.DataFrame:
     """How much nearer each generated picture is to its true caption than to the exchanged one.
 
     Left and right (or above and below) are turned round in one, two colours exchanged in the other; see
-    `scene_captions.swap_captions`.
+    `scene_plan.swap_captions`.
 
     Returns: a row a pair of captions: `image_id`, `kind` ("relation" or "colour"), `margin` (cosine).
     Raises: LabError if the gallery's pictures are not generated scenes.

@@ -95,16 +95,16 @@ def bench_size(pairs: int, batches: int, rounds: int = 3) -> None:
     """Peak memory, and batches of both sides in turns."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "embeddings"
-        writer = multiprocessing.get_context("spawn").Process(target=simulate, args=(folder, pairs))
-        writer.start()  # a process of its own: what writing needs is not what training needs
-        writer.join()
+        with multiprocessing.get_context("spawn").Pool(
+            1
+        ) as writer:  # what writing needs is not what training needs
+            writer.apply(simulate, (folder, pairs))
         config = make_config("projection_heads", **embeddings_at(folder), batch_size=BATCH)
         ours = make_loader(open_dataset(config, ("train",)), BATCH, shuffle=True)
         _epoch(ours, batches)
         step = _step_seconds(config, ours)
-        peak = (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-        )  # before the plain side maps the files
+        # Before the plain side maps the files: a page mapped twice counts twice.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
         plain = DataLoader(PlainPairs(folder), batch_size=BATCH * CAPTIONS, shuffle=True)
         rates: dict[str, list[float]] = {"ours": [], "plain": []}
         for _ in range(rounds):

@@ -1,5 +1,7 @@
 """Before and after fine-tuning: figures, rankings, forgetting, changed queries, the order of words."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -55,10 +57,25 @@ def test_before_is_the_start_and_after_the_result(tuned, pair):
 
 def test_the_mixture_that_validates_best_is_kept(tuned):
     run = fit(tuned.config.updated(interpolate_weights=True), show=False)
-    mixtures = pd.read_csv(run.folder / "interpolation.csv")
-    assert mixtures["share"].tolist() == pytest.approx([n / 10 for n in range(11)])
+    mixtures = changed.mixtures(run)
+    assert mixtures.index.tolist() == pytest.approx([n / 10 for n in range(11)])
     kept = open_gallery(run, "val", show=False).metrics()["t2i_map"]
     assert kept == pytest.approx(mixtures["score"].max())
+    alone = changed.mixtures(tuned)  # nothing was mixed
+    assert (alone.index.tolist(), alone["score"].tolist()) == ([1.0], [tuned.history["t2i_map"].max()])
+
+
+def test_the_better_of_two_by_the_weights_that_were_kept(tuned):
+    def with_figure(metric: str, *values: float):
+        history = pd.DataFrame({"epoch": range(1, len(values) + 1), metric: values})
+        config = tuned.config.updated(best_metric=metric, interpolate_weights=False)
+        return dataclasses.replace(tuned, config=config, history=history)
+
+    first, second = with_figure("t2i_map", 0.2, 0.4), with_figure("t2i_map", 0.3, 0.3)
+    assert changed.better_on_validation(first, second) is first
+    assert changed.better_on_validation(second, first) is first
+    first, second = with_figure("val_loss", 2.0, 3.0), with_figure("val_loss", 1.0, 4.0)
+    assert changed.better_on_validation(first, second) is second  # of a loss the smaller
 
 
 def test_changes_are_those_of_the_metrics_with_intervals(pair):
