@@ -272,7 +272,8 @@ class Config(BaseModel):
     device: str = "auto"
     """auto, cpu, cuda, mps."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where a GPU has it, fp16 on older GPUs; on a CPU bf16 where one step of the model is faster so."""
+    """auto: bf16 on a GPU that has it, fp16 on older GPUs, fp32 on a CPU. bf16 on a CPU is slow without AVX512-BF16 or
+    AMX instructions."""
     micro_batch_size: PositiveInt | None = None
     """Images that pass the towers at once; the loss still sees the whole batch, in two passes (Gao et al. 2021).
     Accumulating gradients over small batches would not do: it adds no negatives. None: the whole batch, halved

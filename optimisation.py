@@ -132,12 +132,18 @@ class EMA:
                     weights[name].copy_(value)
 
 
+def choose_precision(config: Config, device: torch.device) -> str:
+    """fp32, bf16 or fp16: as configured; `auto` follows from the device alone, never from a measurement."""
+    if config.precision != "auto":
+        return config.precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager:
-    """Mixed precision of the forward pass; `auto`, where nobody measured, is bf16 or fp16 on a GPU, else fp32."""
-    precision: str = config.precision
-    if precision == "auto":
-        half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
-        precision = half if device.type == "cuda" else "fp32"
+    """Mixed precision of the forward pass."""
+    precision = choose_precision(config, device)
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])

@@ -50,6 +50,7 @@ PAIRS_SMALL: dict[str, Any] = dict(
     batch_size=64,
     learning_rate=2e-3,
     weight_decay=0.05,
+    precision="fp32",
 )
 """A vision transformer of half a million parameters, and pairs of ten classes, each of the hundred as likely."""
 
@@ -90,6 +91,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=32,
         learning_rate=1e-3,
         warmup_steps=40,
+        precision="fp32",
     ),
     # Real photographs, frozen towers, heads only.
     "flickr8k": dict(
@@ -163,6 +165,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=64,
         learning_rate=1e-3,
         warmup_steps=40,
+        precision="fp32",
     ),
     # The course's plain vision transformer on pairs of CIFAR-100 pictures, from nothing; wants a GPU.
     "paired_cifar_baseline": dict(
@@ -248,6 +251,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         learning_rate=5e-4,
         image_tower_learning_rate=5e-4,
         warmup_steps=20,
+        precision="fp32",
     ),
     # The documented lab: ResNet50 against frozen CLIP text embeddings on COCO 2014.
     "coco_resnet50": {},

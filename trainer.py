@@ -26,12 +26,12 @@ from cache import atomic_path
 from config import Config, run_name
 from dataset import make_loader, prepare_data
 from distributed import any_of, barrier, from_main, is_main, join_group, rank, world_size
-from engine import Engine, choose_precision
+from engine import Engine
 from errors import LabError, choose
 from models import build_loss, build_model
 from negatives import build_negatives
 from open_data import open_dataset
-from optimisation import EMA, build_optimizer, build_scheduler, mix_weights
+from optimisation import EMA, build_optimizer, build_scheduler, choose_precision, mix_weights
 from runs import (
     Stopped,
     goodness,
@@ -44,7 +44,7 @@ from runs import (
     set_random_states,
     write_json,
 )
-from utils import EpochProgress, run_epoch, seed_everything, to_device, validate
+from utils import EpochProgress, run_epoch, seed_everything, validate
 from watch import Board, Watch, peak_memory_gb
 
 OnEpoch = Callable[[pd.DataFrame], None]
@@ -160,8 +160,7 @@ class Trainer:
         """A run keeps the precision that it began with."""
         if state is not None and self.config.precision == "auto":
             return state["config"]["precision"]
-        batch = to_device(next(iter(self.loader)), self.device)
-        return from_main(choose_precision(self.config, self.model, batch))
+        return choose_precision(self.config, self.device)
 
     def _loader(self, dataset: Any, **options: Any) -> DataLoader:
         return make_loader(

@@ -1,6 +1,5 @@
 """What a run can be told: when to validate, stop, freeze, keep and begin; what it warns of."""
 
-import json
 import warnings
 
 import pandas as pd
@@ -10,17 +9,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-import engine
 import train
 from cli import run_command
-from config import make_config
-from engine import Engine
+from config import Config, make_config
 from errors import LabError
 from geometry import feature_spread
 from losses import InfoNCELoss
-from models import MAX_LOGIT_SCALE, build_model
+from models import MAX_LOGIT_SCALE
 from open_data import open_dataset
-from optimisation import SCHEDULES, build_optimizer, build_scheduler
+from optimisation import SCHEDULES, build_optimizer, build_scheduler, choose_precision
 from train import Trainer, fit, overfit
 from watch import TrainingWarning, Watch
 
@@ -161,27 +158,20 @@ def test_overfit_from_a_shell(small, monkeypatch, tmp_path, capsys):
 # --- precision ---
 
 
-def test_precision_on_a_processor_is_measured_once(small, monkeypatch):
-    timings = iter([0.0, 2.0, 0.0, 1.0] * 3)
-    config = small.updated(image_tower_mode="trainable")
-    monkeypatch.setattr(engine, "time", type("Clock", (), {"perf_counter": lambda: next(timings)}))
-    monkeypatch.setattr(Engine, "gradients", lambda self, batch: None)
-    batch = {
-        "image_id": torch.arange(4),
-        "text_id": torch.arange(4),
-        "image": torch.zeros(4),
-        "text": ["a"] * 4,
-    }
-    assert engine.choose_precision(config, build_model(config), batch) == "bf16"
-    known = json.loads((config.cache_dir / "precision.json").read_text())
-    assert list(known.values()) == ["bf16"]
-    assert engine.choose_precision(config, build_model(config), batch) == "bf16"  # the clock has run out
-    assert engine.choose_precision(config.updated(precision="fp16"), build_model(config), batch) == "fp16"
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "expected"),
+    [("cpu", False, "fp32"), ("mps", False, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp16")],
+)
+def test_automatic_precision_follows_from_the_device_alone(device, has_bf16, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert choose_precision(Config(), torch.device(device)) == expected
+    assert choose_precision(Config(precision="bf16"), torch.device(device)) == "bf16"
 
 
 def test_a_run_says_its_precision_and_keeps_it(small):
-    run = fit(small, show=False)
-    assert run.training["precision"] == run.config.precision in ("fp32", "bf16")
+    run = fit(small.updated(precision="auto"), show=False)
+    assert run.training["precision"] == run.config.precision == "fp32"
+    assert not (small.cache_dir / "precision.json").exists()
     losses = {}
     for kind in ("fp32", "bf16"):
         told = fit(small.updated(precision=kind, runs_dir=small.runs_dir / kind), show=False)
