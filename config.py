@@ -258,7 +258,7 @@ class Config(BaseModel):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay of the running average of weights that is validated and kept; 0 is off."""
+    """Decay of the running average of weights and BatchNorm statistics that is validated and kept; 0 is off."""
     patience: PositiveInt | None = None
     """Stop after this many validations without a better best_metric; none: never."""
     best_metric: str = "rsum"

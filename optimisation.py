@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -97,15 +98,21 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: Config, steps_per_
 
 
 class EMA:
-    """Running average of a model's trainable weights; `decay` 0 keeps nothing.
+    """Running average of a model's trainable weights and floating-point buffers; `decay` 0 keeps nothing.
 
-    The decay grows from 0.1 as (1 + step) / (10 + step), so that the random start is soon forgotten.
+    The decay grows from 0.1 as (1 + step) / (10 + step), so that the random start is soon forgotten. BatchNorm's
+    statistics are averaged as the weights are: the averaged weights give other activations than the model's own.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.step = decay, 0
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad} if decay else {}
-        self.average = {name: p.detach().clone() for name, p in trained.items()}
+        values = self._values(model) if decay else {}
+        self.average = {name: value.detach().clone() for name, value in values.items()}
+
+    @staticmethod
+    def _values(model: nn.Module) -> dict[str, Tensor]:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        return trained | {name: b for name, b in model.named_buffers() if b.is_floating_point()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -113,23 +120,36 @@ class EMA:
             return
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        weights = dict(model.named_parameters())
+        values = dict(model.named_parameters()) | dict(model.named_buffers())
         for name, average in self.average.items():
-            average.lerp_(weights[name], 1 - decay)
+            average.lerp_(values[name], 1 - decay)
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Within, the model holds the averaged weights."""
-        weights = {name: p for name, p in model.named_parameters() if name in self.average}
-        kept = {name: p.detach().clone() for name, p in weights.items()}
+        """Within, the model holds the averages."""
+        values = dict(model.named_parameters()) | dict(model.named_buffers())
+        own = {name: values[name].detach().clone() for name in self.average}
         with torch.no_grad():
             for name, average in self.average.items():
-                weights[name].copy_(average)
+                values[name].copy_(average)
             try:
                 yield
             finally:
-                for name, value in kept.items():
-                    weights[name].copy_(value)
+                for name, value in own.items():
+                    values[name].copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave. Raises: LabError if it lacks something that is averaged here."""
+        lacking = self.average.keys() - state["average"].keys()
+        if lacking:
+            raise LabError(
+                f"the checkpoint's average of weights lacks {min(lacking)!r}: it was written before BatchNorm's "
+                "statistics were averaged; set resume to 'never'."
+            )
+        self.step, self.average = state["step"], state["average"]
 
 
 def choose_precision(config: Config, device: torch.device) -> str:

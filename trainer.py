@@ -181,6 +181,7 @@ class Trainer:
             "scheduler": self.engine.scheduler,
             "scaler": self.engine.scaler,
             "negatives": self.engine.negatives,
+            "ema": self.engine.ema,
             "dataset": self.train_set,
         }
         return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
@@ -188,7 +189,6 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         return {
             **{name: part.state_dict() for name, part in self._stateful().items()},
-            "ema": {"step": self.engine.ema.step, "average": self.engine.ema.average},
             "random": random_states(),
             "history": self.history,
             "progress": asdict(self.progress),
@@ -212,7 +212,6 @@ class Trainer:
         """Put a checkpoint's state into the parts."""
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
-        self.engine.ema.step, self.engine.ema.average = state["ema"]["step"], state["ema"]["average"]
         self.engine.micro_batch_size = state["micro_batch_size"]
         self.history, self.steps = state["history"], state["steps"]
         self.progress = EpochProgress(**state["progress"])

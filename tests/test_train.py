@@ -242,6 +242,28 @@ def test_ema_follows_and_gives_back():
     assert torch.allclose(model.weight, start + 1)
 
 
+def test_ema_averages_batch_norm_statistics_with_the_weights():
+    model = torch.nn.BatchNorm1d(1)
+    ema = EMA(model, 0.9)
+    means = []
+    for value in (10.0, 20.0):
+        model(torch.full((4, 1), value))
+        means.append(model.running_mean.item())
+        ema.update(model)
+    assert means == pytest.approx([1.0, 2.9])  # momentum 0.1
+    by_hand = (1 - 2 / 11) * means[0]
+    by_hand += (1 - 3 / 12) * (means[1] - by_hand)
+    with ema.applied(model):
+        assert model.running_mean.item() == pytest.approx(by_hand)
+        assert model.num_batches_tracked == 2  # a counter has no average
+    assert model.running_mean.item() == pytest.approx(means[1])
+    again = EMA(model, 0.9)
+    again.load_state_dict(ema.state_dict())
+    assert again.step == 2
+    with pytest.raises(LabError, match="lacks 'running_mean': it was written before"):
+        again.load_state_dict({"step": 1, "average": dict.fromkeys(("weight", "bias", "running_var"))})
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_images(small, monkeypatch):
     monkeypatch.setattr(
         InfoNCELoss, "forward", lambda self, image_features, *args, **kw: image_features.sum() * float("nan")
