@@ -262,7 +262,8 @@ class Config(BaseModel):
     patience: PositiveInt | None = None
     """Stop after this many validations without a better best_metric; none: never."""
     best_metric: str = "rsum"
-    """Validation figure that chooses the best epoch; rsum is the sum of the six recalls."""
+    """Validation figure that chooses the best epoch, highest or lowest by metrics.DIRECTIONS; rsum is the sum of the
+    six recalls."""
     eval_every: PositiveInt = 1
     """Epochs between validations; the last epoch is always validated."""
     interpolate_weights: bool = False

@@ -8,6 +8,7 @@ whole gallery: recall is then 1, and so is the chance level beside it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from scipy.special import gammaln
 
-from errors import LabError, choose
+from errors import LabError, choose, nearest
 from ranks import CROWD_LIMIT, IdList, QueryRanks, Ranks, as_ids, match_ranks
 
 
@@ -172,6 +173,28 @@ PER_QUERY: Mapping[str, Callable[[QueryRanks], np.ndarray]] = {
     "map": _average_precision,
     "r_precision": _r_precision,
 }
+
+
+DIRECTIONS: dict[str, int] = {
+    **dict.fromkeys([*AT_K, "mrr", "map", "r_precision", "rsum", "image_spread", "text_spread"], 1),
+    **dict.fromkeys(["top1", "top10", "top100", "top1_same", "top1_different", "order"], 1),
+    **dict.fromkeys(["val_loss", "mean_rank", "median_rank", "swapped"], -1),
+    **dict.fromkeys(["modality_gap", "alignment", "image_uniformity", "text_uniformity"], -1),
+}
+"""Which way is better: 1 higher, -1 lower. Names without `i2t_`, `t2i_` and `@k`; figures that are neither, such as
+counts and chance levels, are not listed."""
+
+
+def direction(metric: str) -> int:
+    """1 where a higher figure is better, -1 where a lower one is. Raises: LabError where neither is."""
+    kind = re.sub(r"^(i2t|t2i)_|@\d+$", "", metric)
+    if kind not in DIRECTIONS:
+        hint = nearest(metric, [metric.replace(kind, known) for known in DIRECTIONS]) or "."
+        raise LabError(
+            f"best_metric {metric!r} cannot choose an epoch: neither higher nor lower is known to be better{hint} "
+            f"Choose one of: {', '.join(DIRECTIONS)}; or add your own figure to metrics.DIRECTIONS."
+        )
+    return DIRECTIONS[kind]
 
 
 # ---- recall as a function of the gallery's size ----------------------------------------------------

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from cache import atomic_path
 from config import Config, load_config
 from errors import LabError
+from metrics import direction
 from models import CLIPModel, build_model
 
 # --- Checkpoint files: whole or not at all, the last two kept, read without executing code ---
@@ -139,8 +140,8 @@ def stop_after_step() -> Iterator[threading.Event]:
 
 
 def goodness(value: Any, metric: str) -> Any:
-    """A figure such that more is better: losses and ranks change their sign."""
-    return -value if metric.endswith(("loss", "_rank")) else value
+    """A figure such that higher is better. Raises: LabError if the metric has no direction."""
+    return direction(metric) * value
 
 
 @dataclass

@@ -28,6 +28,7 @@ from dataset import make_loader, prepare_data
 from distributed import any_of, barrier, from_main, is_main, join_group, rank, world_size
 from engine import Engine
 from errors import LabError, choose
+from metrics import direction
 from models import build_loss, build_model
 from negatives import build_negatives
 from open_data import open_dataset
@@ -111,6 +112,7 @@ class Trainer:
 
     def prepare(self, resume: str) -> None:
         """Build every part, then put a checkpoint's state into them if there is one."""
+        direction(self.config.best_metric)  # refused before anything is trained
         path = last_checkpoint(self.checkpoints) if resume in ("auto", "never") else Path(resume)
         state = None if path is None else load_checkpoint(path, self.device)
         if state is not None:

@@ -24,7 +24,7 @@ from dataset import prepare_data
 from errors import LabError, choose
 from gallery import evaluate_run, open_gallery
 from retrieval_evaluation import order_margins
-from runs import Run
+from runs import Run, goodness
 from train import fit
 from uncertainty import compare_settings
 
@@ -60,8 +60,8 @@ def epoch_seconds(config: Config) -> tuple[float, float]:
 
 
 def validated(run: Run) -> float:
-    """The figure that chooses, at its best epoch."""
-    return float(run.history[run.config.best_metric].max())
+    """The figure that chooses, at its best epoch; lower is better where it changes its sign."""
+    return float(goodness(run.history[run.config.best_metric], run.config.best_metric).max())
 
 
 def tuned(

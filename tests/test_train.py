@@ -18,8 +18,11 @@ import towers
 from config import make_config
 from errors import LabError
 from losses import InfoNCELoss
+from metrics import direction
 from models import CLIPModel
 from optimisation import EMA, SCHEDULES, build_optimizer, build_scheduler
+from pair_ranks import PairRanks
+from runs import Run
 from train import Trainer, alone, fit, stop_after_step
 from utils import (
     last_checkpoint,
@@ -289,6 +292,33 @@ def test_the_metric_that_chooses_may_be_a_loss_and_must_exist(small):
     run = fit(small.updated(best_metric="val_loss"), show=False)
     assert run.best_epoch == 1 + int(run.history["val_loss"].argmin())
     with pytest.raises(
-        LabError, match="best_metric 'i2t_recal@1' does not exist; did you mean 'i2t_recall@1'"
+        LabError, match="best_metric 'i2t_recal@1' cannot choose an epoch: .*; did you mean 'i2t_recall@1'"
     ):
         fit(small.updated(best_metric="i2t_recal@1"), show=False)
+
+
+@pytest.mark.parametrize("metric", ["modality_gap", "alignment", "image_uniformity", "t2i_median_rank"])
+def test_a_metric_where_lower_is_better_keeps_its_lowest_epoch(metric, tmp_path):
+    history = pd.DataFrame({"epoch": [1, 2, 3], metric: [2.0, -1.0, 3.0]})
+    assert Run(tmp_path, make_config(best_metric=metric), history, {}, {}).best_epoch == 2
+
+
+def test_every_figure_of_a_validation_has_a_direction_or_is_a_count(small):
+    history = fit(small.updated(num_epochs=1), show=False).history
+    validated = history.columns[history.columns.get_loc("val_loss") :].drop("peak_memory_gb")
+    undirected = [name for name in validated if not has_direction(name)]
+    assert {name.removeprefix("i2t_").removeprefix("t2i_") for name in undirected} == {
+        "chance@1", "chance@5", "num_queries", "num_left_out", "num_images", "num_texts", "captions_per_image"
+    }  # fmt: skip
+    pairs = PairRanks(np.arange(2), np.ones(2), np.arange(2), np.ones(2, bool), num_classes=2)
+    assert all(map(has_direction, pairs.figures()))
+    assert "swapped" in pairs.figures()
+    with pytest.raises(LabError, match="best_metric 'num_images' cannot choose an epoch"):
+        fit(small.updated(best_metric="num_images"), show=False)
+
+
+def has_direction(metric: str) -> bool:
+    try:
+        return direction(metric) in (1, -1)
+    except LabError:
+        return False
