@@ -7,6 +7,7 @@ a build that was killed continues where its bitmap ends.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing.connection
 import os
@@ -39,14 +40,14 @@ from errors import LabError
 from image_store import FORMS, Store, file_length
 from pictures import UndecodableImage, decode_rgb
 
-FORMAT_VERSION = 1  # raise it when the same file gives other pixels, or the layout changes
+FORMAT_VERSION = 2  # raise it when the same file gives other pixels, or the layout changes
 VERSIONS = {"format": FORMAT_VERSION, "pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__}
-HEADER, BITMAP = "header.json", "finished.bits"
+HEADER, BITMAP, CONTENTS = "header.json", "finished.bits", "contents.u64"
 CHECKPOINT_SECONDS = 5.0  # a kill loses at most this much work
 ROWS_PER_TASK = 16
 DISK_MARGIN = 1.05  # free space wanted, as a multiple of what is still to be written
 
-Result = tuple[int, bytes | None, str]  # row, bytes for the parent to write, cause if undecodable
+Result = tuple[int, bytes | None, str, int]  # row, bytes for the parent to write, cause if undecodable, digest
 
 
 class ImageCache:
@@ -76,6 +77,11 @@ class ImageCache:
         self._store = FORMS[self.form](self.folder, header["count"], self.size)
         self._good = np.ones(header["count"], dtype=bool)
         self._good[list(self.bad)] = False
+
+    @cached_property
+    def contents(self) -> np.ndarray:
+        """(N,) uint64 digest of each image file's bytes: equal for equal files, wherever they lie; 0 for bad ones."""
+        return _read_contents(self.folder, len(self))
 
     @classmethod
     def open_or_build(
@@ -198,9 +204,21 @@ def _write_header(folder: Path, source: _Source, form: str, bad: dict[int, str])
 def _read_done(store: Store) -> np.ndarray:
     """(N,) bool: rows that the bitmap says are on disk, and that lie inside the files found there."""
     path, count = store.path.parent / BITMAP, store.shape[0]
-    if file_length(path) != (count + 7) // 8:
+    if file_length(path) != (count + 7) // 8 or file_length(path.with_name(CONTENTS)) != 8 * count:
         return np.zeros(count, dtype=bool)
     return np.unpackbits(np.fromfile(path, dtype=np.uint8), count=count).astype(bool) & store.present()
+
+
+def _read_contents(folder: Path, count: int) -> np.ndarray:
+    """(N,) digests of the files' bytes; zeros where there are not as many."""
+    path = folder / CONTENTS
+    fits = file_length(path) == 8 * count
+    return np.fromfile(path, dtype="<u8") if fits else np.zeros(count, dtype="<u8")
+
+
+def _write_contents(folder: Path, contents: np.ndarray) -> None:
+    with atomic_path(folder / CONTENTS) as beside:
+        contents.tofile(beside)
 
 
 def _write_done(store: Store, done: np.ndarray) -> None:
@@ -268,6 +286,7 @@ def _build(source: _Source, folder: Path, form: str, num_workers: int, progress:
         leftover.unlink(missing_ok=True)
     store = FORMS[form](folder, len(source.paths), source.size)
     done = _read_done(store)
+    _write_contents(folder, _read_contents(folder, len(done)))
     _write_done(store, done)  # before a file that was cut is made whole again
     try:
         store.prepare(done)
@@ -294,8 +313,11 @@ def _decode_missing(
 ) -> dict[int, str]:
     """Fill the store and the bitmap `done`; returns row -> cause of the undecodable."""
 
+    contents = _read_contents(store.path.parent, len(done))
+
     def checkpoint() -> float:
         store.flush()
+        _write_contents(store.path.parent, contents)
         _write_done(store, done)
         return time.monotonic()
 
@@ -306,12 +328,12 @@ def _decode_missing(
     saved = time.monotonic()
     with bar, closing(_results(source, store, rows, num_workers)) as results:
         try:
-            for row, data, cause in results:
+            for row, data, cause, content in results:
                 if data is None:
                     bad[row] = cause
                 else:
                     store.commit(row, data)
-                    done[row] = True
+                    done[row], contents[row] = True, content
                 bar.update()
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     saved = checkpoint()
@@ -345,10 +367,16 @@ def _decode(source: _Source, store: Store, rows: list[int]) -> list[Result]:
             path = os.path.join(source.root, source.paths[row])
             picture = decode_rgb(path, source.size, source.resize)  # (S, S, 3)
         except UndecodableImage as error:
-            results.append((row, None, error.cause))
+            results.append((row, None, error.cause, 0))
         else:
-            results.append((row, store.pack(row, np.ascontiguousarray(picture)), ""))
+            results.append((row, store.pack(row, np.ascontiguousarray(picture)), "", content_digest(path)))
     return results
+
+
+def content_digest(path: str | os.PathLike[str]) -> int:
+    """The first 64 bits of the SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return int.from_bytes(hashlib.file_digest(file, "sha256").digest()[:8], "little")
 
 
 _worker: tuple[_Source, Store]  # what a worker process works on
