@@ -228,14 +228,22 @@ def stacked(views: Sequence[Rows]) -> Rows:
     return Rows(parts, np.concatenate([view.numbers + b for view, b in zip(views, before, strict=False)]))
 
 
-def same_rows(images: Rows) -> np.ndarray:
-    """(I,) a number of each row, the same where two rows are the same to the bit."""
+def row_digests(features: Tensor | Rows, rows: np.ndarray) -> np.ndarray:
+    """(len(rows),) uint64, a digest of each of these rows' bytes."""
     digests = [
         hashlib.blake2b(row.tobytes(), digest_size=8).digest()
-        for block in images.split(ROWS_AT_ONCE)
-        for row in block.contiguous().view(torch.uint8).numpy()
+        for start in range(0, len(rows), ROWS_AT_ONCE)
+        for row in features[as_rows(rows[start : start + ROWS_AT_ONCE])]
+        .contiguous()
+        .view(torch.uint8)
+        .numpy()
     ]
-    return np.unique(np.frombuffer(b"".join(digests), dtype=np.uint64), return_inverse=True)[1]
+    return np.frombuffer(b"".join(digests), dtype="<u8")
+
+
+def same_rows(images: Rows) -> np.ndarray:
+    """(I,) a number of each row, the same where two rows are the same to the bit."""
+    return np.unique(row_digests(images, np.arange(len(images))), return_inverse=True)[1]
 
 
 def divide(table: CaptionTable, same: np.ndarray, wanted: dict[str, int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import data_check
 import plots_data
 import towers
-from cache import as_rows, fingerprint
+from cache import as_rows, fingerprint, row_digests
 from captions import CaptionTable
 from cli import Parser, one_sentence
 from config import Config
@@ -42,13 +43,11 @@ class COCOClipDataset(Dataset):
         table: images and captions; None: read from `data_dir` by `reader`.
         images: an ImageCache or (I, width) features, a row for each of the table's images; None: an
             ImageCache of the table's pictures, built at the first use.
-        bad: rows of `images` to leave out and why, where `images` are features.
+        decoded: the images that `images` are features of; None: features made elsewhere.
         text_features: (T, width), a row for each of the table's captions; None: captions as text.
         captions_per_image: draw this many of an image's captions, anew each epoch; None: all.
         seed: of the draw.
     """
-
-    digests: tuple[str, ...] = ()  # of features made elsewhere, part of what `describe` tells
 
     def __init__(
         self,
@@ -56,7 +55,7 @@ class COCOClipDataset(Dataset):
         *,
         table: CaptionTable | None = None,
         images: ImageCache | Tensor | None = None,
-        bad: dict[int, str] | None = None,
+        decoded: ImageCache | None = None,
         text_features: Tensor | None = None,
         data_dir: str | Path = "data/coco2014",
         reader: str = "coco",
@@ -78,7 +77,8 @@ class COCOClipDataset(Dataset):
             )
         self.split, self.table, self.images, self.text_features = split, table, images, text_features
         self.captions_per_image, self.seed, self.epoch = captions_per_image, seed, 0
-        bad = images.bad if isinstance(images, ImageCache) else bad or {}
+        self.decoded = images if isinstance(images, ImageCache) else decoded
+        bad = self.decoded.bad if self.decoded is not None else {}
         self.left_out = {table.paths[row]: cause for row, cause in bad.items()}
         silent = np.flatnonzero(np.diff(table.offsets) == 0)
         self.left_out.update({table.paths[row]: "no caption" for row in silent.tolist()})
@@ -107,14 +107,36 @@ class COCOClipDataset(Dataset):
         return np.random.default_rng((seed, epoch)).permutation(len(self))
 
     def describe(self) -> dict[str, Any]:
-        """What it holds, and a digest that tells it from another."""
+        """What it holds, and a digest that tells it from another.
+
+        The digest covers ids, captions, which images are in use and what these images hold. It does not depend on
+        the folder's place or on times, so that a copy of the data is the same data.
+        """
         return {
             "splits": self.split,
             "images": len(self),
             "captions": self.num_captions,
             "left_out": self.left_out,
-            "sha256": fingerprint([*self.table.paths, *self.table.captions, *self.digests]),
+            "sha256": self._digest,
+            "form": "features" if self.decoded is None else self.decoded.form,
         }
+
+    @functools.cached_property
+    def image_digests(self) -> np.ndarray:
+        """(len(self),) uint64 digest of each image in use: of its file, or of its features where it has no file."""
+        if self.decoded is None:
+            features: Any = self.images
+            return row_digests(features, self.rows)
+        return self.decoded.contents[self.rows]
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        table, parts = self.table, [self.image_digests, self.table.image_ids, self.table.caption_image_ids]
+        if self.decoded is None and self.text_features is not None:  # not made from the captions here
+            parts.append(row_digests(self.text_features, np.arange(len(self.text_features))))
+        digests = [hashlib.sha256(part.tobytes()).hexdigest() for part in parts]
+        in_use = [table.paths[row] for row in self.rows.tolist()]
+        return fingerprint([*digests, *in_use, *table.captions])
 
     def set_epoch(self, epoch: int) -> None:
         """Draw captions for this epoch; matters only with `captions_per_image`."""
@@ -250,8 +272,14 @@ def load_table(config: Config, splits: tuple[str, ...] | None = None) -> Caption
 
     With `max_samples`, that many images of each split, evenly spread over it.
     """
-    places = (str(config.data_dir), str(config.karpathy_file or ""), str(config.cache_dir / "captions"))
-    table = _read_once(config.reader, config.seed, *places)
+    table = read_captions(
+        config.reader,
+        config.data_dir,
+        seed=config.seed,
+        cache_dir=config.cache_dir / "captions",
+        follow_links=is_linked(config.data_dir),
+        karpathy_file=config.karpathy_file,
+    )
     if splits is None:
         splits = tuple(table.split_sizes())
     rows = []
@@ -262,18 +290,6 @@ def load_table(config: Config, splits: tuple[str, ...] | None = None) -> Caption
             found = found[np.linspace(0, len(found) - 1, config.max_samples).astype(np.int64)]
         rows.append(found)
     return table.take(np.concatenate(rows))
-
-
-@functools.lru_cache(maxsize=4)
-def _read_once(reader: str, seed: int, data_dir: str, karpathy_file: str, cache_dir: str) -> CaptionTable:
-    return read_captions(
-        reader,
-        data_dir,
-        seed=seed,
-        cache_dir=cache_dir,
-        follow_links=is_linked(data_dir),
-        karpathy_file=karpathy_file or None,
-    )
 
 
 DRAWN: dict[str, Callable[[Path], Path]] = {"scenes": write_scenes, "shapes": write_shapes}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def image_header(config: Config, images: ImageCache) -> dict[str, str]:
         revision = (
             f"{weights if weights == 'pretrained' else weights_revision(weights)}, normalised by {norm}"
         )
-    return {"encoder": tower, "revision": revision, "images": images.folder.name}
+    return {"encoder": tower, "revision": revision, "images": images.identity}
 
 
 @functools.lru_cache(maxsize=16)
@@ -147,7 +148,7 @@ def cached_text_features(
 
     def compute(rows: Sequence[int]) -> Tensor:
         if not tower:
-            tower.append(text_tower(config))
+            tower.append(frozen_tower(config, "text"))
         return encode_texts(tower[0], [captions[row] for row in rows], bar)
 
     with tqdm(total=len(captions), desc="captions", unit="", disable=not progress, delay=1) as bar:
@@ -156,8 +157,8 @@ def cached_text_features(
 
 def cached_image_features(
     config: Config, table: CaptionTable, *, progress: bool = True, shard: tuple[int, int] = WHOLE
-) -> tuple[Tensor, dict[int, str]]:
-    """(I, width) float16 features of a table's pictures, and the rows that cannot be decoded with their cause.
+) -> tuple[Tensor, ImageCache]:
+    """(I, width) float16 features of a table's images, and the images; rows that cannot be decoded are NaN.
 
     Args: shard: as in `cached_text_features`.
     Raises: LabError where the tower's weights are random, for they would differ the next time.
@@ -174,17 +175,16 @@ def cached_image_features(
 
     def compute(chunk: Sequence[int]) -> Tensor:
         if not tower:
-            built: Any = build_image_tower(config.updated(image_tower_mode="frozen"))
-            tower.append(built.to(get_device(config.device)).to(memory_format=torch.channels_last))
+            tower.append(frozen_tower(config, "image").to(memory_format=torch.channels_last))
         return encode_images(tower[0], images, rows[np.asarray(chunk)], bar)
 
     with tqdm(total=len(rows), desc="pictures", unit="", disable=not progress, delay=1) as bar:
         good = _fill(path, header, len(rows), compute, shard, PICTURES_PER_FILE)
     if len(rows) == len(table) or not len(good):
-        return good, {}
+        return good, images
     features = torch.full((len(table), good.shape[1]), float("nan"), dtype=good.dtype)
     features[as_rows(rows)] = good
-    return features, images.bad
+    return features, images
 
 
 def _fill(
@@ -215,15 +215,16 @@ def open_captioned(config: Config, splits: Sequence[str], *, progress: bool = Tr
         if config.text_tower_mode == "cached"
         else None
     )
-    images: ImageCache | Tensor
-    bad = None
+    parts: dict[str, Any]
     if config.image_tower_mode == "cached":
-        images, bad = cached_image_features(config, table, progress=progress)
+        features, images = cached_image_features(config, table, progress=progress)
+        parts = {"images": features, "decoded": images}
     else:
         images = open_images(
             table, config.cache_dir, config.image_size, config.image_resize, config.num_workers
         )
-    return captioned_set(config, tuple(splits), table=table, images=images, bad=bad, text_features=texts)
+        parts = {"images": images}
+    return captioned_set(config, tuple(splits), table=table, **parts, text_features=texts)
 
 
 def text_cache_report(config: Config) -> pd.DataFrame:
@@ -248,16 +249,21 @@ def text_cache_report(config: Config) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("split")
 
 
-def text_tower(config: Config) -> towers.TextTower:
-    """The frozen text tower of a configuration, loaded once, on its device."""
-    return _text_tower(config.text_tower, config.text_model, str(get_device(config.device)))
+def frozen_tower(config: Config, side: str) -> Any:
+    """The `image` or `text` tower of a configuration, loaded now, on its device."""
+    build = build_image_tower if side == "image" else build_text_tower
+    return build(config.updated(**{f"{side}_tower_mode": "frozen"})).to(get_device(config.device)).eval()
 
 
-@functools.lru_cache(maxsize=2)
-def _text_tower(tower: str, model: str | None, device: str) -> towers.TextTower:
-    frozen = Config(text_tower=tower, text_model=model, text_tower_mode="frozen")
-    loaded: Any = build_text_tower(frozen)
-    return loaded.to(device).eval()
+_towers_of: weakref.WeakKeyDictionary[CLIPModel, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def tower_of(model: CLIPModel, config: Config, side: str) -> Any:
+    """`frozen_tower` beside a model whose cached features it made, kept as long as that model, and no longer."""
+    kept = _towers_of.setdefault(model, {})
+    if side not in kept:
+        kept[side] = frozen_tower(config, side).to(model.logit_scale.device)
+    return kept[side]
 
 
 @torch.inference_mode()
@@ -267,7 +273,8 @@ def text_features(model: CLIPModel, config: Config, texts: Sequence[str]) -> Ten
     if config.text_tower_mode != "cached":
         return model.encode_text(list(texts)).float().cpu()
     device = model.logit_scale.device
-    return model.encode_text(encode_texts(text_tower(config), texts).to(device)).float().cpu()
+    features = encode_texts(tower_of(model, config, "text"), texts)
+    return model.encode_text(features.to(device)).float().cpu()
 
 
 @torch.inference_mode()
@@ -277,8 +284,7 @@ def image_features(model: CLIPModel, config: Config, images: Tensor) -> Tensor:
     device = model.logit_scale.device
     images = images.to(device)
     if config.image_tower_mode == "cached":
-        frozen = config.updated(image_tower_mode="frozen")
-        images = build_image_tower(frozen).to(device).eval()(images)
+        images = tower_of(model, config, "image")(images)
     return model.encode_image(images).float().cpu()
 
 
@@ -301,17 +307,17 @@ def preencode(
     for split in [split for split in load_table(config).split_sizes() if split != UNUSED]:
         table = load_table(config, (split,))
         texts = cached_text_features(config, table.captions, progress=progress, shard=shard)
-        images, bad = cached_image_features(config, table, progress=progress, shard=shard)
+        features, images = cached_image_features(config, table, progress=progress, shard=shard)
         if shard != WHOLE:
             continue
-        pairs = write_pairs(folder, split, table, images, texts, bad=list(bad), about=about)
+        pairs = write_pairs(folder, split, table, features, texts, bad=list(images.bad), about=about)
         rows.append(
             {
                 "split": split,
-                "images": len(table) - len(bad),
+                "images": len(table) - len(images.bad),
                 "captions": len(table.captions),
                 "pairs": pairs,
-                "image width": images.shape[1],
+                "image width": features.shape[1],
                 "text width": texts.shape[1],
             }
         )

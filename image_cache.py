@@ -47,7 +47,9 @@ CHECKPOINT_SECONDS = 5.0  # a kill loses at most this much work
 ROWS_PER_TASK = 16
 DISK_MARGIN = 1.05  # free space wanted, as a multiple of what is still to be written
 
-Result = tuple[int, bytes | None, str, int]  # row, bytes for the parent to write, cause if undecodable, digest
+Result = tuple[
+    int, bytes | None, str, int
+]  # row, bytes for the parent to write, cause if undecodable, digest
 
 
 class ImageCache:
@@ -73,6 +75,7 @@ class ImageCache:
             raise LabError(f"{folder} holds no finished image cache; make it with ImageCache.open_or_build.")
         self.size: int = header["size"]
         self.form: str = header["form"]
+        self.resize: str = header["resize"]
         self.bad: dict[int, str] = {int(row): cause for row, cause in header["bad"].items()}
         self._store = FORMS[self.form](self.folder, header["count"], self.size)
         self._good = np.ones(header["count"], dtype=bool)
@@ -82,6 +85,12 @@ class ImageCache:
     def contents(self) -> np.ndarray:
         """(N,) uint64 digest of each image file's bytes: equal for equal files, wherever they lie; 0 for bad ones."""
         return _read_contents(self.folder, len(self))
+
+    @property
+    def identity(self) -> str:
+        """What the pixels are: of which files, made square how, in which form; not where or when."""
+        settings = json.dumps({**VERSIONS, "size": self.size, "resize": self.resize, "form": self.form})
+        return fingerprint([settings, self.contents.tobytes().hex()])
 
     @classmethod
     def open_or_build(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -21,7 +20,6 @@ from readers import read_captions
 from training_set import captioned_set
 
 FEATURES_FILE = "features.safetensors"
-DIGEST_ROWS = 64  # rows of each side that tell one encoder's embeddings from another's
 
 
 def open_pairs(config: Config, splits: Sequence[str], *, progress: bool = True) -> COCOClipDataset:
@@ -41,16 +39,16 @@ def open_features(config: Config, splits: Sequence[str], *, progress: bool = Tru
     `text_features` (T, V), each image's captions in the order of the captions' file.
     Raises: LabError if the file is missing or does not fit the captions.
     """
-    whole = _features_once(config.data_dir.resolve(), config.seed)
+    whole = _read_features(config)
     pairs = [whole.take(np.flatnonzero(whole.table.splits == split)) for split in splits]
     for split in splits:
         whole.table.split(split)  # raises the one explanation where it is empty
     return _dataset(config, pairs, splits)
 
 
-@functools.lru_cache(maxsize=2)
-def _features_once(folder: Path, seed: int) -> Pairs:
-    table = read_captions("flickr8k", folder, seed=seed)
+def _read_features(config: Config) -> Pairs:
+    folder = config.data_dir
+    table = read_captions("flickr8k", folder, seed=config.seed, cache_dir=config.cache_dir / "captions")
     table = table.take(np.argsort(np.array(table.paths), kind="stable"))
     path = folder / FEATURES_FILE
     try:
@@ -71,9 +69,7 @@ def _features_once(folder: Path, seed: int) -> Pairs:
 def _dataset(config: Config, parts: Sequence[Pairs], splits: Sequence[str]) -> COCOClipDataset:
     pairs = joined([_thinned(part, config.max_samples) for part in parts])
     _check_widths(config, pairs)
-    dataset = captioned_set(config, tuple(splits), **pairs._asdict())
-    dataset.digests = tuple(_digest(rows) for rows in (pairs.images, pairs.text_features))
-    return dataset
+    return captioned_set(config, tuple(splits), **pairs._asdict())
 
 
 def _check_widths(config: Config, pairs: Pairs) -> None:
@@ -91,12 +87,6 @@ def _check_widths(config: Config, pairs: Pairs) -> None:
                 f"{wanted}; name the tower that made them, or set {side}_tower to 'embeddings' and {side}_width "
                 f"to {found}."
             )
-
-
-def _digest(rows: Rows) -> str:
-    """Tells one encoder's embeddings of the same images and captions from another's."""
-    some = rows[np.linspace(0, len(rows) - 1, DIGEST_ROWS).astype(np.int64)]
-    return some.float().numpy().tobytes().hex()
 
 
 def _thinned(pairs: Pairs, max_samples: int | None) -> Pairs:

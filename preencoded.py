@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from cache import Rows, as_rows, atomic_path, divide, fingerprint, same_rows, stacked
 from captions import CaptionTable, Strings
 from cli import Parser, one_sentence
+from data_folder import stamp
 from errors import LabError
 
 ROWS_AT_ONCE = 65_536
@@ -95,8 +96,8 @@ def encoders(folder: str | Path) -> dict[str, Any]:
 def _read_file(folder: Path, split: str) -> Pairs:
     """What the three files of a name hold, read once as long as they stay as they are."""
     ends = ("image_embeddings.pt", "text_embeddings.pt", "metadata.json")
-    stamps = [_existing(folder, split, end).stat() for end in ends]
-    return _read_once(folder.resolve(), split, tuple((stamp.st_mtime_ns, stamp.st_size) for stamp in stamps))
+    stamps = tuple(stamp(_existing(folder, split, end)) for end in ends)
+    return _read_once(folder.resolve(), split, stamps)
 
 
 @functools.lru_cache(maxsize=4)
@@ -351,12 +352,12 @@ def read_division(folder: Path) -> dict[str, Any]:
     path = folder / SPLITS_FILE
     if not path.is_file():
         return {}
-    stamps = tuple(file.stat().st_mtime_ns for file in (path, *sorted(folder.glob("*_metadata.json"))))
+    stamps = tuple(stamp(file) for file in (path, *sorted(folder.glob("*_metadata.json"))))
     return _division_once(folder.resolve(), stamps)
 
 
 @functools.lru_cache(maxsize=4)
-def _division_once(folder: Path, stamps: tuple[int, ...]) -> dict[str, Any]:
+def _division_once(folder: Path, stamps: tuple[tuple[int, int], ...]) -> dict[str, Any]:
     path = folder / SPLITS_FILE
     try:
         division = json.loads(path.read_text(encoding="utf-8"))

@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 
 import plots_ranks
 from captions import CaptionTable
+from data_folder import stamp
 from dataset import open_images
-from encode import PIXELS_PER_BATCH, image_features, text_features
+from encode import PIXELS_PER_BATCH, image_features, text_features, tower_of
 from errors import LabError
 from gallery import Gallery
-from models import build_image_tower
 from paired_data import find_cifar, read_cifar
 from pictures import decode_rgb
 from queries import encoded
@@ -309,12 +309,16 @@ def _coco_categories(gallery: Gallery) -> dict[str, list[set[str]]]:
     return {"COCO categories": own} if shown else {}
 
 
-@functools.lru_cache(maxsize=2)
 def read_instances(file: Path) -> list[tuple[int, str]]:
-    """(image id, category's name) of every object in one of COCO's instances_*.json.
+    """(image id, category's name) of every object in one of COCO's instances_*.json, read once while it is unchanged.
 
     Raises: LabError if it is no such file.
     """
+    return _read_instances(file, stamp(file))
+
+
+@functools.lru_cache(maxsize=2)
+def _read_instances(file: Path, stamp: tuple[int, int]) -> list[tuple[int, str]]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"), object_hook=_coco_object)
         names = {category["id"]: category["name"] for category in content["categories"]}
@@ -382,7 +386,7 @@ def _encode(run: Run, gather: Callable[[np.ndarray], Tensor], rows: np.ndarray, 
     device = model.logit_scale.device
     tower: Callable[[Tensor], Tensor] = torch.nn.Identity()
     if config.image_tower_mode == "cached":
-        tower = build_image_tower(config.updated(image_tower_mode="frozen")).to(device).eval()
+        tower = tower_of(model, config, "image")
     batch = max(1, PIXELS_PER_BATCH.get(device.type, 256 * 224**2) // config.image_size**2)
     parts = np.array_split(rows, max(1, -(-len(rows) // batch)))
     bar = tqdm(parts, "labelled pictures", unit="batch", disable=not show, delay=1)

@@ -206,7 +206,7 @@ class LetterTower(torch.nn.Module):
 @pytest.fixture
 def letters(monkeypatch):
     tower = LetterTower()
-    monkeypatch.setattr(encode, "text_tower", lambda config: tower)
+    monkeypatch.setattr(encode, "frozen_tower", lambda config, side: tower)
     return tower
 
 

@@ -1,15 +1,20 @@
 """Items, batches, order, and what is left out."""
 
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_data import write_coco
 
+from captions import CaptionTable
 from config import make_config
 from dataset import COCOClipDataset, EpochBatches, load_table, main, make_loader, prepare_data, split_sizes
 from errors import LabError
+from open_data import open_dataset
 
 
 @pytest.fixture
@@ -142,3 +147,57 @@ def test_split_sizes_count_what_is_left_out(tmp_path):
         "train": {"images": 6, "captions": 18, "left out": 0},
         "val": {"images": 3, "captions": 9, "left out": 1},
     }
+
+
+# --- identity: what a set holds, not where it lies or when it was written ---
+
+
+def described(folder, tmp_path, **settings):
+    config = make_config(
+        "quickstart", data_dir=folder, cache_dir=tmp_path / "cache", image_size=32, **settings
+    )
+    return open_dataset(config, ("train",), progress=False).describe()
+
+
+@pytest.mark.parametrize("mode", ["trainable", "cached"])
+def test_a_copied_folder_is_the_same_data_and_a_changed_image_is_not(coco, tmp_path, mode):
+    copy = shutil.copytree(coco, tmp_path / "copy", copy_function=shutil.copyfile)  # other times
+    first = described(coco, tmp_path, image_tower_mode=mode)
+    assert described(copy, tmp_path, image_tower_mode=mode) == first
+    image = next((copy / "train2014").glob("*.jpg"))
+    Image.new("RGB", (48, 48), "red").save(image)  # under its own name
+    changed = described(copy, tmp_path, image_tower_mode=mode)
+    assert changed["sha256"] != first["sha256"]
+    assert {name: changed[name] for name in ("images", "captions")} == {"images": 24, "captions": 72}
+
+
+def test_copied_images_keep_their_cached_features(coco, tmp_path):
+    described(coco, tmp_path, image_tower_mode="cached")
+    copy = shutil.copytree(coco, tmp_path / "copy", copy_function=shutil.copyfile)
+    described(copy, tmp_path, image_tower_mode="cached")
+    assert len(list((tmp_path / "cache" / "features").glob("image-*.safetensors"))) == 1
+
+
+def test_corrected_captions_are_read_again_in_the_same_process(coco, tmp_path):
+    copy = shutil.copytree(coco, tmp_path / "copy")
+    first = described(copy, tmp_path, image_tower_mode="trainable")
+    file = copy / "annotations" / "captions_train2014.json"
+    file.write_text(file.read_text().replace("a picture number 1 ", "one corrected picture "))
+    config = make_config("quickstart", data_dir=copy, cache_dir=tmp_path / "cache")
+    assert load_table(config, ("train",)).captions[0].startswith("one corrected picture")
+    assert described(copy, tmp_path, image_tower_mode="trainable")["sha256"] != first["sha256"]
+
+
+def test_one_changed_row_of_embeddings_is_other_data():
+    table = CaptionTable(
+        Path("nowhere"), np.arange(900), [f"{n}.jpg" for n in range(900)], np.full(900, "train"),
+        ["a caption"] * 900, np.arange(900),
+    )  # fmt: skip
+    images, texts = torch.randn(900, 4), torch.randn(900, 4)
+    prints = []
+    for side in (None, images, texts):
+        if side is not None:
+            side[517, 2] += 1
+        parts = {"images": images.clone(), "text_features": texts.clone()}
+        prints.append(COCOClipDataset("train", table=table, **parts).describe()["sha256"])
+    assert len(set(prints)) == 3

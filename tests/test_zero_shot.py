@@ -176,6 +176,9 @@ def test_coco_categories_count_once_for_each_present(tmp_path):
     assert (made.labels, made.truth.tolist()) == (["cat", "dog"], [[True, True], [True, False]])
     assert made.left_out == 1  # picture 102 shows nothing
     assert known_labels(gallery) == {1: "cat"}
+    content["categories"][1]["name"] = "lynx"  # corrected while the process runs
+    file.write_text(json.dumps(content))
+    assert known_labels(gallery) == {1: "lynx"}
     other = tmp_path / "other.json"
     other.write_text("{}")
     with pytest.raises(LabError, match="none of COCO's instances files"):
