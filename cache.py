@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from captions import CaptionTable
 from errors import LabError
+from files import atomic_path, locked
 
 # --- Files ---
 
@@ -33,38 +31,6 @@ Header = dict[str, str]
 
 class StaleCacheError(LabError):
     """A cache that belongs to other inputs, another encoder, or is damaged."""
-
-
-def fingerprint(items: Iterable[str]) -> str:
-    """SHA-256 over strings in order; no two different lists collide by concatenation."""
-    digest = hashlib.sha256()
-    for item in items:
-        data = item.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return digest.hexdigest()
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to; flushed to disk and renamed to it if all went well.
-
-    Raises: LabError if the disk is full; what stood at `path` is kept.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield beside
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        raise LabError(
-            f"{path} could not be written ({error.strerror or error}); what was there is kept."
-        ) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def write_features(path: str | Path, features: Tensor, header: Header) -> None:
@@ -109,8 +75,7 @@ def cached_features(
     Returns: (N, width) float16, memory-mapped.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # a second process waits, then finds it filled
+    with locked(f"{path}.lock"):  # a second process waits, then finds it filled
         if path.exists():
             try:
                 return open_features(path, header)

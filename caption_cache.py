@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from cache import atomic_path
 from captions import CaptionTable, Strings
 from data_folder import stamp
+from files import atomic_path
 
 FORMAT = 1  # raise it when what readers make of the same files changes
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-from cache import atomic_path
 from config import FLAGS, NOT_IN_NAME, Config, make_config
 from errors import LabError, choose
+from files import atomic_path
 from gallery import as_text, figures_of, is_recall, measured, ranks_of
 from runs import Run, load_run
 from uncertainty import MIN_SEEDS, TEST_SAMPLE_ONLY, PairedTest, compare_settings, paired_test

@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic import ValidationError as PydanticError
 
 from errors import LabError, choose, nearest
+from files import write_text
 from presets import FAST_RUN, PRESETS
 
 
@@ -340,10 +341,7 @@ class Config(BaseModel):
 
     def save(self, path: str | Path) -> Path:
         """Write as YAML, readable by `load_config`."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-        return path
+        return write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
 
 def _unknown(name: str) -> str:

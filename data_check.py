@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from cache import atomic_path
 from captions import UNUSED, CaptionTable
 from data_folder import stamp
 from errors import LabError
+from files import atomic_path
 from pictures import UndecodableImage, decode, read_bytes, stored_size
 
 REPORT_FILE = "data_report.json"

@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import data_check
 import plots_data
 import towers
-from cache import as_rows, fingerprint, row_digests
+from cache import as_rows, row_digests
 from captions import CaptionTable
 from cli import Parser, one_sentence
 from config import Config
 from errors import LabError
+from files import fingerprint
 from image_cache import ImageCache
 from readers import READERS, read_captions
 from scenes import write_scenes, write_shapes

@@ -23,13 +23,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import towers
-from cache import as_rows, cached_features, fill_share, fingerprint
+from cache import as_rows, cached_features, fill_share
 from captions import UNUSED, CaptionTable
 from cli import run_command
 from config import Config
 from dataset import COCOClipDataset, load_table, open_images, prepare_data
 from distributed import barrier, is_main, join_group, rank, world_size
 from errors import LabError
+from files import fingerprint
 from image_cache import ImageCache
 from models import CLIPModel, build_image_tower, build_text_tower
 from preencoded import ENCODERS, write_pairs

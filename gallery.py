@@ -15,14 +15,14 @@ import pandas as pd
 from torch import Tensor
 
 import plots
-from cache import atomic_path, fingerprint
 from config import Config
 from dataset import make_loader
 from errors import LabError
+from files import atomic_path, fingerprint, write_json
 from metrics import PROTOCOLS, summarise
 from open_data import open_dataset
 from ranks import QueryRanks, Ranks, match_ranks
-from runs import Run, write_json
+from runs import Run
 from training_set import OFF
 from uncertainty import TEST_SAMPLE_ONLY, bootstrap_intervals
 from utils import encode_loader

@@ -34,9 +34,9 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cache import atomic_path, fingerprint
 from data_folder import stamp
 from errors import LabError
+from files import atomic_path, fingerprint
 from image_store import FORMS, Store, file_length
 from pictures import UndecodableImage, decode_rgb
 

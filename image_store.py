@@ -14,8 +14,8 @@ import numpy as np
 import simplejpeg
 import torch
 
-from cache import atomic_path
 from errors import LabError
+from files import atomic_path
 
 JPEG_QUALITY = 90
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cache import as_rows, fingerprint
+from cache import as_rows
 from config import Config
 from dataset import Batch
 from encode import cached_text_features
 from errors import LabError
+from files import fingerprint
 from image_cache import ImageCache
 from losses import SWAPPED
 from models import CLIPModel

@@ -20,9 +20,10 @@ from cli import Parser, one_sentence
 from comparison import markdown_table, save_table, settings_label
 from dataset import make_loader
 from errors import LabError, choose
+from files import write_json
 from pair_ranks import PairRanks
 from paired_data import PairedPictures, fixed_pairs
-from runs import Run, load_run, write_json
+from runs import Run, load_run
 from uncertainty import TEST_SAMPLE_ONLY
 from utils import encode_loader
 

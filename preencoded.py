@@ -19,11 +19,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cache import Rows, as_rows, atomic_path, divide, fingerprint, same_rows, stacked
+from cache import (
+    Rows,
+    as_rows,
+    divide,
+    same_rows,
+    stacked,
+)
 from captions import CaptionTable, Strings
 from cli import Parser, one_sentence
 from data_folder import stamp
 from errors import LabError
+from files import atomic_path, fingerprint
 
 ROWS_AT_ONCE = 65_536
 ROUNDING = 1e-2  # of a row's largest number: two encodings of one picture in half precision differ by less

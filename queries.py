@@ -24,9 +24,10 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from cache import StaleCacheError, fingerprint
+from cache import StaleCacheError
 from encode import image_features, text_features
 from errors import LabError
+from files import fingerprint
 from gallery import Gallery, open_gallery
 from open_data import open_dataset
 from pictures import UndecodableImage, decode, decode_rgb

@@ -18,10 +18,10 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from cache import atomic_path
 from cli import Parser, one_sentence
 from encode import text_features
 from errors import LabError
+from files import atomic_path
 from gallery import Gallery, open_gallery
 from models import build_model
 from plots_style import Cell, SavePath, picture_rows, saved

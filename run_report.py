@@ -25,9 +25,10 @@ from comparison import (
 )
 from config import DEFAULT_CONFIG, NOT_IN_NAME, make_config
 from errors import LabError, choose
+from files import write_json
 from gallery import INTERVALS, evaluate_run, keep_measured, metrics_table, open_gallery
 from looking_inside import Exhibit, examine, zero_shot_exhibits
-from runs import Run, write_json
+from runs import Run
 from uncertainty import TEST_SAMPLE_ONLY
 from zero_shot import open_labelled
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import random
 import signal
@@ -19,12 +18,12 @@ from compat import get_device
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors.torch import load_file
 
-from cache import atomic_path
 from config import Config, load_config
 from errors import LabError
+from files import atomic_path, locked, read_json, sweep
 from metrics import direction
 from models import CLIPModel, build_model
 
@@ -99,9 +98,9 @@ class Stopped(Exception):  # noqa: N818  a signal, not an error
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Within, no other process trains in this folder. Raises: LabError if one does."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with locked(folder / ".lock", timeout=0):
+            sweep(folder)
             yield
     except Timeout as error:
         raise LabError(f"another process is training {folder}; wait for it, or stop it first.") from error
@@ -213,20 +212,6 @@ def load_run(folder: str | Path, **places: Any) -> Run:
         metrics=read_json(folder / "metrics.json"),
         training=read_json(folder / "training.json"),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's content, or {} where there is none. Raises: LabError if it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise LabError(f"{path} is not JSON ({error}); delete it and run again.") from error
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON whole or not at all."""
-    with atomic_path(path) as beside:
-        beside.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
 
 
 def load_start(model: CLIPModel, folder: str | Path) -> None:

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cache import StaleCacheError, atomic_path
+from cache import StaleCacheError
 from errors import LabError, choose
+from files import atomic_path
 from ranks import full_float32
 
 FAISS_FROM = 200_000  # rows; below, one product answers a query in about 0.1 s on a CPU

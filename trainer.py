@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from cache import atomic_path
 from config import Config, run_name
 from dataset import make_loader, prepare_data
 from distributed import any_of, barrier, from_main, is_main, join_group, rank, world_size
 from engine import Engine
 from errors import LabError, choose
+from files import atomic_path, write_json
 from metrics import direction
 from models import build_loss, build_model
 from negatives import build_negatives
@@ -43,7 +43,6 @@ from runs import (
     random_states,
     save_checkpoint,
     set_random_states,
-    write_json,
 )
 from utils import EpochProgress, run_epoch, seed_everything, validate
 from watch import Board, Watch, peak_memory_gb

@@ -21,11 +21,11 @@ from optuna.trial import Trial, TrialState
 from tqdm.auto import tqdm
 
 import plots_tuning
-from cache import atomic_path
 from cli import Parser, one_sentence, parse_config, run_command
 from comparison import compare_runs, readable
 from config import Config, make_config, run_name
 from errors import LabError
+from files import atomic_path
 from gallery import evaluate_run, recalls_of, told
 from runs import Run, goodness
 from studies import Space, Worker, describe, draw, expand, read_space, trials_table

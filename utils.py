@@ -30,11 +30,9 @@ from runs import (
     load_checkpoint,
     load_run,
     random_states,
-    read_json,
     save_checkpoint,
     seed_everything,
     set_random_states,
-    write_json,
 )
 
 __all__ = [
@@ -46,14 +44,12 @@ __all__ = [
     "load_checkpoint",
     "load_run",
     "random_states",
-    "read_json",
     "run_epoch",
     "save_checkpoint",
     "seed_everything",
     "set_random_states",
     "train_epoch",
     "validate",
-    "write_json",
 ]
 
 STEPS_BEFORE_READING = {"cpu": 1}

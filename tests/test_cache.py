@@ -17,9 +17,7 @@ import towers
 from cache import (
     StaleCacheError,
     as_rows,
-    atomic_path,
     cached_features,
-    fingerprint,
     open_features,
     write_features,
 )
@@ -106,27 +104,6 @@ def test_features_that_are_not_finite_are_refused(tmp_path, value):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_stood_there_is_kept_when_writing_fails(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("before")
-
-    def fill_the_disk() -> None:
-        with atomic_path(path) as beside:
-            beside.write_text("half")
-            raise OSError(28, os.strerror(28))
-
-    with pytest.raises(LabError, match=r"could not be written \(No space left.*what was there is kept"):
-        fill_the_disk()
-    assert path.read_text() == "before"
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_different_lists_have_different_fingerprints():
-    lists = [["ab", "c"], ["a", "bc"], ["abc"], ["ab", "c", ""], ["c", "ab"], []]
-    assert len({fingerprint(items) for items in lists}) == len(lists)
-    assert fingerprint(["ab", "c"]) == fingerprint(iter(("ab", "c")))
-
-
 # ---------------------------------------------------------------- interruption
 
 
@@ -154,6 +131,7 @@ def test_parts_of_another_encoder_or_damaged_are_computed_again(tmp_path):
 SLOW = """
 import sys, time
 import torch
+from files import atomic_path, fingerprint
 from cache import cached_features
 
 def compute(rows):
