@@ -16,7 +16,7 @@ import pandas as pd
 
 from config import FLAGS, NOT_IN_NAME, Config, make_config
 from errors import LabError, choose
-from files import atomic_path
+from files import write_text
 from gallery import as_text, figures_of, is_recall, measured, ranks_of
 from runs import Run, load_run
 from uncertainty import MIN_SEEDS, TEST_SAMPLE_ONLY, PairedTest, compare_settings, paired_test
@@ -301,10 +301,8 @@ class Page:
         places = enumerate(self.headings, start=1)
         links = "".join(f'<a href="#part{place}">{html.escape(text)}</a>' for place, text in places)
         title = html.escape(self.title)
-        with atomic_path(path) as beside:
-            page = PAGE.format(title=title, style=STYLE, links=links, body="\n".join(self.parts))
-            beside.write_text(page, encoding="utf-8")
-        return Path(path)
+        page = PAGE.format(title=title, style=STYLE, links=links, body="\n".join(self.parts))
+        return write_text(path, page)
 
 
 def _cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
@@ -340,7 +338,4 @@ def markdown_table(table: pd.DataFrame) -> str:
 def save_table(table: pd.DataFrame, path: Path) -> list[Path]:
     """Write a table as CSV and as Markdown: `path` with both endings."""
     files = {".csv": table.to_csv(), ".md": markdown_table(table)}
-    for ending, content in files.items():
-        with atomic_path(path.with_suffix(ending)) as beside:
-            beside.write_text(content, encoding="utf-8")
-    return [path.with_suffix(ending) for ending in files]
+    return [write_text(path.with_suffix(ending), content) for ending, content in files.items()]

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from captions import UNUSED, CaptionTable
 from data_folder import stamp
 from errors import LabError
-from files import atomic_path
+from files import write_text
 from pictures import UndecodableImage, decode, read_bytes, stored_size
 
 REPORT_FILE = "data_report.json"
@@ -222,9 +222,7 @@ def save_report(report: Mapping[str, Any], path: str | Path) -> Path:
     """Write a report as JSON, one key a line; `path` is the file or the folder for `data_report.json`."""
     path = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items()]
-    with atomic_path(path) as beside:
-        beside.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    return path
+    return write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def load_report(path: str | Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from config import Config
 from errors import LabError
 from export_clip import clip_features, write_clip
 from export_model import loaded, sentence_features, write_heads, write_model, write_sentence_transformer
+from files import make_folder, write_text
 from models import CLIPModel, build_model
 from runs import Run
 
@@ -31,8 +32,7 @@ def export_run(run: Run, folder: str | Path) -> list[Path]:
     Returns: the card, and the folder of each format written.
     Raises: LabError if the run has no weights.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     written: list[Path] = []
     notes: list[str] = []
     run.model  # noqa: B018  a run without weights is no matter of formats
@@ -48,7 +48,7 @@ def export_run(run: Run, folder: str | Path) -> list[Path]:
             written.append(folder / name)
             notes.append(f"- `{name}/`: {what} Largest difference from the run's features: {difference:.0e}.")
     card = folder / "README.md"
-    card.write_text(model_card(run, notes), encoding="utf-8")
+    write_text(card, model_card(run, notes))
     return [card, *written]
 
 

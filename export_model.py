@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from config import Config
 from errors import LabError
 from export_clip import plain_layers, text_config
+from files import atomic_path, write_json, write_text
 from models import CLIPModel
 from transformer import TextTransformer
 
@@ -185,10 +185,10 @@ def _cpu(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _write(folder: Path, weights: dict[str, Tensor], content: dict[str, Any], loader: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    (folder / "load_model.py").write_text(loader, encoding="utf-8")
+    with atomic_path(folder / "model.safetensors") as beside:
+        save_file(weights, beside)
+    write_json(folder / "config.json", content)
+    write_text(folder / "load_model.py", loader)
     return folder
 
 

@@ -20,7 +20,7 @@ from cli import Parser, one_sentence
 from comparison import markdown_table, save_table, settings_label
 from dataset import make_loader
 from errors import LabError, choose
-from files import write_json
+from files import write_json, write_text
 from pair_ranks import PairRanks
 from paired_data import PairedPictures, fixed_pairs
 from runs import Run, load_run
@@ -171,22 +171,20 @@ def report_pairs(
     if comprehensive and not no_plotting:
         show_examples(last, figures / "pair_examples.png")
     if output_file is not None and write_copy is not None:
-        Path(output_file).parent.mkdir(parents=True, exist_ok=True)
         write_copy(results, Path(output_file))
     return results
 
 
 COPIES = {
     ".json": lambda results, path: write_json(path, {name: of.metrics for name, of in results.items()}),
-    ".csv": lambda results, path: pairs_table(results).to_csv(path),
-    ".md": lambda results, path: path.write_text(markdown_table(pairs_table(results)), encoding="utf-8"),
+    ".csv": lambda results, path: write_text(path, pairs_table(results).to_csv()),
+    ".md": lambda results, path: write_text(path, markdown_table(pairs_table(results))),
 }
 
 
 def save_curves(folder: Path, history: pd.DataFrame, best_epoch: int | None = None) -> Path:
     """Write the learning curves so far as PNG into a run's folder; quick enough after every epoch."""
     path = folder / "figures" / "learning_curves.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     plots.learning_curves({folder.name: history}, path, best_epoch=best_epoch)
     return path
 

@@ -36,7 +36,6 @@ def main() -> None:
     parser.add_argument("command", choices=["demo"])
     parser.add_argument("--file", default="outputs/demo_curves.png", help="where the figure goes")
     path = Path(parser.parse_args().file)
-    path.parent.mkdir(parents=True, exist_ok=True)
     history = demo_history()
     plots.learning_curves(
         {"demo (made-up numbers)": history}, path, chance=0.01, best_epoch=int(history["top1"].argmax()) + 1

@@ -27,6 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 
 from errors import LabError
+from files import atomic_path
 
 # --- Style and layout ---
 
@@ -117,8 +118,8 @@ def new_figure(height: float) -> LabFigure:
 def saved(figure: Figure, path: SavePath) -> Figure:
     """The figure, after saving it as PNG where `path` is given; parent folders are made."""
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=SAVE_DPI, format="png")
+        with atomic_path(Path(path)) as beside:
+            figure.savefig(beside, dpi=SAVE_DPI, format="png")
     return figure
 
 

@@ -30,7 +30,7 @@ from captions import CaptionTable, Strings
 from cli import Parser, one_sentence
 from data_folder import stamp
 from errors import LabError
-from files import atomic_path, fingerprint
+from files import atomic_path, fingerprint, write_text
 
 ROWS_AT_ONCE = 65_536
 ROUNDING = 1e-2  # of a row's largest number: two encodings of one picture in half precision differ by less
@@ -191,7 +191,6 @@ def write_pairs(
     image_rows = np.repeat(np.arange(len(table)), np.diff(table.offsets))  # (T,)
     kept = np.flatnonzero(~np.isin(image_rows, np.fromiter(bad, np.int64, len(bad))))
     rows = image_rows[kept]
-    Path(folder).mkdir(parents=True, exist_ok=True)
     for kind, features, index in (("image", image_features, rows), ("text", text_features, kept)):
         with atomic_path(Path(folder) / f"{split}_{kind}_embeddings.pt") as beside:
             torch.save(features[as_rows(index)].to(torch.float16), beside)
@@ -202,8 +201,7 @@ def write_pairs(
         "image_paths": [table.paths[row] for row in rows.tolist()],
         "captions": [table.captions[row] for row in kept.tolist()],
     }
-    with atomic_path(Path(folder) / f"{split}_metadata.json") as beside:
-        beside.write_text(json.dumps(metadata), encoding="utf-8")
+    write_text(Path(folder) / f"{split}_metadata.json", json.dumps(metadata))
     return len(kept)
 
 

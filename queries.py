@@ -27,7 +27,7 @@ from torch import Tensor
 from cache import StaleCacheError
 from encode import image_features, text_features
 from errors import LabError
-from files import fingerprint
+from files import fingerprint, write_text
 from gallery import Gallery, open_gallery
 from open_data import open_dataset
 from pictures import UndecodableImage, decode, decode_rgb
@@ -384,7 +384,7 @@ def search_command(
     folder = run.folder / "search" if folder is None else Path(folder)
     path = folder / f"{file_name(found.query)}.png"
     search_grid([found], path, f"{run.name}, {search.gallery.split}: {len(search.images):,} pictures")
-    found_table([found]).to_csv(path.with_suffix(".csv"), index=False)
+    write_text(path.with_suffix(".csv"), found_table([found]).to_csv(index=False))
     return path
 
 

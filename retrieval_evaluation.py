@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from cli import Parser, one_sentence
 from encode import text_features
 from errors import LabError
-from files import atomic_path
+from files import write_text
 from gallery import Gallery, open_gallery
 from models import build_model
 from plots_style import Cell, SavePath, picture_rows, saved
@@ -248,8 +248,7 @@ def _answers(direction: str, queries: dict[str, Any], answers: dict[str, Any], k
 
 def save_rankings(gallery: Gallery, path: str | Path, k: int = DEPTH) -> Path:
     """Write `rankings` as CSV, whole or not at all."""
-    with atomic_path(Path(path)) as beside:
-        rankings(gallery, k).to_csv(beside, index=False)
+    write_text(path, rankings(gallery, k).to_csv(index=False))
     return Path(path)
 
 
@@ -326,13 +325,12 @@ def report_changes(
     Returns: the table of changes, and the folder.
     """
     folder = run.folder / f"before_after_{split}"
-    folder.mkdir(parents=True, exist_ok=True)
     before, after = before_and_after(run, split)
     table = changes(before, after)
-    table.to_csv(folder / "changes.csv")
+    write_text(folder / "changes.csv", table.to_csv())
     shots = [zero_shots(gallery, labelled) for gallery in (before, after)]
     if shots[0]:
-        forgetting(*shots).to_csv(folder / "forgetting.csv")
+        write_text(folder / "forgetting.csv", forgetting(*shots).to_csv())
     for name, queries in changed_queries(before, after).items():
         if len(queries):
             change_grid(before, after, queries, folder / f"{name}.png", title=f"Queries that {name}")

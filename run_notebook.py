@@ -17,6 +17,7 @@ from nbconvert import HTMLExporter
 
 from cli import one_sentence
 from errors import LabError
+from files import atomic_path, make_folder, write_text
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
@@ -33,8 +34,7 @@ def run_notebook(
     Returns: paths of `notebook`, `html` and `figures`.
     Raises: LabError naming the cell's error; the executed notebook is kept to look at.
     """
-    notebook, folder = Path(notebook), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    notebook, folder = Path(notebook), make_folder(folder)
     executed = folder / notebook.name
     try:
         papermill.execute_notebook(
@@ -47,7 +47,7 @@ def run_notebook(
     body, _ = HTMLExporter(
         exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url=""
     ).from_notebook_node(shown)
-    page.write_text(without_network(body), encoding="utf-8")
+    write_text(page, without_network(body))
     return {
         "notebook": executed,
         "html": page,
@@ -155,7 +155,7 @@ def without_network(html: str) -> str:
 
 def save_figures(notebook: Any, folder: Path) -> Path:
     """Every picture a notebook shows, as numbered PNG files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for old in folder.glob("*.png"):
         old.unlink()
     pictures = (
@@ -165,7 +165,8 @@ def save_figures(notebook: Any, folder: Path) -> Path:
         if "image/png" in output.get("data", {})
     )
     for number, picture in enumerate(pictures, start=1):
-        (folder / f"{number:02d}.png").write_bytes(base64.b64decode(picture))
+        with atomic_path(folder / f"{number:02d}.png") as beside:
+            beside.write_bytes(base64.b64decode(picture))
     return folder
 
 

@@ -25,7 +25,7 @@ from comparison import (
 )
 from config import DEFAULT_CONFIG, NOT_IN_NAME, make_config
 from errors import LabError, choose
-from files import write_json
+from files import write_json, write_text
 from gallery import INTERVALS, evaluate_run, keep_measured, metrics_table, open_gallery
 from looking_inside import Exhibit, examine, zero_shot_exhibits
 from runs import Run
@@ -72,7 +72,6 @@ def report_run(
     save_table(metrics_table(run.metrics), run.folder / "tables" / "results")
     saved = page.save(run.folder / "report.html")
     if output_file is not None and write_copy is not None:
-        Path(output_file).parent.mkdir(parents=True, exist_ok=True)
         write_copy(run, Path(output_file))
     return saved
 
@@ -100,10 +99,10 @@ def _save_tables(exhibits: Sequence[Exhibit], folder: Path, where: str) -> None:
 
 
 COPIES: Mapping[str, Callable[[Run, Path], Any]] = {
-    ".html": lambda run, path: path.write_bytes((run.folder / "report.html").read_bytes()),
+    ".html": lambda run, path: write_text(path, (run.folder / "report.html").read_text(encoding="utf-8")),
     ".json": lambda run, path: write_json(path, run.metrics),
-    ".csv": lambda run, path: metrics_table(run.metrics).to_csv(path),
-    ".md": lambda run, path: path.write_text(markdown_table(metrics_table(run.metrics)), encoding="utf-8"),
+    ".csv": lambda run, path: write_text(path, metrics_table(run.metrics).to_csv()),
+    ".md": lambda run, path: write_text(path, markdown_table(metrics_table(run.metrics))),
 }
 
 

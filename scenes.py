@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
 
 from errors import LabError
+from files import read_json, write_errors, write_json, write_text
 from scene_plan import (
     BACKGROUNDS,
     HOLES,
@@ -271,7 +272,7 @@ def _is_finished(folder: Path, settings: dict[str, int], counts: dict[str, int])
         if others and not begun.is_file():
             raise LabError(f"{others[0]} exists and was not made by write_scenes; choose another folder")
         return False
-    found = json.loads(marker.read_text(encoding="utf-8"))
+    found = read_json(marker)
     if found != settings:
         other = sorted(key for key in settings if found.get(key) != settings[key])
         told = ", ".join(f"{key} {found.get(key)}, not {settings[key]}" for key in other)
@@ -330,20 +331,20 @@ def write_scenes(
         scenes = plan_split(split, count, seed)
         for kind, content in _annotations(split, scenes, seed, image_size).items():
             path = folder / "annotations" / f"{kind}_{split}2014.json"
-            path.write_text(json.dumps(content), encoding="utf-8")
+            write_text(path, json.dumps(content))
         for index, (image_id, scene) in enumerate(zip(image_ids(split, count), scenes, strict=True)):
             path = folder / f"{split}2014" / _file_name(split, image_id)
             jobs.append(_Job(path, scene, f"{seed}/{split}/{index}/pixels", image_size))
-    _draw_files(jobs, num_workers)
+    with write_errors(folder / "scenes.json"):
+        _draw_files(jobs, num_workers)
     os.replace(begun, folder / "scenes.json")
     return folder
 
 
 def _begin(folder: Path, settings: dict[str, int]) -> Path:
     """Clear what an earlier attempt left, and mark the folder as begun."""
-    folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "scenes.unfinished.json"
-    begun.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    write_json(begun, settings)
     (folder / "scenes.json").unlink(missing_ok=True)
     for path in _own_folders(folder):
         if path.exists():
@@ -398,7 +399,8 @@ def write_shapes(
     beside = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(beside, ignore_errors=True)
     counts = {"train": num_train, "test": num_test}
-    with tqdm(total=len(PAIR_CLASSES) * sum(counts.values()), desc="drawing shapes", unit="picture") as bar:
+    total = len(PAIR_CLASSES) * sum(counts.values())
+    with write_errors(folder), tqdm(total=total, desc="drawing shapes", unit="picture") as bar:
         for split, count in counts.items():
             for colour, shape in PAIR_CLASSES:
                 place = beside / split / f"{colour}_{shape}"
@@ -408,7 +410,7 @@ def write_shapes(
                     picture = draw(sample_scene(colour, shape, rng), rng, image_size)
                     picture.save(place / f"{number:04d}.png")
                     bar.update()
-    (beside / "shapes.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    write_json(beside / "shapes.json", settings)
     if folder.exists():
         folder.rmdir()  # empty, or it would have been checked
     os.replace(beside, folder)
@@ -418,7 +420,7 @@ def write_shapes(
 def _check_same(folder: Path, settings: dict[str, int]) -> None:
     """Raises: LabError if the folder holds anything but the set of these settings."""
     marker = folder / "shapes.json"
-    found = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None
+    found = read_json(marker) or None
     if found != settings:
         what = (
             "was not made by write_shapes" if found is None else f"holds shapes of other settings ({found})"

@@ -27,7 +27,7 @@ from dataset import make_loader, prepare_data
 from distributed import any_of, barrier, from_main, is_main, join_group, rank, world_size
 from engine import Engine
 from errors import LabError, choose
-from files import atomic_path, write_json
+from files import atomic_path, write_json, write_text
 from metrics import direction
 from models import build_loss, build_model
 from negatives import build_negatives
@@ -222,12 +222,12 @@ class Trainer:
             torch.manual_seed(hash((self.config.seed, rank(), self.steps)))
         kept = self.checkpoints / "best.safetensors"
         if is_main() and kept.is_file() and not (self.folder / "best.safetensors").is_file():
-            shutil.copyfile(kept, self.folder / "best.safetensors")  # the run's folder was lost, not this one
+            with atomic_path(self.folder / "best.safetensors") as beside:
+                shutil.copyfile(kept, beside)  # the run's folder was lost, not this one
             self._write_history()
 
     def _write_history(self) -> None:
-        with atomic_path(self.folder / "history.csv") as beside:
-            pd.DataFrame(self.history).to_csv(beside, index=False)
+        write_text(self.folder / "history.csv", pd.DataFrame(self.history).to_csv(index=False))
 
     def _is_due(self) -> bool:
         return time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
@@ -365,7 +365,7 @@ class Trainer:
             return goodness(validated[metric], metric)
 
         share, table = mix_weights(self.model, self.start, best, score)
-        table.to_csv(self.folder / "interpolation.csv", index=False)
+        write_text(self.folder / "interpolation.csv", table.to_csv(index=False))
         self._write_weights(
             "best", int(pd.DataFrame(self.history)["epoch"].max()), share_of_training=f"{share:g}"
         )

@@ -1,6 +1,7 @@
 """Files are whole or absent, a full disk is one sentence, and leftovers of dead processes disappear."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -174,3 +175,26 @@ def test_a_files_digest_is_that_of_its_bytes(tmp_path):
     (tmp_path / "b").write_bytes(b"c")
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
     assert file_digest(tmp_path / "a", tmp_path / "b") == abc
+
+
+WRITES = re.compile(
+    r"\.write_(text|bytes)\(|\bopen\([^)]*\"[wx]b?\"|\.to_csv\([^)]*\w/|savefig\(|save_file\(|torch\.save\(|np\.save"
+)
+RIGHT = ("beside", "(buffer, ", "(file, ", "write it with")  # into the helper's file, memory, or a message
+OWN_WAY = {
+    "files.py",
+    "downloads.py",
+    "sources.py",
+    "archives.py",
+}  # resumed downloads, checked before they are used
+
+
+def test_every_file_is_written_through_the_one_helper():
+    lines = [
+        f"{path.name}: {line.strip()}"
+        for path in sorted(ROOT.glob("*.py"))
+        if path.name not in OWN_WAY
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if WRITES.search(line) and not any(words in line for words in RIGHT)
+    ]
+    assert lines == []
