@@ -1,12 +1,11 @@
-"""Search spaces, and studies that outlive their workers: storage, who tries what, what a dead worker leaves behind."""
+"""Search spaces, and studies that outlive their workers: storage, who tries what, who resumes a dead one's trial."""
 
 from __future__ import annotations
 
-import os
 import platform
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +15,12 @@ import optuna
 import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
+from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from sqlalchemy.exc import SQLAlchemyError
 
 from config import Config
 from errors import LabError, nearest
@@ -156,7 +157,6 @@ def describe(space: Space) -> dict[str, str]:
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
-DIED = "its worker died; tried again"
 LOCK_SECONDS = 120
 
 
@@ -164,73 +164,86 @@ def open_storage(storage: str, folder: Path) -> BaseStorage:
     """Where a study is kept.
 
     Args:
-        storage: `sqlite` (one process), `journal` (several processes), both files in the folder; or the URL
-            of a database, for several machines.
+        storage: `journal`, a file in the folder that several processes may share; or the URL of a database, for
+            several machines.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if storage == "sqlite":
-        return RDBStorage(f"sqlite:///{folder / 'study.db'}")
     if storage == "journal":
-        path = str(folder / "study.journal")
-        # the usual lock is a symbolic link, which Windows gives to administrators alone
-        lock = JournalFileOpenLock(path) if os.name == "nt" else None
-        return JournalStorage(JournalFileBackend(path, lock_obj=lock))
+        path = folder / "study.journal"
+        if path.is_file():
+            _drop_unfinished_line(path)
+        # the system frees this lock when its process is killed; Optuna's own ones stay for 30 s
+        lock: Any = FileLock(f"{path}.flock")
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     if "://" in storage:
         return RDBStorage(storage)
-    raise LabError(f"storage {storage!r} is none; choose sqlite, journal, or a database's URL.")
+    raise LabError(f"storage {storage!r} does not exist; choose journal, or give the URL of a database.")
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """Cut a journal behind its last whole line: a full disk or a kill may have left a part of one."""
+    with FileLock(f"{path}.flock"), open(path, "r+b") as file:
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 class Worker:
     """One process's part in a study: `with Worker(...) as worker`, then `worker.ask(...)` until it gives None.
 
     While it lives it holds the lock of a file of its own. Where a trial is running and that file is free, the
-    trial's worker was killed: the trial is marked failed, and its values are tried again.
+    trial's worker was killed: the next worker that asks resumes this very trial. So a study that was killed at
+    any point has the trials of an undisturbed one.
 
     Args:
         folder: of the study; workers that share it see one another's deaths.
         about: what the study is of, name -> text; must be equal for all its workers.
         storage: as in `open_storage`.
-        seed: of the sampler; a trial's draw follows from it and the trial's number, so that a study that was
-            cut goes on as it would have.
-    Raises: LabError if the study is of something else, or another process uses a storage that only takes one.
+        seed: of the sampler; a trial's values follow from it, the trial's number and the trials before.
+    Raises: LabError if the study is of something else, or its storage cannot be opened.
     """
 
-    def __init__(self, folder: Path, about: dict[str, str], storage: str = "sqlite", seed: int = 0) -> None:
+    def __init__(self, folder: Path, about: dict[str, str], storage: str = "journal", seed: int = 0) -> None:
         self.folder, self.storage, self.seed = folder, storage, seed
         self.name = f"{platform.node()}-{uuid.uuid4().hex[:12]}"
         self.about = about
 
     def __enter__(self) -> Worker:
-        self.locks = [self._lock(f"workers/{self.name}")]
-        if self.storage == "sqlite":
-            self.locks.append(self._lock("study"))
-        try:
-            for lock in self.locks:
-                lock.acquire(timeout=0)
-        except Timeout as error:
-            self.__exit__()
-            raise LabError(
-                f"another process works on {self.folder}; for several at once, start each with --storage journal."
-            ) from error
+        self.lock = self._lock(f"workers/{self.name}")
+        self.lock.acquire()
         try:
             with self._turn():
-                self.study = optuna.create_study(
-                    study_name=self.folder.name,
-                    storage=open_storage(self.storage, self.folder),
-                    direction="maximize",
-                    pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
-                    load_if_exists=True,
-                )
+                self.study = self._open()
                 self._check()
-        except LabError:
+        except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for lock in self.locks:
-            lock.release()
+        self.lock.release()
         (self.folder / "workers" / f"{self.name}.lock").unlink(missing_ok=True)
+
+    def _open(self) -> optuna.Study:
+        if self.storage == "journal" and (old := self.folder / "study.db").exists():
+            raise LabError(
+                f"{old} holds a study of an earlier version; give another folder, or --storage sqlite:///{old}."
+            )
+        try:
+            return optuna.create_study(
+                study_name=self.folder.name,
+                storage=open_storage(self.storage, self.folder),
+                direction="maximize",
+                sampler=optuna.samplers.RandomSampler(),  # unused: `_add` draws all values of a trial
+                load_if_exists=True,
+            )
+        except LabError:
+            raise
+        except (ValueError, LookupError, RuntimeError, ImportError, SQLAlchemyError, OptunaError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise LabError(
+                f"the study in {self.folder} (storage {self.storage}) cannot be opened: {first}; "
+                "give another folder, or check the storage."
+            ) from error
 
     def _lock(self, name: str) -> FileLock:
         path = self.folder / f"{name}.lock"
@@ -254,31 +267,51 @@ class Worker:
                 f"{self.about.get(n)} here); give this one another folder."
             )
 
-    def ask(self, num_trials: int) -> Trial | None:
-        """A trial to run, or None once as many were begun; trials that were tried again count once."""
-        with self._turn():
-            self._bury()
-            begun = [t for t in self.trials() if t.state != TrialState.WAITING]
-            died = sum(name.startswith("died_") for name in self.study.user_attrs)
-            if len(begun) - died >= num_trials:
-                return None
-            seed = np.random.SeedSequence((self.seed, len(begun))).generate_state(1)[0]
-            self.study.sampler = optuna.samplers.TPESampler(
-                multivariate=True, group=True, constant_liar=True, seed=int(seed)
-            )
-            trial = self.study.ask()
-            trial.set_user_attr("worker", self.name)
-            return trial
+    def ask(self, num_trials: int, draw_values: Callable[[Trial], Any]) -> Trial | None:
+        """A trial to run: one whose worker was killed, or a new one; None once as many were begun.
 
-    def _bury(self) -> None:
-        """Mark the trials of dead workers failed, and have their values tried again."""
+        Args: draw_values: draws all values of a new trial, as `draw` does.
+        """
+        with self._turn():
+            trial = self._abandoned()
+            if trial is None:
+                if len(self.trials()) >= num_trials:
+                    return None
+                self._add(draw_values)
+                trial = next(t for t in self.trials()[::-1] if t.user_attrs.get("worker") == self.name)
+            resumed = Trial(self.study, trial._trial_id)
+            resumed.set_user_attr("worker", self.name)
+            return resumed
+
+    def _abandoned(self) -> FrozenTrial | None:
+        """The first running trial whose worker is dead."""
         for trial in self.trials():
-            if trial.state != TrialState.RUNNING or self._lives(trial.user_attrs.get("worker")):
-                continue
-            place = {name: value for name, value in trial.user_attrs.items() if name != "worker"}
-            self.study.set_user_attr(f"died_{trial.number}", DIED)
-            self.study.tell(trial.number, state=TrialState.FAIL)
-            self.study.enqueue_trial(trial.params, user_attrs=place)
+            if trial.state == TrialState.RUNNING and not self._lives(trial.user_attrs.get("worker")):
+                latest = self.trials()[trial.number]
+                # a worker that ended its trial and left since the first look is no dead one
+                if latest.state == TrialState.RUNNING:
+                    return latest
+        return None
+
+    def _add(self, draw_values: Callable[[Trial], Any]) -> None:
+        """Add the next trial with all its values in one write, so that a kill leaves a whole trial or none."""
+        number = len(self.trials())
+        seed = np.random.SeedSequence((self.seed, number)).generate_state(1)[0]
+        sampler = optuna.samplers.TPESampler(
+            multivariate=True, group=True, constant_liar=True, seed=int(seed)
+        )
+        in_memory = optuna.create_study(direction="maximize", sampler=sampler)
+        in_memory.add_trials(self.trials())
+        trial = in_memory.ask()
+        draw_values(trial)
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING,
+                params=trial.params,
+                distributions=trial.distributions,
+                user_attrs={"worker": self.name},
+            )
+        )
 
     def _lives(self, worker: str | None) -> bool:
         """Whether a worker holds its lock; one of another machine whose lock is not here counts as alive."""
@@ -299,6 +332,33 @@ class Worker:
         return self.study.get_trials(deepcopy=False)
 
 
+def is_behind(study: optuna.Study, number: int) -> bool:
+    """Whether a trial is below the best third at a rung that it has just reached (1, 3, 9, ... epochs).
+
+    As Optuna's SuccessiveHalvingPruner, but a function of the reported values alone: asked again after a kill, it
+    gives the same answer. That one notes which rungs it has judged before the verdict is carried out.
+
+    Source: ASHA, Li et al. 2020.
+    """
+    trials = study.get_trials(deepcopy=False)
+    *before, step = sorted(trials[number].intermediate_values)
+    rung = 1
+    while rung <= step:
+        if all(earlier < rung for earlier in before):
+            reached = [_at_rung(trial, rung) for trial in trials]
+            values = sorted(value for value in reached if not np.isnan(value))
+            if not trials[number].intermediate_values[step] >= values[-max(1, len(values) // 3)]:
+                return True
+        rung *= 3
+    return False
+
+
+def _at_rung(trial: FrozenTrial, rung: int) -> float:
+    """A trial's value at its first report from a rung on; nan where it has none."""
+    steps = [step for step in trial.intermediate_values if step >= rung]
+    return trial.intermediate_values[min(steps)] if steps else np.nan
+
+
 def trials_table(study: optuna.Study) -> pd.DataFrame:
     """One row a trial: `number`, `state`, `value` (of a pruned one its last), `epochs`, `reason`, the fields tried."""
     rows = []
@@ -311,7 +371,7 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
                 "state": trial.state.name.lower(),
                 "value": reached if trial.value is None else trial.value,
                 "epochs": last or 0,
-                "reason": trial.user_attrs.get("reason", study.user_attrs.get(f"died_{trial.number}", "")),
+                "reason": trial.user_attrs.get("reason", ""),
                 **trial.params,
             }
         )

@@ -1,7 +1,7 @@
 """Searches a space: `python tune.py --config configs/mlp.yaml --space configs/tuning/mlp.yaml`; trains a grid.
 
-Start the same command again after an interruption, or several at once with `--storage journal`: together they
-run `--num_trials` trials. `python tune.py compare configs/*.yaml` trains several configurations and prints one table.
+Start the same command again after an interruption, or several at once: together they run
+`--num_trials` trials. `python tune.py compare configs/*.yaml` trains several configurations and prints one table.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from errors import LabError
 from files import atomic_path
 from gallery import evaluate_run, recalls_of, told
 from runs import Run, goodness
-from studies import Space, Worker, describe, draw, expand, read_space, trials_table
+from studies import Space, Worker, describe, draw, expand, is_behind, read_space, trials_table
 from train import fit
 
 # --- Grids ---
@@ -113,7 +113,7 @@ def tune(
     folder: str | Path,
     *,
     num_trials: int = 60,
-    storage: str = "sqlite",
+    storage: str = "journal",
     trial_settings: dict[str, Any] | None = None,
     show: bool = True,
     train: Callable[..., Run] = fit,
@@ -128,7 +128,7 @@ def tune(
         config: what every trial starts from.
         folder: of the study; its trials' runs lie in `trials/`, without checkpoints.
         num_trials: of all workers and all calls together.
-        storage: `sqlite`, `journal` for several processes, or a database's URL.
+        storage: `journal`, a file in the folder, or the URL of a database.
         trial_settings: fields that differ in trials only, such as `train_splits=("tune",)`.
         train: called with a trial's configuration, `show` and `on_epoch`.
     Returns: the Optuna study. Interrupted, it raises KeyboardInterrupt; the next call goes on.
@@ -141,10 +141,11 @@ def tune(
         Worker(folder, about, storage, config.seed) as worker,
         tqdm(total=num_trials, desc=folder.name, unit="trial", disable=not show) as bar,
     ):
-        while trial := worker.ask(num_trials):
+        while trial := worker.ask(num_trials, lambda trial: draw(space, trial, trial_config)):
             _show(bar, worker.study, config.best_metric)
             run_trial(worker.study, trial, trial_config, space, folder, train)
             write_best(worker.study, config, space, folder)
+        write_best(worker.study, config, space, folder)  # the last worker may have been killed before its own
         _show(bar, worker.study, config.best_metric)
     if not _done(worker.study):
         raise LabError(f"no trial of {folder} has finished: {_first_reason(worker.study)}")
@@ -163,8 +164,7 @@ def _show(bar: tqdm, study: optuna.Study, metric: str) -> None:
     done = _done(study)
     if done:
         bar.set_postfix({f"best {metric}": f"{max(t.value or 0.0 for t in done):.4g}"}, refresh=False)
-    dead = sum(name.startswith("died_") for name in study.user_attrs)
-    bar.n = sum(t.state.is_finished() for t in trials) - dead
+    bar.n = sum(t.state.is_finished() for t in trials)
     bar.refresh()
 
 
@@ -187,23 +187,33 @@ def run_trial(
 ) -> None:
     """Train one trial's settings and tell the study how it ended.
 
-    A trial that is tried again has its predecessor's folder, so its run goes on from the checkpoint there.
+    A trial whose worker was killed finds its run's checkpoint in its folder and is judged from its last report on.
     """
-    place = trial.user_attrs.get("place") or f"{trial.number:04d}"
-    trial.set_user_attr("place", place)
-    home = folder / "trials" / place
+    home = folder / "trials" / f"{trial.number:04d}"
     metric = config.best_metric
+    reported = study.get_trials(deepcopy=False)[trial.number].intermediate_values
+    first = max(reported, default=1)  # a kill may have come between this report and its judgement
 
     def report(history: pd.DataFrame) -> None:
-        trial.report(float(goodness(history[metric].iloc[-1], metric)), step=len(history))
-        if len(history) < config.num_epochs and trial.should_prune():
-            raise optuna.TrialPruned
+        nonlocal first
+        if metric not in history:  # no epoch was validated yet
+            return
+        measured = history.dropna(subset=[metric])
+        for epoch, value in zip(measured["epoch"].astype(int), measured[metric], strict=True):
+            if epoch < first:
+                continue
+            if epoch not in reported:
+                trial.report(float(goodness(value, metric)), step=epoch)
+            if epoch < config.num_epochs and is_behind(study, trial.number):
+                raise optuna.TrialPruned
+            first = epoch + 1
 
     try:
-        settings = config.updated(**draw(space, trial, config), runs_dir=home)
+        settings = config.updated(**expand(space, trial.params), runs_dir=home)
         run = train(settings, show=False, on_epoch=report)
         if not run.finished:
             raise KeyboardInterrupt  # the trial stays open, and the next worker takes it up
+        report(run.history)
         value = float(goodness(run.history[metric], metric).max())
         if math.isnan(value):
             raise LabError(f"its {metric} is nan")
@@ -213,16 +223,19 @@ def run_trial(
     except FAILURES as error:
         trial.set_user_attr("reason", f"{type(error).__name__}: {error}")
         study.tell(trial, state=TrialState.FAIL)
-    _tidy(study, trial.number, home)
+    _tidy(study, folder)
 
 
-def _tidy(study: optuna.Study, number: int, home: Path) -> None:
-    """Drop an ended trial's checkpoints, and its weights unless it is the best so far."""
-    for checkpoints in home.glob("*/checkpoints"):
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    if not _done(study) or study.best_trial.number != number:
-        for weights in home.glob("*/best.safetensors"):
-            weights.unlink(missing_ok=True)
+def _tidy(study: optuna.Study, folder: Path) -> None:
+    """Drop the checkpoints of all ended trials, and their weights except the best one's."""
+    for trial in study.get_trials(deepcopy=False):
+        home = folder / "trials" / f"{trial.number:04d}"
+        if trial.state.is_finished():
+            for checkpoints in home.glob("*/checkpoints"):
+                shutil.rmtree(checkpoints, ignore_errors=True)
+            if not _done(study) or study.best_trial.number != trial.number:
+                for weights in home.glob("*/best.safetensors"):
+                    weights.unlink(missing_ok=True)
 
 
 def best_config(study: optuna.Study, config: Config, space: Space) -> Config:
@@ -333,7 +346,7 @@ def main(
     config: Config,
     space: str = "configs/tuning/default.yaml",
     num_trials: int = 60,
-    storage: str = "sqlite",
+    storage: str = "journal",
     folder: str = "",
     tune_split: str = "",
 ) -> None:
