@@ -14,7 +14,7 @@ from captions import CaptionTable, Strings
 from data_folder import stamp
 from files import atomic_path
 
-FORMAT = 1  # raise it when what readers make of the same files changes
+FORMAT = 2  # raise it when what readers make of the same files changes
 
 
 def cache_path(cache_dir: str | Path, **asked: Any) -> Path:
@@ -32,7 +32,7 @@ def save_table(path: Path, table: CaptionTable, stamps: dict[str, tuple[int, int
         "split_names": split_names,
         "split_codes": split_codes.astype(np.int16),
         "stamps": np.array(list(stamps.values()), dtype=np.int64).reshape(-1, 2),
-        "problems": np.frombuffer(json.dumps(table.problems).encode(), dtype=np.uint8),
+        "problems": np.frombuffer(json.dumps([table.split_source, table.problems]).encode(), dtype=np.uint8),
         **_pack("captions", table.captions),
         **_pack("paths", table.paths),
         **_pack("sources", list(stamps)),
@@ -59,6 +59,7 @@ def load_table(path: Path, root: Path) -> CaptionTable | None:
 def _table(file: Any, root: Path) -> CaptionTable:
     image_ids = file["image_ids"]
     has_categories = "category_codes" in file
+    split_source, problems = json.loads(file["problems"].tobytes())
     return CaptionTable(
         root=root,
         image_ids=image_ids,
@@ -67,7 +68,8 @@ def _table(file: Any, root: Path) -> CaptionTable:
         captions=_unpack(file, "captions"),
         caption_image_ids=np.repeat(image_ids, file["counts"]),
         categories=file["category_names"][file["category_codes"]] if has_categories else None,
-        problems=json.loads(file["problems"].tobytes()),
+        problems=problems,
+        split_source=split_source,
     )
 
 

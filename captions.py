@@ -22,6 +22,7 @@ from errors import LabError, nearest
 
 UNUSED = "unused"  # split of images that belong to none
 SPLIT_ORDER = ("train", "restval", "val", "test")  # others come after, by name
+_SPLIT_NAME = re.compile(r"\w[\w .-]{0,63}")  # no "+", which joins names of splits
 
 
 class Strings(Sequence[str]):
@@ -84,6 +85,8 @@ class CaptionTable:
         caption_image_ids: (T,) int64, the image that each caption belongs to.
         categories: (I,) name of each image's category, or None.
         problems: what was left out or repaired, {"kind", "where", "what", "count"} each.
+        split_source: where the splits come from; a published protocol holds for some sources only.
+    Raises: LabError if a split's name cannot be part of a file's name.
     """
 
     root: Path
@@ -94,6 +97,15 @@ class CaptionTable:
     caption_image_ids: np.ndarray
     categories: np.ndarray | None = None
     problems: list[dict[str, Any]] = field(default_factory=list)
+    split_source: str = ""
+
+    def __post_init__(self) -> None:
+        for name in set(self.splits.tolist()):
+            if not _SPLIT_NAME.fullmatch(str(name)):  # reports and features are written under it
+                raise LabError(
+                    f"split {name[:80]!r} in {self.root} cannot name a file; rename it with letters, digits, "
+                    "spaces, '-', '_' and '.' (64 at most)"
+                )
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -157,6 +169,7 @@ class CaptionTable:
             caption_image_ids=self.caption_image_ids[picked],
             categories=None if self.categories is None else self.categories[rows],
             problems=self.problems,
+            split_source=self.split_source,
         )
 
     def problem_counts(self) -> dict[str, int]:

@@ -41,6 +41,9 @@ class Config(BaseModel):
     """Name of the preset these settings started from."""
     seed: NonNegativeInt = 0
     """Seed of weights, order, dropout and augmentation."""
+    split_seed: NonNegativeInt = 0
+    """Seed of the split by image, where the data has no split of its own; the same for all seeds, so that runs of
+    several seeds are tested on the same images."""
 
     # --- flags ---
     use_batch_norm: bool = False

@@ -60,7 +60,8 @@ def check(
         progress: show a progress bar.
     Returns: a report that is JSON as it stands:
         root: the data folder; images, captions: how many the table holds;
-        images_per_split {split: images}; captions_per_image {captions: images};
+        images_per_split {split: images}; split_source: where the splits come from;
+        captions_per_image {captions: images};
         image_sizes [[width, height], ...] of the decodable images; caption_lengths [words, ...];
         bad_images {path: cause}; bad_stamps {path: [bytes, mtime in ns]} of those files;
         undecodable {cause: images};
@@ -81,6 +82,7 @@ def check(
         "images": len(table),
         "captions": len(table.captions),
         "images_per_split": table.split_sizes(),
+        "split_source": table.split_source,
         "captions_per_image": _histogram(np.diff(table.offsets)),
         "image_sizes": [[p.width, p.height] for p in pictures if not p.cause],
         "caption_lengths": words,
@@ -241,7 +243,8 @@ Rows = Iterator[tuple[str, int, str]]
 
 def _amounts(report: Mapping[str, Any]) -> Rows:
     splits = ", ".join(f"{split} {count:,}" for split, count in report["images_per_split"].items())
-    yield "images", report["images"], splits
+    source = report.get("split_source")
+    yield "images", report["images"], f"{splits} ({source})" if source else splits
     each = sorted(report["captions_per_image"])
     mean = report["captions"] / max(report["images"], 1)
     detail = f"{each[0]} to {each[-1]} an image, {mean:.2f} on average" if each else ""

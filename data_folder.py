@@ -190,9 +190,9 @@ class DataFolder:
         folder, _, name = path.rpartition("/")
         return self.listing(folder).get(name) is False
 
-    def with_pictures(self, *candidates: str) -> str | None:
-        """The first of these folders that holds a picture, or None."""
-        return next((name for name in candidates if any(map(is_picture, self.listing(name)))), None)
+    def with_pictures(self, *candidates: str) -> str:
+        """The first of these folders that holds an image, or the first of them."""
+        return next((name for name in candidates if any(map(is_picture, self.listing(name)))), candidates[0])
 
     def folders(self, folder: str = "") -> list[str]:
         """Names of the folders in a folder, sorted, without hidden ones and macOS's shadows."""

@@ -48,6 +48,7 @@ class COCOClipDataset(Dataset):
         text_features: (T, width), a row for each of the table's captions; None: captions as text.
         captions_per_image: draw this many of an image's captions, anew each epoch; None: all.
         seed: of the draw.
+        split_seed: of the split by image, where the data has none of its own.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class COCOClipDataset(Dataset):
         image_resize: str = "crop",
         captions_per_image: int | None = None,
         seed: int = 0,
+        split_seed: int = 0,
     ) -> None:
         if table is None:
-            table = read_captions(reader, data_dir, seed=seed).split(*split.split("+"))
+            table = read_captions(reader, data_dir, split_seed=split_seed).split(*split.split("+"))
         if images is None:
             images = open_images(table, cache_dir, image_size, image_resize)
         if len(images) != len(table) or (
@@ -115,6 +117,7 @@ class COCOClipDataset(Dataset):
         """
         return {
             "splits": self.split,
+            "split_source": self.table.split_source,
             "images": len(self),
             "captions": self.num_captions,
             "left_out": self.left_out,
@@ -276,7 +279,7 @@ def load_table(config: Config, splits: tuple[str, ...] | None = None) -> Caption
     table = read_captions(
         config.reader,
         config.data_dir,
-        seed=config.seed,
+        split_seed=config.split_seed,
         cache_dir=config.cache_dir / "captions",
         follow_links=is_linked(config.data_dir),
         karpathy_file=config.karpathy_file,

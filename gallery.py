@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,13 @@ import pandas as pd
 from torch import Tensor
 
 import plots
-from config import Config
 from dataset import make_loader
 from errors import LabError
 from files import atomic_path, fingerprint, write_json
 from metrics import PROTOCOLS, summarise
 from open_data import open_dataset
 from ranks import QueryRanks, Ranks, match_ranks
+from readers import COCO_2014, FLICKR8K_LISTS
 from runs import Run
 from training_set import OFF
 from uncertainty import TEST_SAMPLE_ONLY, bootstrap_intervals
@@ -135,20 +135,14 @@ def open_gallery(run: Run, split: str, *, show: bool = True) -> Gallery:
 # --- protocols ---
 
 
-def _is_coco_test(config: Config, split: str) -> bool:
-    return split == "test" and config.reader == "coco" and config.karpathy_file is not None
-
-
-def _is_flickr_test(config: Config, split: str) -> bool:
-    return split == "test" and config.reader.startswith("flickr")
-
-
-DEFINED_ON: Mapping[str, Callable[[Config, str], bool]] = {
-    "coco_5k": _is_coco_test,
-    "coco_1k_fivefold": _is_coco_test,
-    "flickr_1k": _is_flickr_test,
+DEFINED_ON: Mapping[str, str] = {
+    "coco_5k": "Karpathy's split of coco",
+    "coco_1k_fivefold": "Karpathy's split of coco",
+    "flickr_1k": "Karpathy's split of flickr30k",
+    "flickr8k_1k": FLICKR8K_LISTS,
 }
-"""Protocols of `metrics.PROTOCOLS` that belong to one test set, and how it is known."""
+"""Protocols of `metrics.PROTOCOLS` that belong to the test split of one source: `CaptionTable.split_source`. A split
+drawn by seed may have as many images and is another one."""
 
 
 def fitting_protocols(gallery: Gallery) -> list[str]:
@@ -157,12 +151,17 @@ def fitting_protocols(gallery: Gallery) -> list[str]:
 
 
 def _fits(gallery: Gallery, name: str) -> bool:
-    protocol, defined_on = PROTOCOLS[name], DEFINED_ON.get(name)
-    if defined_on is not None and not defined_on(gallery.run.config, gallery.split):
+    protocol = PROTOCOLS[name]
+    if name in DEFINED_ON and (gallery.split, _split_source(gallery)) != ("test", DEFINED_ON[name]):
         return False
     counts = _captions_each(gallery)
     enough = len(counts) == len(gallery.image_id) and counts.min() >= (protocol.captions or 1)
     return protocol.num_images is None or bool(enough and len(gallery.image_id) == protocol.num_images)
+
+
+def _split_source(gallery: Gallery) -> str:
+    table = getattr(gallery.dataset, "table", None)
+    return "" if table is None else table.split_source
 
 
 def _captions_each(gallery: Gallery) -> np.ndarray:
@@ -176,17 +175,16 @@ def protocol_of(gallery: Gallery) -> str:
 
     One of `metrics.PROTOCOLS` where it is that exactly, `full val2014` for all of COCO's val2014, else `full`.
     """
-    config, counts = gallery.run.config, _captions_each(gallery)
+    counts = _captions_each(gallery)
     if gallery.measures_itself:
         return OWN_PROTOCOL
     for name in fitting_protocols(gallery):
         protocol = PROTOCOLS[name]
         if protocol.num_images and protocol.folds == 1 and counts.max() == protocol.captions:
             return name
-    is_val2014 = (
-        config.reader == "coco" and gallery.split == "val" and len(gallery.image_id) == VAL2014_IMAGES
-    )
-    return "full val2014" if is_val2014 and config.karpathy_file is None else "full"
+    val2014 = (COCO_2014, "val", VAL2014_IMAGES)
+    is_val2014 = (_split_source(gallery), gallery.split, len(gallery.image_id)) == val2014
+    return "full val2014" if is_val2014 else "full"
 
 
 # --- Measured runs ---

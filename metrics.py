@@ -287,7 +287,8 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "coco_1k_fivefold": Protocol(
         "COCO Karpathy test, mean of five galleries of 1,000 images, five captions each", 5000, 5, 5
     ),
-    "flickr_1k": Protocol("Flickr 1K test, 1,000 images, five captions each", 1000, 5),
+    "flickr_1k": Protocol("Flickr30k Karpathy test, 1,000 images, five captions each", 1000, 5),
+    "flickr8k_1k": Protocol("Flickr8k official test, 1,000 images, five captions each", 1000, 5),
 }
 
 

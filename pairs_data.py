@@ -48,7 +48,9 @@ def open_features(config: Config, splits: Sequence[str], *, progress: bool = Tru
 
 def _read_features(config: Config) -> Pairs:
     folder = config.data_dir
-    table = read_captions("flickr8k", folder, seed=config.seed, cache_dir=config.cache_dir / "captions")
+    table = read_captions(
+        "flickr8k", folder, split_seed=config.split_seed, cache_dir=config.cache_dir / "captions"
+    )
     table = table.take(np.argsort(np.array(table.paths), kind="stable"))
     path = folder / FEATURES_FILE
     try:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -78,9 +79,9 @@ def read_pairs(folder: str | Path, split: str = "train") -> Pairs:
         return _read_file(folder, split)
     pairs = joined([_read_file(folder, source) for source in division["sources"]])
     wanted = np.isin(pairs.table.image_ids, division["splits"][split])
-    renamed = pairs.take(np.flatnonzero(wanted))
-    renamed.table.splits[:] = split
-    return renamed
+    part = pairs.take(np.flatnonzero(wanted))
+    splits = np.full(len(part.table), split, dtype=object)
+    return part._replace(table=dataclasses.replace(part.table, splits=splits))
 
 
 def image_ids(folder: str | Path, split: str) -> np.ndarray:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import gzip
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -37,7 +39,7 @@ def split_aliases(names: Iterable[str]) -> dict[str, str]:
     return {name: alias if uses[alias] == 1 else name for name, alias in aliases.items()}
 
 
-def read_sidecar(folder: DataFolder, *, seed: int = 0) -> TableBuilder:
+def read_sidecar(folder: DataFolder, *, split_seed: int = 0) -> TableBuilder:
     """A folder of images, `a.jpg` beside `a.txt` with one caption a line, and perhaps `a.json`.
 
     Folders in it are read too. Those named train, val, test at the top are the splits, images
@@ -61,7 +63,7 @@ def read_sidecar(folder: DataFolder, *, seed: int = 0) -> TableBuilder:
             table.add_caption(path, caption, file, f"caption {number}")
     _note_lone_captions(table)
     if not splits:
-        table.split_by_seed(seed)
+        table.split_by_seed(split_seed)
     return table
 
 
@@ -91,7 +93,7 @@ def _metadata(table: TableBuilder, file: str) -> dict[str, Any]:
 
 
 def read_class_folders(
-    folder: DataFolder, *, template: str = "a photo of a {}", seed: int = 0
+    folder: DataFolder, *, template: str = "a photo of a {}", split_seed: int = 0
 ) -> TableBuilder:
     """A folder of class folders, perhaps below `train/`, `val/`, `test/`; each class's name is the caption.
 
@@ -111,7 +113,7 @@ def read_class_folders(
         for class_folder in folder.folders(top):
             _add_class(table, join(top, class_folder), split, class_folder.replace("_", " "), template)
     if not has_splits:
-        table.split_by_seed(seed)
+        table.split_by_seed(split_seed)
     return table
 
 
@@ -130,6 +132,11 @@ def _add_class(table: TableBuilder, place: str, split: str, name: str, template:
 # --- Layouts of captioned sets ---
 
 
+COCO_FILE = re.compile(r"captions_(\w+)(20\d\d)\.json")
+COCO_2014 = "COCO 2014"
+KARPATHY_SETS = ("coco", "flickr8k", "flickr30k")
+FLICKR8K_LISTS = "Flickr8k's official lists"
+OFFICIAL_SHARE = 0.95  # of a folder's images; 91 of Flickr8k's 8,091 are in no list
 MANY_ROWS = 100_000  # of a file that takes over two seconds to read
 
 __all__ = ["READERS", "CaptionTable", "Strings", "read_captions"]
@@ -143,29 +150,35 @@ def read_coco(
     *,
     karpathy_file: str | Path | None = None,
     annotations_dir: str | Path = "annotations",
-    year: str = "2014",
 ) -> TableBuilder:
-    """COCO: `annotations/captions_{split}2014.json` and `{split}2014/` or `images/{split}2014/`.
+    """COCO 2014 or 2017: `annotations/captions_{split}2014.json` and `{split}2014/` or `images/{split}2014/`.
 
-    The folder may itself lie in a folder `coco2014`, as the Kaggle set unpacks.
+    The folder may itself lie in a folder `coco2014` or `coco2017`, as the Kaggle sets unpack.
 
     Args:
         karpathy_file: dataset_coco.json, for train/restval/val/test in place of COCO's own splits.
         annotations_dir: folder of the caption files, where they are not below the data folder.
-        year: the year in the names of files and folders.
+    Raises: LabError if there is no such file, or there are files of two years, which share images.
     """
-    top = "coco2014" if folder.look("coco2014") else ""
+    top = folder.first("coco2014", "coco2017") or ""
     if karpathy_file is not None:
         return _read_karpathy(folder, karpathy_file, (top, join(top, "images")))
     place = folder.user_path(annotations_dir, top)
-    pattern = re.compile(rf"captions_(\w+){re.escape(year)}\.json")
-    found = [match for name in sorted(folder.listing(place)) if (match := pattern.fullmatch(name))]
+    found = [match for name in sorted(folder.listing(place)) if (match := COCO_FILE.fullmatch(name))]
     if not found:
         raise LabError(
-            f"no captions_*{year}.json in {folder.root / place}; take them from COCO's "
-            f"annotations_trainval{year}.zip (instances_*.json holds no captions)"
+            f"no captions_*2014.json or captions_*2017.json in {folder.root / place}; take them from COCO's "
+            "annotations_trainval2014.zip or 2017.zip (instances_*.json holds no captions)"
         )
+    years = {match[2] for match in found}
+    if len(years) > 1:
+        raise LabError(
+            f"{folder.root / place} holds captions of {' and '.join(sorted(years))}, which share images; move "
+            "the files of one year to another folder"
+        )
+    (year,) = years
     table = TableBuilder(folder)
+    table.split_source = f"COCO {year}"
     for match in sorted(found, key=lambda match: split_rank(match[1])):
         folders = [join(top, f"{match[1]}{year}"), join(top, f"images/{match[1]}{year}")]
         _read_coco_split(table, match[1], join(place, match[0]), folder.first(*folders) or folders[0])
@@ -219,6 +232,8 @@ def _read_karpathy(folder: DataFolder, file: str | Path, image_folders: tuple[st
         )
     content = folder.read_json(name, object_hook=karpathy_object)
     table = TableBuilder(folder)
+    dataset = content.get("dataset")
+    table.split_source = f"Karpathy's split of {dataset}" if dataset in KARPATHY_SETS else "karpathy_file"
     for row, image in _rows(folder, content, "images", name):
         place = f"images[{row}]"
         if not isinstance(image, dict) or not isinstance(image.get("sentences"), list) or not image["split"]:
@@ -233,6 +248,7 @@ def _read_karpathy(folder: DataFolder, file: str | Path, image_folders: tuple[st
                 table.add_caption(path, sentence, name, place)
         elif below:
             table.malformed(name, place, "an image needs a whole number as cocoid or imgid")
+    _note_official(table)
     return table
 
 
@@ -240,24 +256,28 @@ def _read_karpathy(folder: DataFolder, file: str | Path, image_folders: tuple[st
 
 
 def read_flickr8k(
-    folder: DataFolder, *, karpathy_file: str | Path | None = None, seed: int = 0
+    folder: DataFolder, *, karpathy_file: str | Path | None = None, split_seed: int = 0
 ) -> TableBuilder:
     """Flickr8k as on Kaggle: `Images/` and `captions.txt`, a CSV file with the columns image, caption.
 
     The lists `Flickr_8k.{train,dev,test}Images.txt` give the splits train, val and test where they
-    are there, and images in none of them the split "unused"; else a seeded split by image.
+    are there, and images in none of them the split "unused". Without lists the official ones are used where the
+    images are Flickr8k's; else a seeded split by image.
     """
-    images = folder.with_pictures("Images", "images", "Flicker8k_Dataset") or "Images"
+    images = folder.with_pictures("Images", "images", "Flicker8k_Dataset", "")
     if karpathy_file is not None:
         return _read_karpathy(folder, karpathy_file, (images,))
     file = _needed(folder, "captions.txt", "captions.csv")
     table = TableBuilder(folder)
-    _add_rows(table, file, images, csv_rows(folder, file), _flickr8k_lists(folder), seed)
+    rows = list(csv_rows(folder, file))
+    lists = _flickr8k_lists(folder) or _official_lists({image for _, image, _ in rows})
+    _add_rows(table, file, images, rows, lists, split_seed)
+    _note_official(table)
     return table
 
 
 def read_flickr30k(
-    folder: DataFolder, *, karpathy_file: str | Path | None = None, seed: int = 0
+    folder: DataFolder, *, karpathy_file: str | Path | None = None, split_seed: int = 0
 ) -> TableBuilder:
     """Flickr30k as on Kaggle: `results.csv`, separated by `|`, and a folder of images.
 
@@ -265,12 +285,12 @@ def read_flickr30k(
     without it the split is seeded, by image.
     """
     nested = ("flickr30k_images/flickr30k_images", "flickr30k_images", "flickr30k-images", "Images", "images")
-    images = folder.with_pictures(*nested, "") or nested[0]
+    images = folder.with_pictures(*nested, "")
     if karpathy_file is not None:
         return _read_karpathy(folder, karpathy_file, (images,))
     file = _needed(folder, "results.csv", f"{nested[1]}/results.csv", f"{nested[0]}/results.csv")
     table = TableBuilder(folder)
-    _add_rows(table, file, images, piped_rows(folder, file), {}, seed)
+    _add_rows(table, file, images, piped_rows(folder, file), {}, split_seed)
     return table
 
 
@@ -280,7 +300,7 @@ def _add_rows(
     images: str,
     rows: Any,
     lists: dict[str, list[str]],
-    seed: int,
+    split_seed: int,
 ) -> None:
     for number, image, caption in rows:
         if name := table.relative(image, file, f"line {number}"):
@@ -289,7 +309,7 @@ def _add_rows(
                 table.add_image(path, split)
             table.add_caption(path, caption, file, f"line {number}")
     if not lists:
-        table.split_by_seed(seed)
+        table.split_by_seed(split_seed)
 
 
 def _flickr8k_lists(folder: DataFolder) -> dict[str, list[str]]:
@@ -301,6 +321,29 @@ def _flickr8k_lists(folder: DataFolder) -> dict[str, list[str]]:
             if line.strip():
                 found.setdefault(line.strip(), []).append(split)
     return found
+
+
+@functools.cache
+def official_flickr8k() -> dict[str, str]:
+    """File name -> split of the 8,000 images in Flickr8k's official lists (Hodosh et al. 2013)."""
+    file = Path(__file__).parent / "configs" / "splits" / "flickr8k.tsv.gz"
+    lines = gzip.decompress(file.read_bytes()).decode().splitlines()
+    return {name: split for split, name in (line.split("\t") for line in lines)}
+
+
+def _official_lists(names: Collection[str]) -> dict[str, list[str]]:
+    """The official splits where nearly all of these images are Flickr8k's and every split has some; else {}."""
+    known = {name: [split] for name, split in official_flickr8k().items() if name in names}
+    whole = len(known) >= OFFICIAL_SHARE * len(names) and len({split for [split] in known.values()}) == 3
+    return known if whole else {}
+
+
+def _note_official(table: TableBuilder) -> None:
+    """Say so where a table's splits are those of Flickr8k's official lists, whatever file they came from."""
+    found = {PurePosixPath(path).name: image.split for path, image in table.images.items()}
+    official = official_flickr8k()
+    if found and all(official.get(name, UNUSED) == split for name, split in found.items()):
+        table.split_source = FLICKR8K_LISTS
 
 
 def _needed(folder: DataFolder, *candidates: str) -> str:
@@ -371,7 +414,7 @@ def read_captions(
     reader: str,
     data_dir: str | Path,
     *,
-    seed: int = 0,
+    split_seed: int = 0,
     cache_dir: str | Path | None = None,
     follow_links: bool = False,
     **options: Any,
@@ -381,7 +424,7 @@ def read_captions(
     Args:
         reader: a name of `READERS`.
         data_dir: the data set's folder; for the reader `json` also the annotation file itself.
-        seed: of the split by image, where the data set brings no split of its own.
+        split_seed: of the split by image, where the data set has no split of its own.
         cache_dir: keep the parsed table there, and use it while no source file or folder has changed.
         follow_links: take links that lead outside `data_dir`.
         options: the reader's own keywords; one that is None counts as not given.
@@ -393,8 +436,8 @@ def read_captions(
     if data_dir.is_file() and read is read_json:
         data_dir, options["annotation_file"] = data_dir.parent, data_dir.absolute()
     folder = DataFolder(data_dir, follow_links=follow_links)
-    if "seed" in inspect.signature(read).parameters:
-        options["seed"] = seed
+    if "split_seed" in inspect.signature(read).parameters:
+        options["split_seed"] = split_seed
     if cache_dir is None:
         return read(folder, **options).build()
     place = data_dir.absolute()
@@ -408,7 +451,7 @@ def read_captions(
 
 def _options(read: Callable[..., TableBuilder], reader: str, given: dict[str, Any]) -> dict[str, Any]:
     """The options without those left at None. Raises: LabError on one that the reader does not have."""
-    names = [name for name in inspect.signature(read).parameters if name not in ("folder", "seed")]
+    names = [name for name in inspect.signature(read).parameters if name not in ("folder", "split_seed")]
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
         if name not in names:

@@ -155,9 +155,11 @@ def facts(run: Run) -> pd.DataFrame:
     config, training = run.config, dict(run.training)
     data = {part: f"{about['splits']}: {about['images']:,} images, {about['captions']:,} captions"
             for part, about in training.pop("data", {}).items()}  # fmt: skip
+    split_source = run.training.get("data", {}).get("train", {}).get("split_source", "")
     told = {
         "preset, seed": f"{config.preset}, {config.seed}",
-        "data": f"{config.source or config.data_dir.name}, reader {config.reader}",
+        "data": f"{config.data_dir.resolve().name}, reader {config.reader}",
+        **({"split": split_source} if split_source else {}),
         "trained on": data.get("train", "+".join(config.train_splits)),
         "epoch chosen on": f"{data.get('val', '+'.join(config.val_splits))}, by {config.best_metric}",
         "image tower": f"{config.image_tower} ({config.image_tower_mode}), head {config.image_head}",

@@ -35,6 +35,7 @@ class TableBuilder:
         self.folder = folder
         self.strict_ids = strict_ids
         self.images: dict[str, _Image] = {}
+        self.split_source = "the data's own"
         self.leaks: dict[str, list[str]] = {}
 
     def malformed(self, file: str, place: str, what: str) -> None:
@@ -79,6 +80,7 @@ class TableBuilder:
         names[order[held : 2 * held]] = "test"
         for path, split in zip(paths, names.tolist(), strict=True):
             self.images[path].split = split
+        self.split_source = f"drawn by image, split_seed {seed}"
 
     def build(self) -> CaptionTable:
         """The table of the images that exist and have captions.
@@ -152,6 +154,7 @@ class TableBuilder:
             caption_image_ids=np.repeat(image_ids, [len(image.captions) for image in images]),
             categories=np.array([name or "" for name in categories]) if any(categories) else None,
             problems=self.folder.problems.rows(),
+            split_source=self.split_source,
         )
 
 

@@ -63,6 +63,7 @@ def made_gallery(
     noise: float = 1.0,
     split: str = "test",
     config: Config | None = None,
+    split_source: str = "",
     **dataset: Any,
 ) -> Gallery:
     """Random features of images and of captions near them, ids from 100 on."""
@@ -75,6 +76,8 @@ def made_gallery(
         config=config or make_config("quickstart"), metrics={}, name="made", model=None
     )
     describe = lambda: {"sha256": f"{num_images} {captions}"}  # noqa: E731
+    if split_source:
+        dataset["table"] = SimpleNamespace(split_source=split_source)
     data = SimpleNamespace(split=split, describe=describe, **dataset)
     normalise = torch.nn.functional.normalize
     return Gallery(run, data, normalise(images), normalise(texts), ids, ids.repeat_interleave(captions))

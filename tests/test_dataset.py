@@ -11,7 +11,7 @@ from PIL import Image
 from small_data import write_coco
 
 from captions import CaptionTable
-from config import make_config
+from config import make_config, run_name
 from dataset import COCOClipDataset, EpochBatches, load_table, main, make_loader, prepare_data, split_sizes
 from errors import LabError
 from open_data import open_dataset
@@ -118,6 +118,23 @@ def test_max_samples_spreads_over_each_split(coco):
 def test_a_missing_folder_says_so(settings, message):
     with pytest.raises(LabError, match=message):
         prepare_data(make_config(**settings))
+
+
+def test_the_seed_moves_no_split(tmp_path):
+    (tmp_path / "Images").mkdir()
+    names = [f"{n:02d}.jpg" for n in range(40)]
+    for name in names:
+        (tmp_path / "Images" / name).write_bytes(b"")
+    (tmp_path / "captions.txt").write_text("\n".join(["image,caption", *(f"{name},a dog" for name in names)]))
+    tests = [
+        load_table(
+            make_config("flickr8k", data_dir=tmp_path, cache_dir=tmp_path / "cache", **seeds), ("test",)
+        )
+        for seeds in ({"seed": 0}, {"seed": 1}, {"split_seed": 1})
+    ]
+    assert tests[0].paths == tests[1].paths != tests[2].paths
+    assert [table.split_source[-12:] for table in tests] == ["split_seed 0", "split_seed 0", "split_seed 1"]
+    assert run_name(make_config(split_seed=1)) != run_name(make_config())
 
 
 def test_a_missing_split_names_those_there(coco):

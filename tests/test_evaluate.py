@@ -86,24 +86,28 @@ def test_recall_is_what_a_written_out_argsort_says(gallery):
     assert found["t2i_recall@5"] == pytest.approx(argsort_recall(scores.T, matches.T, 5))
 
 
-COCO = make_config(karpathy_file="dataset_coco.json")
-FLICKR = make_config("flickr8k")
+COCO = "Karpathy's split of coco"
+FLICKR = "Karpathy's split of flickr30k"
+DRAWN = "drawn by image, split_seed 0"
 
 
 @pytest.mark.parametrize(
-    ("images", "captions", "split", "config", "name", "fits"),
+    ("images", "captions", "split", "source", "name", "fits"),
     [
         (1000, 5, "test", FLICKR, "flickr_1k", {"full", "one_caption", "flickr_1k"}),
+        (1000, 5, "test", "Flickr8k's official lists", "flickr8k_1k", {"full", "one_caption", "flickr8k_1k"}),
+        (1000, 5, "test", DRAWN, "full", {"full", "one_caption"}),
         (1000, 5, "val", FLICKR, "full", {"full", "one_caption"}),
         (1000, 4, "test", FLICKR, "full", {"full", "one_caption"}),
         (5000, 5, "test", COCO, "coco_5k", {"full", "one_caption", "coco_5k", "coco_1k_fivefold"}),
         (5000, 6, "test", COCO, "full", {"full", "one_caption", "coco_5k", "coco_1k_fivefold"}),
-        (5000, 5, "test", make_config(), "full", {"full", "one_caption"}),
-        (40504, 1, "val", make_config(), "full val2014", {"full", "one_caption"}),
+        (5000, 5, "test", "COCO 2014", "full", {"full", "one_caption"}),
+        (40504, 1, "val", "COCO 2014", "full val2014", {"full", "one_caption"}),
+        (40504, 1, "val", "COCO 2017", "full", {"full", "one_caption"}),
     ],
 )
-def test_a_protocol_is_named_where_it_fits(images, captions, split, config, name, fits):
-    gallery = made_gallery(images, captions, split=split, config=config)
+def test_a_protocol_is_named_where_it_fits(images, captions, split, source, name, fits):
+    gallery = made_gallery(images, captions, split=split, split_source=source)
     assert protocol_of(gallery) == name
     assert set(fitting_protocols(gallery)) == fits
 

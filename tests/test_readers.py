@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from small_data import SHARED
 
 from captions import CaptionTable, Strings
 from errors import LabError
-from readers import READERS, read_captions
+from readers import READERS, official_flickr8k, read_captions
 
 WORDS = "a red dog runs over green grass near the old house".split()
 
@@ -256,9 +257,70 @@ def test_seeded_split_by_image(tmp_path):
     touch(tmp_path, *(f"Images/{n:03d}.jpg" for n in range(50)))
     rows = [f"{n:03d}.jpg,caption {k}" for n in range(50) for k in range(2)]
     (tmp_path / "captions.txt").write_text("\n".join(["image,caption", *rows]))
-    tables = [read_captions("flickr8k", tmp_path, seed=seed) for seed in (0, 0, 1)]
+    tables = [read_captions("flickr8k", tmp_path, split_seed=seed) for seed in (0, 0, 1)]
     assert tables[0].split_sizes() == {"train": 40, "val": 5, "test": 5}
     assert tables[0].splits.tolist() == tables[1].splits.tolist() != tables[2].splits.tolist()
+
+
+def write_named(root: Path, names: list[str]) -> None:
+    touch(root, *(f"Images/{name}" for name in names))
+    (root / "captions.txt").write_text("\n".join(["image,caption", *(f"{name},a dog" for name in names)]))
+
+
+def test_flickr8k_without_lists_has_the_official_split(tmp_path):
+    official = official_flickr8k()
+    assert Counter(official.values()) == {"train": 6000, "val": 1000, "test": 1000}
+    names = [name for split in ("train", "val", "test") for name in official if official[name] == split][
+        ::100
+    ]
+    write_named(tmp_path, names)
+    table = read_captions("flickr8k", tmp_path, split_seed=1)
+    assert {path.removeprefix("Images/"): split for path, (split, _) in contents(table).items()} == {
+        name: official[name] for name in names
+    }
+    assert table.split_source == "Flickr8k's official lists"
+    assert table.split("test").split_source == "Flickr8k's official lists"
+    other = tmp_path / "other"  # images that merely have such a name among them
+    write_named(other, [*names[:5], *(f"{n:03d}.jpg" for n in range(50))])
+    assert read_captions("flickr8k", other, split_seed=3).split_source == "drawn by image, split_seed 3"
+
+
+def test_lists_in_the_folder_are_the_official_ones_only_where_they_agree(tmp_path):
+    name = next(name for name, split in official_flickr8k().items() if split == "test")
+    for split, source in (("test", "Flickr8k's official lists"), ("train", "the data's own")):
+        root = tmp_path / split
+        write_named(root, [name])
+        (root / f"Flickr_8k.{split}Images.txt").write_text(f"{name}\n")
+        assert read_captions("flickr8k", root).split_source == source
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a+b", "", "x" * 65, "a\nb", ".."])
+def test_a_splits_name_cannot_lead_out_of_a_folder(name, tmp_path):
+    touch(tmp_path, "a.jpg")
+    row = {"image_path": "a.jpg", "caption": "x"}
+    (tmp_path / "annotations.json").write_text(json.dumps({"splits": {name: [row]}}))
+    with pytest.raises(LabError, match="cannot name a file; rename it"):
+        read_captions("json", tmp_path)
+    image = {"split": name or "/", "filename": "a.jpg", "imgid": 1, "sentences": [{"raw": "x"}]}
+    (tmp_path / "k.json").write_text(json.dumps({"images": [image]}))
+    with pytest.raises(LabError, match="cannot name a file; rename it"):
+        read_captions("flickr30k", tmp_path, karpathy_file="k.json")
+
+
+def test_coco_2017_is_read_by_its_files_years(tmp_path):
+    for split, number in (("train", 1), ("val", 2)):
+        touch(tmp_path, f"{split}2017/{number:012d}.jpg")
+        content = {"images": [{"id": number, "file_name": f"{number:012d}.jpg"}]}
+        content["annotations"] = [{"image_id": number, "caption": text_of(number, 0)}]
+        file = tmp_path / "annotations" / f"captions_{split}2017.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content))
+    table = read_captions("coco", tmp_path)
+    assert contents(table)["val2017/000000000002.jpg"] == ("val", [text_of(2, 0)])
+    assert table.split_source == "COCO 2017"
+    (tmp_path / "annotations" / "captions_train2014.json").write_text(coco_file("train", [1]))
+    with pytest.raises(LabError, match="captions of 2014 and 2017, which share images; move the files"):
+        read_captions("coco", tmp_path)
 
 
 def test_class_folders(tmp_path):
@@ -716,6 +778,7 @@ def test_flickr8k_as_it_is():
         pytest.skip("../shared/flickr8k is not here")
     table = read_captions("flickr8k", root)
     assert table.split_sizes() == {"train": 6000, "val": 1000, "test": 1000, "unused": 91}
+    assert table.split_source == "Flickr8k's official lists"
     assert len(table.captions) == 40_455 - table.problem_counts().get("empty caption", 0)
     assert table.problems == []
 
