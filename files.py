@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,26 @@ ABANDONED_SECONDS = 3600.0  # a temporary file of a living process id that is ol
 
 class DiskFullError(LabError):
     """A write failed because no space is left; nothing that was there is lost."""
+
+
+def read_bytes(path: str | os.PathLike[str], max_bytes: int = 2 * 2**30) -> bytes:
+    """A file's content.
+
+    Raises: LabError if it is no regular file (a pipe would be waited for), has more than `max_bytes`, or cannot be
+        read.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise LabError(f"{path} is not a regular file; give the path of a file")
+        if status.st_size > max_bytes:
+            sizes = f"{status.st_size / 1e9:.1f} GB, more than the {max_bytes / 1e9:.1f} GB"
+            raise LabError(f"{path} has {sizes} that are read of such a file; check what it is")
+        return Path(path).read_bytes()
+    except (OSError, MemoryError) as error:
+        raise LabError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or 'out of memory'}"
+        ) from error
 
 
 def make_folder(path: str | Path) -> Path:

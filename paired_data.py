@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
-from collections.abc import Mapping, Sequence
+import pickletools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from config import Config
 from dataset import Batch
 from encode import cached_text_features
 from errors import LabError
-from files import fingerprint
+from files import fingerprint, read_bytes
 from image_cache import ImageCache
 from losses import SWAPPED
 from models import CLIPModel
@@ -29,12 +29,13 @@ from readers import read_captions
 
 # --- CIFAR's own files, read without executing pickled code ---
 
-
+Read = TypeVar("Read")
 SIDE = 32
-ARRAY_PARTS = {("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype")} | {
-    (f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")
+MAX_BYTES = 2**30  # of one file; CIFAR-100's largest has 155 MB
+OBJECTS = {"_codecs encode", "numpy ndarray", "numpy dtype"} | {
+    f"numpy.{core}.multiarray _reconstruct" for core in ("core", "_core")
 }
-DAMAGE = (OSError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError)
+DAMAGE = (LookupError, ValueError, TypeError, AttributeError)
 
 
 class Pictures(NamedTuple):
@@ -96,43 +97,130 @@ def read_cifar(data_dir: str | Path, split: str = "test") -> Pictures:
     folder, layout = found
     if split not in layout.files:
         raise LabError(f"split {split!r} does not exist; CIFAR's files have {', '.join(layout.files)}.")
-    names = [str(word).replace("_", " ") for word in _unpickle(folder / layout.meta, layout.names_key)]
-    parts = [_read_part(folder / file, layout.labels_key, len(names)) for file in layout.files[split]]
+    names = _read_file(folder / layout.meta, lambda content: _names(content[layout.names_key]))
+    parts = [
+        _read_file(folder / file, lambda content: _part(content, layout.labels_key, len(names)))
+        for file in layout.files[split]
+    ]
     images, labels = zip(*parts, strict=True)
     return Pictures(torch.from_numpy(np.concatenate(images)), np.concatenate(labels), names)
 
 
-def _read_part(path: Path, labels_key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def _names(words: Any) -> list[str]:
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError("its class names are no list of texts")
+    return [word.replace("_", " ") for word in words]
+
+
+def _part(content: Mapping[str, Any], labels_key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """(N, 3, 32, 32) pixels and (N,) labels of one file."""
-    data, labels = _unpickle(path, "data"), np.array(_unpickle(path, labels_key), dtype=np.int64)
+    images, labels = _pixels(content["data"]), content[labels_key]
+    known = isinstance(labels, list) and all(type(label) is int and 0 <= label < classes for label in labels)
+    if not known or len(labels) != len(images):
+        raise ValueError("it has labels without pictures or names")
+    return images, np.array(labels, dtype=np.int64)
+
+
+def _pixels(array: Any) -> np.ndarray:
+    """(N, 3, 32, 32) uint8 of a pickled NumPy array; its shape follows from its bytes, not from the file."""
+    _, _, dtype, fortran, data = array.state
+    if dtype.args[0] not in ("u1", "uint8"):
+        raise ValueError(f"its pixels are of type {dtype.args[0]!r}, not u1")
+    data = data.encode("latin1") if isinstance(data, str) else data
+    rows = np.frombuffer(data, dtype=np.uint8).reshape((-1, 3 * SIDE * SIDE), order="F" if fortran else "C")
+    return rows.reshape(-1, 3, SIDE, SIDE)
+
+
+def _read_file(path: Path, use: Callable[[Mapping[str, Any]], Read]) -> Read:
+    """What `use` makes of a file's content. Raises: LabError if the file is none of CIFAR's."""
+    data = read_bytes(path, MAX_BYTES)
     try:
-        images = np.array(data, dtype=np.uint8).reshape(-1, 3, SIDE, SIDE)
+        return use(_described(data))
     except DAMAGE as error:
-        raise _damaged(path, error) from error
-    if len(labels) != len(images) or not np.isin(labels, np.arange(classes)).all():
-        raise LabError(f"{path} has labels without pictures or names; fetch the set again.")
-    return images, labels
+        cause = str(error)[:120]
+        raise LabError(f"{path} is none of CIFAR's files ({cause}); fetch the set again.") from error
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Makes dictionaries, lists and NumPy arrays of a pickle, and nothing else."""
+class _Object:
+    """An object in a pickle, as the file describes it; nothing is called to make it."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in ARRAY_PARTS:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+    def __init__(self, args: Any) -> None:
+        self.args, self.state = args, ()
 
 
-def _unpickle(path: Path, key: str) -> Any:
-    try:
-        with open(path, "rb") as file:
-            return _ArraysOnly(file, encoding="latin1").load()[key]
-    except DAMAGE as error:
-        raise _damaged(path, error) from error
+def _described(data: bytes) -> Any:
+    """What a pickle describes: dictionaries, lists, tuples, texts, numbers, and NumPy arrays as `_Object`.
+
+    pickle.Unpickler would call what the file names, reserve the sizes it states, and hash nested tuples without
+    end; here each of the file's operations makes at most one value of its own size.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def popped(start: int) -> list[Any]:
+        values = stack[start:]
+        del stack[start:]
+        return values
+
+    for operation, value, _ in pickletools.genops(data):
+        name = operation.name
+        if name in ("PROTO", "FRAME", "STOP"):
+            continue
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name == "MEMOIZE" or name.endswith("PUT"):
+            memo[int(len(memo) if value is None else value)] = stack[-1]
+        elif name.endswith("GET"):
+            stack.append(memo[int(value or 0)])
+        elif name in CONSTANTS:
+            stack.append(CONSTANTS[name]())
+        elif name in COLLECTIONS:
+            start = len(stack) - int(name[-1]) if name[-1].isdigit() else marks.pop()
+            stack.append(COLLECTIONS[name](popped(start)))
+        elif name in ("APPEND", "APPENDS"):
+            values = popped(marks.pop() if name == "APPENDS" else len(stack) - 1)
+            stack[-1].extend(values)
+        elif name in ("SETITEM", "SETITEMS"):
+            values = popped(marks.pop() if name == "SETITEMS" else len(stack) - 2)
+            stack[-1].update(_dictionary(values))
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            value = " ".join(popped(len(stack) - 2)) if value is None else value
+            if value not in OBJECTS:
+                raise ValueError(f"it asks for {value.replace(' ', '.')}")
+            stack.append(value)
+        elif name == "REDUCE":
+            function, args = popped(len(stack) - 2)
+            stack.append(args[0].encode("latin1") if function == "_codecs encode" else _Object(args))
+        elif name == "BUILD":
+            state = stack.pop()
+            stack[-1].state = state
+        elif isinstance(value, (str, bytes, int)):
+            stack.append(value)
+        else:
+            raise ValueError(f"it asks for the operation {name}")
+    return stack[-1]
 
 
-def _damaged(path: Path, error: Exception) -> LabError:
-    return LabError(f"{path} is none of CIFAR's files ({error}); fetch the set again.")
+def _dictionary(values: list[Any]) -> dict[str, Any]:
+    if not all(isinstance(key, str) for key in values[::2]):
+        raise ValueError("a dictionary has a key that is no text")
+    return dict(zip(values[::2], values[1::2], strict=True))
+
+
+CONSTANTS: Mapping[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+}
+COLLECTIONS: Mapping[str, Callable[[list[Any]], Any]] = {
+    "LIST": list,
+    "DICT": _dictionary,
+    **dict.fromkeys(("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"), tuple),
+}
 
 
 # --- Small pictures by class ---

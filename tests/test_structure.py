@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     "distributed errors presets",
-    "augment compat data_folder downloads files geometry heads pair_ranks pictures ranks scene_plan tower_parts",
+    "files",
+    "augment compat data_folder downloads geometry heads pair_ranks pictures ranks scene_plan tower_parts",
     "archives captions colab config hub metrics plots_style scenes transformer",
     "cli controls losses plots plots_data plots_features plots_ranks plots_tuning studies",
     "cache image_towers plots_demo run_notebook sources table_builder text_towers uncertainty",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 from types import SimpleNamespace
 
@@ -250,13 +251,93 @@ class Harm:
         return print, ("harm",)
 
 
+class Numpy:
+    """Pickles as a call of one of NumPy's own names, with a state."""
+
+    def __init__(self, function, args, state=None):
+        self.call = (function, args) if state is None else (function, args, state)
+
+    def __reduce__(self):
+        return self.call
+
+
+def made_by_numpy(kind, shape, data):
+    """An array as NumPy pickles it, of a type, shape and bytes that need not agree."""
+    reconstruct = np.zeros(1).__reduce__()[0]
+    return Numpy(reconstruct, (np.ndarray, (0,), b"b"), (1, shape, np.dtype(kind), False, data))
+
+
+def shared(kind, depth):
+    """A small file that describes 2^depth values."""
+    value = kind([1])
+    for _ in range(depth):
+        value = kind([value, value])
+    return value
+
+
+HOSTILE = {
+    "an array's constructor": (Numpy(np.ndarray, ((10**13,), np.dtype("O"))), "not enough values"),
+    "objects from bytes": (made_by_numpy("O", (3072,), b"\1" * 8 * 3072), "type 'O8', not u1"),
+    "a shape without bytes": (made_by_numpy("u1", (10**13, 3072), b"\1" * 3071), "cannot reshape"),
+    "numbers beyond 64 bits": ([2**4000] * 2, "state"),
+    "lists in lists": (shared(list, 60), "state"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_cifar_file_harms_the_process(name, tmp_path):
+    folder = write_cifar(tmp_path, "cifar10") / "cifar-10-batches-py"
+    data, cause = HOSTILE[name]
+    (folder / "test_batch").write_bytes(pickle.dumps({"data": data, "labels": [0, 1]}))
+    with pytest.raises(LabError, match=f"test_batch is none of CIFAR's files .*({cause}).*; fetch the set"):
+        paired_data.read_cifar(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (
+            b"}" + pickle.dumps(shared(tuple, 60))[:-1] + b"K\1s.",
+            "a key that is no text",
+        ),  # its hash would take 2^60 steps
+        (b"\x80\x02}r\xff\xff\xff\xff.", "'data'"),  # pickle would reserve 2^32 places for its memo
+        (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "bytearray8"),
+        (pickle.dumps({"data": 1})[:-4], "pickle exhausted"),
+        (b".", "list index out of range"),
+    ],
+)
+def test_a_crafted_pickle_costs_no_more_than_its_bytes(content, cause, tmp_path):
+    folder = write_cifar(tmp_path, "cifar10") / "cifar-10-batches-py"
+    (folder / "test_batch").write_bytes(content)
+    with pytest.raises(LabError, match=f"test_batch is none of CIFAR's files .*{cause}"):
+        paired_data.read_cifar(tmp_path)
+
+
+def test_labels_and_names_of_other_kinds_are_refused(tmp_path):
+    folder = write_cifar(tmp_path, "cifar10") / "cifar-10-batches-py"
+    pixels = np.zeros((1, 3072), "u1")
+    for labels in (shared(list, 60), [2**70], [True], [0.0], {"a": 1}):
+        (folder / "test_batch").write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
+        with pytest.raises(LabError, match="labels without pictures or names|asks for the operation"):
+            paired_data.read_cifar(tmp_path)
+    with open(folder / "batches.meta", "wb") as file:
+        file.write(pickle.dumps({"label_names": shared(list, 60)}))
+    with pytest.raises(LabError, match=r"batches.meta is none of CIFAR's files \(its class names"):
+        paired_data.read_cifar(tmp_path)
+    os.truncate(folder / "test_batch", 0)
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["a"]}))
+    os.truncate(folder / "test_batch", 60 * 10**9)  # sparse: no byte of it is on the disk
+    with pytest.raises(LabError, match=r"test_batch has 60.0 GB, more than the 1.1 GB"):
+        paired_data.read_cifar(tmp_path)
+
+
 def test_cifar_files_run_no_code_and_damage_is_named(tmp_path, capsys):
     folder = write_cifar(tmp_path, "cifar10") / "cifar-10-batches-py"
     (folder / "test_batch").write_bytes(pickle.dumps(Harm()))
     with pytest.raises(LabError, match="it asks for builtins.print"):
         paired_data.read_cifar(tmp_path)
     assert capsys.readouterr().out == ""
-    (folder / "test_batch").write_bytes(pickle.dumps({"data": np.zeros((2, 3072)), "labels": [0, 7]}))
+    (folder / "test_batch").write_bytes(pickle.dumps({"data": np.zeros((2, 3072), "u1"), "labels": [0, 7]}))
     with pytest.raises(LabError, match="labels without pictures or names"):
         paired_data.read_cifar(tmp_path)
     with pytest.raises(LabError, match="split 'val' does not exist"):
