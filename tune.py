@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from cli import Parser, one_sentence, parse_config, run_command
 from comparison import compare_runs, readable
 from config import Config, make_config, run_name
 from errors import LabError
-from files import atomic_path
+from files import atomic_path, disk_full, is_disk_full
 from gallery import evaluate_run, recalls_of, told
 from runs import Run, goodness
 from studies import Space, Worker, describe, draw, expand, is_behind, read_space, trials_table
@@ -132,12 +133,14 @@ def tune(
         trial_settings: fields that differ in trials only, such as `train_splits=("tune",)`.
         train: called with a trial's configuration, `show` and `on_epoch`.
     Returns: the Optuna study. Interrupted, it raises KeyboardInterrupt; the next call goes on.
-    Raises: LabError if the folder holds a study of another space or configuration, or no trial finished.
+    Raises: LabError if the folder holds a study of another space or configuration, or no trial finished;
+        DiskFullError if no space is left, after which the same call resumes.
     """
     folder = Path(folder)
     trial_config = config.updated(**{"checkpoint_dir": None, **(trial_settings or {})})
     about = {**describe(space), "configuration": _settings(trial_config)}
     with (
+        _disk_full_in_one_sentence(folder),
         Worker(folder, about, storage, config.seed) as worker,
         tqdm(total=num_trials, desc=folder.name, unit="trial", disable=not show) as bar,
     ):
@@ -150,6 +153,16 @@ def tune(
     if not _done(worker.study):
         raise LabError(f"no trial of {folder} has finished: {_first_reason(worker.study)}")
     return worker.study
+
+
+@contextmanager
+def _disk_full_in_one_sentence(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, LabError) or not is_disk_full(error):
+            raise
+        raise disk_full(folder / "study.journal") from error
 
 
 def _settings(config: Config) -> str:
@@ -221,6 +234,8 @@ def run_trial(
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
     except FAILURES as error:
+        if is_disk_full(error):
+            raise  # not a fault of these values: the trial stays open, and the study stops
         trial.set_user_attr("reason", f"{type(error).__name__}: {error}")
         study.tell(trial, state=TrialState.FAIL)
     _tidy(study, folder)

@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -14,11 +15,13 @@ import optuna
 import pandas as pd
 import pytest
 from optuna.storages.journal import JournalFileBackend
+from small_disk import small_disk
 from test_pairs_data import write_split
 
 import tune
 from config import Config, load_config, make_config
 from errors import LabError
+from files import DiskFullError, write_json
 from pairs_data import embeddings_at
 from plots_tuning import _Axis, fields_of, importances, parallel_coordinates, slices, study_history
 from studies import Worker, draw, expand, is_behind, read_space, trials_table
@@ -308,6 +311,25 @@ def test_a_study_killed_at_any_write_draws_the_trials_of_an_undisturbed_one(tmp_
     assert (tmp_path / "killed/best_config.yaml").read_text() == (
         tmp_path / "whole/best_config.yaml"
     ).read_text()
+
+
+@pytest.mark.parametrize("free", range(0, 40_000, 8_000))
+def test_a_full_disk_stops_the_study_and_fails_no_trial(tmp_path, free):
+    def writes(config: Config, **options):
+        write_json(config.runs_dir / "metrics.json", {"words": "x" * 12_000})
+        return trained(config, **options)
+
+    config, space = make_config("projection_heads"), read_space(write_space(tmp_path, LINE))
+    options = {"num_trials": 4, "show": False, "train": writes}
+    whole = tune.tune(config, space, tmp_path / "whole", **options)
+    with small_disk(tmp_path / "disk", 1_000_000) as disk:
+        tune.tune(config, space, disk / "study", **{**options, "num_trials": 1})
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(shutil.disk_usage(disk).free - free))
+        with pytest.raises(DiskFullError, match="no space left in .*; free some space"):
+            tune.tune(config, space, disk / "study", **options)
+        ballast.unlink()
+        assert told(tune.tune(config, space, disk / "study", **options)) == told(whole)
 
 
 # ---------------------------------------------------------------- several processes
