@@ -75,3 +75,18 @@ def reuse_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
         mallopt(M_TOP_PAD, 1 << 26)
+
+
+def recover_memory(message: str) -> None:
+    """Make room where memory has run out: what tensors gave back is given to the system again.
+
+    oneDNN's code generator stays broken in a thread in which it once got no memory; convolutions do without it then.
+    """
+    if "primitive" in message and torch.backends.mkldnn.enabled:
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+        print("oneDNN got no memory for its code: continuing without it, which is slower.")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # musl has none
+        trim(0)

@@ -246,7 +246,7 @@ class Config(BaseModel):
     freeze_tower_epochs: NonNegativeInt = 0
     """First epochs in which trainable towers stay as they are and only heads learn."""
     freeze_batch_norm: bool = False
-    """Keep a trainable tower's BatchNorm statistics; with micro-batches the only exact setting."""
+    """Keep a trainable image tower's BatchNorm statistics; with it micro-batches give the whole batch's gradients."""
     gradient_checkpointing: bool = False
     """Recompute a transformer tower's activations in the backward pass: less memory, a third more time."""
     weight_decay: NonNegativeFloat = 0.01
@@ -284,7 +284,7 @@ class Config(BaseModel):
     Accumulating gradients over small batches would not do: it adds no negatives. None: the whole batch, halved
     where memory runs out."""
     compile: bool = False
-    """Compile the model; where that fails it runs as it is."""
+    """Compile the model; where that fails, and for batches in pieces, it runs as it is."""
     allow_tf32: bool = True
     """TensorFloat-32 products of float32 numbers on GPUs that have them."""
     deterministic: bool = False

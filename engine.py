@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import fmean
 from typing import Any
+
+from compat import recover_memory
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +33,9 @@ class Engine:
     features come first; then they flow through the towers, piece by piece where `micro_batch_size` says so.
     Where memory runs out, the pieces are halved and the same step is taken again.
 
-    With BatchNorm in training mode each piece is normalised by its own statistics, and each process by its
-    own: the gradients are then near the whole batch's, not equal; `freeze_batch_norm` makes them equal.
+    Pieces pass the towers; the heads see the whole batch. With BatchNorm training in the image tower each piece is
+    normalized by its own statistics, and has at least two images: the gradients are then near the whole batch's, not
+    equal; `freeze_batch_norm` makes them equal. Each process normalizes by its own statistics, heads included.
 
     Args:
         negatives: further rows for the loss.
@@ -66,9 +69,17 @@ class Engine:
     def step(self, batch: Batch) -> Tensor:
         """Learn from a batch on the device. Returns: its loss, (), detached.
 
-        Raises: LabError where a single image does not fit into memory.
+        Raises: LabError where the smallest pieces do not fit into memory, or BatchNorm has a single row to average.
         """
-        loss = self._gradients_in_memory(batch)
+        try:
+            loss = self._gradients_in_memory(batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise LabError(
+                "BatchNorm needs at least two images while it trains, and this batch has one; raise batch_size (of all "
+                "processes together), or set use_batch_norm to False or freeze_batch_norm to True."
+            ) from error
         sum_gradients(self.model.parameters())
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
@@ -83,40 +94,58 @@ class Engine:
     def _gradients_in_memory(self, batch: Batch) -> Tensor:
         """`gradients`, with smaller pieces where memory runs out."""
         state = _random_state(self.device)
+        buffers = [buffer for norm in batch_norms(self.model) if norm.training for buffer in norm.buffers()]
+        before = [buffer.clone() for buffer in buffers]
         while True:
             try:
                 return self.gradients(batch)
-            except RuntimeError as error:
-                if not _is_out_of_memory(error) or world_size() > 1:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or world_size() > 1:
                     raise
-                message = str(error).splitlines()[0]
+                message = first_line(error)
             self._halve(len(batch["image_id"]), message)  # outside `except`, which holds the failed graph
             _set_random_state(state, self.device)
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
     def _halve(self, images: int, message: str) -> None:
-        size = min(self.micro_batch_size or images, images)
-        if size == 1:
-            raise LabError(
-                f"memory ran out on a single image ({message}); choose a smaller tower or image_size."
+        size, least = min(self.micro_batch_size or images, images), self._least()
+        if size <= least:
+            what = (
+                "a single image" if least == 1 else "two images, the fewest that BatchNorm takes in training"
             )
-        self.micro_batch_size = (size + 1) // 2
+            raise LabError(
+                f"memory ran out on {what} ({message}); choose a smaller tower, image_size or batch_size."
+            )
+        self.micro_batch_size = max(least, (size + 1) // 2)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        recover_memory(message)
         print(
-            f"out of memory: going on with micro_batch_size {self.micro_batch_size}; the batch stays {images}."
+            f"out of memory: continuing with micro_batch_size {self.micro_batch_size}; the batch stays {images}."
         )
+
+    def _least(self) -> int:
+        """The fewest images in a piece: a tower whose BatchNorm trains takes statistics over each piece."""
+        norms = [*batch_norms(self.model.image_encoder), *batch_norms(self.model.text_encoder)]
+        return 2 if any(norm.training for norm in norms) else 1
 
     def gradients(self, batch: Batch) -> Tensor:
         """Fill every parameter's `.grad` with the whole batch's gradient. Returns: the loss, (), detached."""
+        least = self._least()
+        if self.micro_batch_size is not None and self.micro_batch_size < least:
+            raise LabError(
+                "micro_batch_size 1 leaves the image tower's BatchNorm one image to take statistics over; set it to 2 "
+                "or more, or freeze_batch_norm to True."
+            )
         self.optimizer.zero_grad(set_to_none=True)
-        pieces = split_batch(batch, self.micro_batch_size)
-        if len(pieces) == 1:
-            features = self._forward(batch)
-            leaves = {k: v.detach().requires_grad_(v.requires_grad) for k, v in features.items()}
-        else:
-            features = {}
-            leaves, states = self._first_pass(pieces)
+        pieces = split_batch(batch, self.micro_batch_size, least)
+        with autocast(self.config, self.device):
+            if len(pieces) == 1:
+                features = self.model(batch["image"], batch["text"])
+            else:
+                pooled, states = self._first_pass(pieces)
+                features = self.model.project(**pooled)
+        leaves = {k: v.detach().requires_grad_(v.requires_grad) for k, v in features.items()}
         loss = self._loss(leaves, batch)
         if not any(leaf.requires_grad for leaf in leaves.values()):
             raise LabError("nothing to train: no feature depends on a trainable part; make one trainable.")
@@ -124,15 +153,10 @@ class Engine:
         grads = {k: leaf.grad for k, leaf in leaves.items() if leaf.grad is not None}
         for name in grads.keys() & {"logit_scale", "logit_bias"}:
             grads[name] = grads[name] / world_size()  # every process holds the whole of it
-        if len(pieces) == 1:
-            _backward(features, grads)
-        else:
-            self._second_pass(pieces, states, grads)
+        _backward(features, grads)
+        if len(pieces) > 1:
+            self._second_pass(pieces, states, {kind: rows.grad for kind, rows in pooled.items()})
         return loss.detach()
-
-    def _forward(self, batch: Batch) -> Features:
-        with autocast(self.config, self.device):
-            return self.model(batch["image"], batch["text"])
 
     def _loss(self, leaves: Features, batch: Batch) -> Tensor:
         """The loss over every process's features and the negatives."""
@@ -142,32 +166,77 @@ class Engine:
         self.uniform_loss = fmean(uniform_loss(some["image_id"], some["text_id"]) for some in given)
         return torch.stack([self.criterion(**some) for some in given]).mean()
 
-    def _first_pass(self, pieces: list[Batch]) -> tuple[Features, list[Tensor]]:
-        """Features of all pieces without a graph, and the random state each began with."""
-        states, parts = [], []
-        with torch.no_grad(), still_batch_norm(self.model):
-            for piece in pieces:
-                states.append(_random_state(self.device))
-                parts.append(self._forward(piece))
-        joined = {
-            name: torch.cat([part[name] for part in parts]) if first.ndim else first
-            for name, first in parts[0].items()
-        }
-        return {name: rows.detach().clone().requires_grad_() for name, rows in joined.items()}, states
+    def _pooling(self, kind: str) -> tuple[Callable[[Any], Tensor], bool]:
+        """What maps a piece's images or texts to a head's input, and whether it learns."""
+        model = self.model
+        parts = (model.image_encoder, model.image_pooling) if kind == "image" else (model.text_encoder,)
+        learns = any(p.requires_grad for part in parts if part is not None for p in part.parameters())
+        return (model.pool_image if kind == "image" else model.pool_text), learns
 
-    def _second_pass(self, pieces: list[Batch], states: list[Tensor], grads: Features) -> None:
-        """The same pieces with a graph, each given its rows' gradients."""
-        starts = {"image_features": 0, "text_features": 0}
-        for number, (piece, state) in enumerate(zip(pieces, states, strict=True)):
-            _set_random_state(state, self.device)
-            features = self._forward(piece)
-            share = {}
-            for name in starts.keys() & grads.keys():
-                share[name] = grads[name][starts[name] : starts[name] + len(features[name])]
-                starts[name] += len(features[name])
-            if number == 0:  # one temperature for all pieces
-                share |= {name: grads[name] for name in grads.keys() & {"logit_scale", "logit_bias"}}
-            _backward(features, share)
+    def _first_pass(self, pieces: list[Batch]) -> tuple[Features, dict[str, list[Tensor]]]:
+        """The heads' inputs of all pieces without a graph, and the random state that each piece began with."""
+        pooled: Features = {}
+        states: dict[str, list[Tensor]] = {}
+        for kind in ("image", "text"):
+            pool, learns = self._pooling(kind)
+            states[kind], parts = [], []
+            with torch.no_grad(), still_batch_norm(self.model):
+                for piece in pieces:
+                    states[kind].append(_random_state(self.device))
+                    parts.append(pool(piece[kind]))
+            pooled[kind] = torch.cat(parts).requires_grad_(learns)
+        return pooled, states
+
+    def _second_pass(
+        self, pieces: list[Batch], states: dict[str, list[Tensor]], grads: dict[str, Tensor | None]
+    ) -> None:
+        """The same pieces with a graph, each given its rows' gradients; what does not learn has none."""
+        after = _random_state(self.device)
+        for kind, whole in grads.items():
+            if whole is None:
+                continue
+            start, (pool, _) = 0, self._pooling(kind)
+            for piece, state in zip(pieces, states[kind], strict=True):
+                _set_random_state(state, self.device)
+                with autocast(self.config, self.device):
+                    rows = pool(piece[kind])
+                if rows.requires_grad:
+                    rows.backward(whole[start : start + len(rows)])
+                start += len(rows)
+        _set_random_state(after, self.device)
+
+
+def encode_batch(model: CLIPModel, batch: Batch, config: Config) -> Features:
+    """A batch's named features in eval mode, in halves where memory runs out; call it without gradients."""
+    images = len(batch["image"])
+    try:
+        with autocast(config, model.logit_scale.device):
+            return model(batch["image"], batch["text"])
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or images == 1:
+            raise
+        message = first_line(error)
+    recover_memory(message)
+    parts = [encode_batch(model, half, config) for half in split_batch(batch, -(-images // 2))]
+    return {
+        name: torch.cat([part[name] for part in parts]) if first.ndim else first
+        for name, first in parts[0].items()
+    }
+
+
+@contextlib.contextmanager
+def explained_memory_errors() -> Iterator[None]:
+    """Within, memory that runs out is a LabError. Halving the batch does not help everywhere, such as in AdamW."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        recover_memory(first_line(error))
+        raise LabError(
+            f"memory ran out ({first_line(error)}); choose a smaller tower, image_size or batch_size, or end other "
+            "programs. The same call continues from the last checkpoint."
+        ) from error
 
 
 def _backward(features: Features, grads: Features) -> None:
@@ -176,12 +245,15 @@ def _backward(features: Features, grads: Features) -> None:
         torch.autograd.backward([features[n] for n in names], [grads[n].to(features[n]) for n in names])
 
 
-def split_batch(batch: Batch, size: int | None) -> list[Batch]:
-    """Pieces of at most `size` images; the texts are cut into as many pieces of their own."""
-    images, texts = len(batch["image_id"]), len(batch["text_id"])
+def split_batch(batch: Batch, size: int | None, least: int = 1) -> list[Batch]:
+    """Pieces of at most `size` images; the texts are cut into as many pieces of their own.
+
+    Args: least: a piece has at least so many images, where that many are there, at the expense of `size`.
+    """
+    images, texts = len(batch["image"]), _length(batch["text"])
     if size is None or size >= images:
         return [batch]
-    count = min(-(-images // size), texts)
+    count = min(-(-images // size), texts, images // least)
     cuts = {
         kind: [n * rows // count for n in range(count + 1)]
         for kind, rows in (("image", images), ("text", texts))
@@ -190,6 +262,10 @@ def split_batch(batch: Batch, size: int | None) -> list[Batch]:
         {kind: _rows(batch[kind], slice(cuts[kind][n], cuts[kind][n + 1])) for kind in ("image", "text")}
         for n in range(count)
     ]
+
+
+def _length(values: Any) -> int:
+    return len(next(iter(values.values()))) if isinstance(values, dict) else len(values)
 
 
 def _rows(values: Any, rows: slice) -> Any:
@@ -221,7 +297,24 @@ def _set_random_state(state: Tensor, device: torch.device) -> None:
         torch.set_rng_state(state)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA and MPS have a type for it; the CPU's allocator only words."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "allocate memory",
+    "bad_alloc",
+    "alloc_failed",  # cuBLAS and cuDNN
+    "could not create a primitive",  # oneDNN, which gives no cause
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA, MPS and Python have a type for it; the CPU's allocator and libraries only words."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in message for words in OUT_OF_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -113,7 +113,15 @@ class CLIPModel(nn.Module):
                 parameter.requires_grad_(not held)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """(I, 3, H, W) pictures, or (I, width) cached features -> (I, D), L2-normalised."""
+        """(I, 3, H, W) images, or (I, width) cached features -> (I, D), L2-normalized."""
+        return F.normalize(self.image_head(self.pool_image(image)).float(), dim=-1)
+
+    def encode_text(self, text: Tensor | list[str] | dict[str, Tensor]) -> Tensor:
+        """Captions, their tokens, or (T, width) cached features -> (T, D), L2-normalized."""
+        return F.normalize(self.text_head(self.pool_text(text)).float(), dim=-1)
+
+    def pool_image(self, image: Tensor) -> Tensor:
+        """The image tower alone, pooled: (I, 3, H, W) -> (I, width)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and "image" not in self.frozen):
             if self.image_pooling is None:
                 pooled = self.image_encoder(image)  # (I, width)
@@ -121,13 +129,20 @@ class CLIPModel(nn.Module):
                 feature_map = self.image_encoder.feature_map(image)  # (I, width, h, w)
         if self.image_pooling is not None:
             pooled = self.image_pooling(feature_map)
-        return F.normalize(self.image_head(pooled).float(), dim=-1)
+        return pooled
 
-    def encode_text(self, text: Tensor | list[str] | dict[str, Tensor]) -> Tensor:
-        """Captions, their tokens, or (T, width) cached features -> (T, D), L2-normalised."""
+    def pool_text(self, text: Tensor | list[str] | dict[str, Tensor]) -> Tensor:
+        """The text tower alone: captions or tokens -> (T, width)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and "text" not in self.frozen):
-            pooled = self.text_encoder(text)
-        return F.normalize(self.text_head(pooled).float(), dim=-1)
+            return self.text_encoder(text)
+
+    def project(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """The heads alone: what `pool_image` and `pool_text` gave -> named features, as `forward` returns them."""
+        return {
+            "image_features": F.normalize(self.image_head(image).float(), dim=-1),
+            "text_features": F.normalize(self.text_head(text).float(), dim=-1),
+            **self.logit_parts(),
+        }
 
     def attention(self, image: Tensor) -> Tensor:
         """(I, 3, H, W) -> (I, h, w) pooling weights, or what a vision transformer built here looks at.
@@ -144,8 +159,7 @@ class CLIPModel(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor | list[str] | dict[str, Tensor]) -> dict[str, Tensor]:
         """Named features: image_features (I, D), text_features (T, D), logit_scale (), logit_bias () if any."""
-        features = {"image_features": self.encode_image(image), "text_features": self.encode_text(text)}
-        return {**features, **self.logit_parts()}
+        return self.project(self.pool_image(image), self.pool_text(text))
 
     def logit_parts(self) -> dict[str, Tensor]:
         """logit_scale (), and logit_bias () where the loss wants one."""

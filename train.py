@@ -11,6 +11,7 @@ from torch import nn
 from cli import run_command
 from config import Config, run_name
 from distributed import is_main
+from engine import explained_memory_errors
 from paired_evaluation import report_pairs, save_curves
 from run_report import report_run
 from runs import Run, alone, load_run, stop_after_step
@@ -19,6 +20,7 @@ from trainer import OnEpoch, Trainer
 __all__ = ["Trainer", "alone", "fit", "overfit", "stop_after_step"]
 
 
+@explained_memory_errors()
 def fit(
     config: Config,
     *,
@@ -40,7 +42,8 @@ def fit(
         on_epoch: called with the history so far after each epoch, to draw live curves.
     Returns: the run. Interrupted (Ctrl-C, or the notebook's stop button), it finishes the step, saves and
         returns the unfinished run; the next call continues it.
-    Raises: LabError if the run's folder holds another data set's or another configuration's run.
+    Raises: LabError if memory runs out for good, or if the run's folder holds another data set's or another
+        configuration's run.
     """
     trainer = Trainer(config, criterion=criterion, train_set=train_set, val_set=val_set, show=show)
     if resume != "auto" or not trainer.finished():

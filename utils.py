@@ -17,12 +17,11 @@ from tqdm.auto import tqdm
 from augment import augment, augment_parts
 from config import Config
 from distributed import gather_rows
-from engine import Engine
+from engine import Engine, encode_batch
 from errors import LabError
 from geometry import feature_geometry, feature_spread
 from metrics import retrieval_metrics
 from models import CLIPModel
-from optimisation import autocast
 from runs import (
     Run,
     goodness,
@@ -242,8 +241,7 @@ def encode_loader(
     loss_sum = float("nan") if criterion is None else 0.0
     for batch in tqdm(loader, desc="encode", unit="batch", disable=not show, delay=1):
         batch = to_device(batch, device)
-        with autocast(config, device):
-            features = model(batch["image"], batch["text"])
+        features = encode_batch(model, batch, config)
         ids = {"image_id": batch["image_id"], "text_id": batch["text_id"]}
         if criterion is not None:
             loss_sum += criterion(**features, **ids).item() * len(ids["image_id"])

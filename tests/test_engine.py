@@ -16,7 +16,7 @@ from torch import nn
 
 import towers
 from config import make_config
-from engine import Engine, split_batch
+from engine import Engine, encode_batch, is_out_of_memory, split_batch
 from errors import LabError
 from losses import InfoNCELoss, SigmoidLoss
 from models import CLIPModel
@@ -107,7 +107,7 @@ def test_the_whole_batch_is_what_autograd_gives():
 def test_pieces_drop_the_same_units_in_both_passes():
     model, batch = make_model(), make_batch()
     seen = []
-    model.image_head.register_forward_hook(lambda module, given, out: seen.append(out.detach()))
+    model.image_encoder.register_forward_hook(lambda module, given, out: seen.append(out.detach()))
     gradients(engine_of(model, micro_batch_size=4), batch)
     first, second = seen[:3], seen[3:]
     assert len(seen) == 6
@@ -131,6 +131,36 @@ def test_batch_norm_moves_its_statistics_once_and_frozen_ones_are_exact():
         torch.testing.assert_close(pieces[name], gradient, rtol=1e-5, atol=1e-6)
 
 
+def test_heads_see_the_whole_batch_with_its_batch_norm():
+    options = {"norm": True, "freeze_batch_norm": True, "use_batch_norm": True}
+    losses, means, found = [], [], []
+    for size in (None, 3):
+        engine = engine_of(still(make_model(**options)), micro_batch_size=size)
+        found.append(gradients(engine, make_batch()))
+        losses.append(engine.gradients(make_batch()).item())
+        means.append(engine.model.image_head[1].running_mean.clone())
+    assert losses[1] == pytest.approx(
+        losses[0], rel=1e-5
+    )  # in pieces of their own they differ by a hundredth
+    torch.testing.assert_close(means[1], means[0])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_that_trains_takes_two_images_at_least():
+    batch = make_batch(11)
+    pieces = split_batch(batch, 2, least=2)
+    assert [len(piece["image"]) for piece in pieces] == [2, 2, 2, 2, 3]
+    engine_of(make_model(use_batch_norm=True), micro_batch_size=1).step(batch)  # only a head's: fine
+    engine_of(make_model(norm=True, freeze_batch_norm=True), micro_batch_size=1).step(batch)
+    with pytest.raises(LabError, match="micro_batch_size 1 leaves the image tower's BatchNorm one image"):
+        engine_of(make_model(norm=True), micro_batch_size=1).step(batch)
+    with pytest.raises(
+        LabError, match="BatchNorm needs at least two images while it trains, and this batch has one"
+    ):
+        engine_of(make_model(use_batch_norm=True)).step(make_batch(1))
+
+
 def test_pieces_hold_every_image_and_caption_once():
     batch = make_batch(10, 2)
     pieces = split_batch(batch, 4)
@@ -152,6 +182,19 @@ class Greedy(ConvTower):
         return super().forward(images)
 
 
+class Limit(nn.Module):
+    """Runs out of memory above some images at once, after the layers before it."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > self.limit:
+            raise MemoryError
+        return images
+
+
 def test_out_of_memory_halves_the_pieces_and_repeats_the_step(capsys):
     def trained(tower: nn.Module, size: int | None) -> tuple[torch.Tensor, Engine]:
         model = make_model()
@@ -164,7 +207,7 @@ def test_out_of_memory_halves_the_pieces_and_repeats_the_step(capsys):
 
     greedy, engine = trained(Greedy(), None)
     assert engine.micro_batch_size == 3  # 10 -> 5 -> 3
-    assert "going on with micro_batch_size 3; the batch stays 10" in capsys.readouterr().out
+    assert "continuing with micro_batch_size 3; the batch stays 10" in capsys.readouterr().out
     assert torch.equal(greedy, trained(ConvTower(), 3)[0])
 
 
@@ -174,6 +217,93 @@ def test_out_of_memory_on_one_image_says_so():
     model.image_encoder.limit = 0
     with pytest.raises(LabError, match="memory ran out on a single image"):
         engine_of(model).step(make_batch())
+
+
+def test_memory_that_runs_out_keeps_two_images_for_batch_norm(capsys):
+    model = make_model(norm=True)
+    model.image_encoder = Greedy(norm=True).train()
+    model.image_encoder.limit = 2
+    engine = engine_of(model)
+    engine.step(make_batch())
+    assert engine.micro_batch_size == 2  # 10 -> 5 -> 3 -> 2
+    model.image_encoder.limit = 1
+    with pytest.raises(LabError, match="memory ran out on two images, the fewest that BatchNorm takes"):
+        engine.step(make_batch())
+
+
+def test_a_step_taken_again_moves_batch_norm_once(capsys):
+    def trained(limit: int, size: int | None) -> dict[str, torch.Tensor]:
+        model = make_model(norm=True)
+        model.image_encoder.body.append(Limit(limit))
+        torch.manual_seed(3)
+        engine_of(model, micro_batch_size=size).step(make_batch())
+        return model.state_dict()
+
+    found, expected = trained(5, None), trained(99, 5)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_evaluation_that_runs_out_of_memory_takes_halves():
+    model, batch = make_model().eval(), make_batch()
+    whole = encode_batch(model, batch, make_config("flickr8k"))
+    model.image_encoder.body.append(Limit(3))
+    halves = encode_batch(model, batch, make_config("flickr8k"))
+    assert whole.keys() == halves.keys()
+    for name in whole:
+        torch.testing.assert_close(halves[name], whole[name])
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(MemoryError(), True), (RuntimeError("could not create a primitive"), True), (RuntimeError("bad_alloc"), True),
+     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+     (RuntimeError("expected scalar type Float"), False), (ValueError("out of memory"), False)],
+)  # fmt: skip
+def test_what_counts_as_out_of_memory(error, expected):
+    assert is_out_of_memory(error) == expected
+
+
+LITTLE_MEMORY = """
+import sys; sys.path.insert(0, {root!r})
+import os
+import resource
+from config import load_config
+from errors import LabError
+from train import fit
+config = load_config(sys.argv[1] + "/config.yaml")
+fit(config.updated(image_tower_mode="cached"), show=False)  # encodes the captions
+for megabytes in (0, 150):
+    if os.fork() == 0:
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        limit = used + (megabytes << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        try:
+            run = fit(config.updated(runs_dir=config.runs_dir / str(megabytes)), show=False)
+            print("result", megabytes, "finished" if run.finished else "stopped", run.training["micro_batch_size"])
+        except LabError as error:
+            print("result", megabytes, "sentence:", error)
+        sys.stdout.flush()
+        os._exit(0)
+    print("status", os.wait()[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as on Linux")
+def test_memory_that_really_runs_out(coco, tmp_path):
+    """Unlimited, the step needs 400 MB."""
+    config = make_config(
+        "quickstart", data_dir=coco, cache_dir=tmp_path / "cache", runs_dir=tmp_path / "runs", image_size=112,
+        num_epochs=1, batch_size=24, warmup_steps=2, device="cpu", test_splits=("val",),
+    )  # fmt: skip
+    config.save(tmp_path / "config.yaml")
+    command = [sys.executable, "-c", LITTLE_MEMORY.format(root=str(ROOT)), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    results = [line.split(" ", 2)[2] for line in done.stdout.splitlines() if line.startswith("result")]
+    assert done.stdout.count("status 0") == len(results) == 2, done.stderr[-2000:]
+    assert results[0].startswith(("sentence: memory ran out", "finished"))
+    assert results[1].startswith("finished")
+    assert int(results[1].split()[1]) < 24
 
 
 def test_other_errors_pass():
