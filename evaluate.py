@@ -16,7 +16,16 @@ from typing import Any
 from cli import Parser, one_sentence
 from comparison import compare_runs, finished_runs, flag_settings, settings_label
 from config import Config
-from gallery import INTERVALS, Gallery, chance, evaluate_run, metrics_table, open_gallery, recalls_of
+from gallery import (
+    INTERVALS,
+    Gallery,
+    chance,
+    evaluate_run,
+    metrics_table,
+    open_gallery,
+    recalls_of,
+    results_of,
+)
 from queries import Found, search_command, search_text
 from run_report import open_runs, report_comparison, report_run
 from runs import load_run
@@ -54,7 +63,7 @@ def evaluate_command(folder: str, places: dict[str, Any], **options: Any) -> Non
     run = load_run(folder, **places)
     report_run(run, **options)
     print(metrics_table(run.metrics).to_string())
-    print(f"{run.folder}: metrics.json, tables/, figures/, report.html")
+    print(f"{results_of(run)}: metrics.json, tables/, figures/, report.html")
 
 
 def compare_command(folders: list[str], folder: str, baseline: str | None, places: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from export_clip import clip_features, write_clip
 from export_model import loaded, sentence_features, write_heads, write_model, write_sentence_transformer
 from files import make_folder, write_text
 from models import CLIPModel, build_model
-from runs import Run
+from runs import Run, own_image_weights
 
 TOLERANCE = 1e-5
 TEXTS = ["a red square beside a blue circle", "two dogs run through the snow", "a man"]
@@ -70,8 +70,9 @@ def whole_config(run: Run) -> Config:
     """The run's configuration with towers in place of their cached features."""
     modes = {name: run.config[name] for name in ("image_tower_mode", "text_tower_mode")}
     config = run.config.updated(**{name: "frozen" if m == "cached" else m for name, m in modes.items()})
-    kept = modes["image_tower_mode"] != "cached" and config.image_weights == "pretrained"
-    return config.updated(image_weights="random") if kept else config  # the run's file holds them
+    if modes["image_tower_mode"] == "cached":
+        return config
+    return config.updated(image_weights=own_image_weights(config))  # the run's file holds them
 
 
 def whole_model(run: Run) -> CLIPModel:
@@ -164,7 +165,7 @@ def model_card(run: Run, notes: list[str]) -> str:
         "",
         "## Figures",
         "",
-        *_figures(run.metrics),
+        *_figures({name: of for name, of in run.metrics.items() if of.get("weights") == run.weights}),
     ]
     return "\n".join(lines) + "\n"
 

@@ -19,6 +19,7 @@ from errors import LabError
 from export_clip import plain_layers, text_config
 from files import atomic_path, write_json, write_text
 from models import CLIPModel
+from runs import own_image_weights
 from transformer import TextTransformer
 
 # --- sentence-transformers ---
@@ -149,8 +150,7 @@ def load_model():
 
 def write_model(model: CLIPModel, config: Config, folder: Path) -> Path:
     """Write a whole model; `load_model.py` builds it by this lab's modules."""
-    if config.image_weights == "pretrained":
-        config = config.updated(image_weights="random")  # the file holds them
+    config = config.updated(image_weights=own_image_weights(config))  # the file holds them
     kept = config.model_dump(mode="json", exclude={"start_from"})
     return _write(folder, _cpu(model), kept, MODEL_LOADER)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import plots
 from dataset import make_loader
 from errors import LabError
-from files import atomic_path, fingerprint, write_json
+from files import atomic_path, fingerprint, read_json, write_json
 from metrics import PROTOCOLS, summarise
 from open_data import open_dataset
 from ranks import QueryRanks, Ranks, match_ranks
@@ -74,9 +74,8 @@ class Gallery:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells this gallery from any other: pictures, captions, and which of them are in use."""
-        ids = [str(values.tolist()) for values in (self.image_id, self.text_id)]
-        return fingerprint([self.dataset.describe()["sha256"], *ids])
+        """Tells this gallery from any other: images, captions, and which of them are in use."""
+        return data_digest(self.dataset)
 
     @property
     def has_pictures(self) -> bool:
@@ -98,7 +97,11 @@ class Gallery:
         """
         about = {"split": self.split, "protocol": protocol_of(self), "gallery": self.fingerprint}
         files = getattr(self.dataset, "left_out", {})
-        left_out = {"left_out": len(files), "left_out_files": files}
+        left_out = {
+            "left_out": len(files),
+            "left_out_files": files,
+            "recall_ks": list(self.run.config.recall_ks),
+        }
         if self.measures_itself:
             sizes = {"num_images": len(self.image_id), "num_texts": len(self.text_id)}
             found = self.dataset.validation_metrics(self.run.model, self.features, self.run.config)
@@ -126,10 +129,25 @@ def open_gallery(run: Run, split: str, *, show: bool = True) -> Gallery:
 
     Raises: LabError if the split does not exist or the run has no weights yet.
     """
-    dataset = open_dataset(run.config.updated(**OFF), (split,), progress=show)
+    return encoded(run, open_split(run, split, show=show), show=show)
+
+
+def open_split(run: Run, split: str, *, show: bool = True) -> Any:
+    """A split's data set as an evaluation reads it. Raises: LabError if the split does not exist."""
+    return open_dataset(run.config.updated(**OFF), (split,), progress=show)
+
+
+def encoded(run: Run, dataset: Any, *, show: bool = True) -> Gallery:
+    """A data set encoded by a run's best model. Raises: LabError if the run has no weights yet."""
     loader = make_loader(dataset, run.config.batch_size)
     features, _ = encode_loader(run.model, loader, run.config, show=show)
     return Gallery(run, dataset, **features)
+
+
+def data_digest(dataset: Any) -> str:
+    """Tells what is measured on a data set from what is measured on another."""
+    about = dataset.describe()
+    return fingerprint([about["sha256"], about.get("form", "")])
 
 
 # --- protocols ---
@@ -194,14 +212,18 @@ RANK_FIELDS = [field.name for field in fields(QueryRanks)]
 
 
 def evaluate_run(run: Run, *, again: bool = False, show: bool = True) -> dict[str, dict[str, Any]]:
-    """Metrics of a run's test splits, measured once and kept in metrics.json, and their figures.
+    """Metrics of a run's test splits, and their figures.
+
+    They are kept in metrics.json, and measured again where the weights, the data or recall_ks are others now.
+    Figures of other data than the run's own go into a folder of their own, see `results_folder`.
 
     Args:
-        again: measure anew.
+        again: measure again in any case.
     Returns: split -> metrics; recalls in [0, 1].
+    Raises: LabError if a test split does not exist, or data_dir was named and does not exist.
     """
     measured(run, again=again, show=show)
-    figures = run.folder / "figures"
+    figures = results_of(run) / "figures"
     plots.learning_curves({run.name: run.history}, figures / "learning_curves.png", best_epoch=run.best_epoch)
     for split in run.config.test_splits:
         found = run.metrics[split]
@@ -212,19 +234,81 @@ def evaluate_run(run: Run, *, again: bool = False, show: bool = True) -> dict[st
 
 def measured(run: Run, *, again: bool = False, show: bool = True) -> dict[str, dict[str, Any]]:
     """`evaluate_run` without figures."""
-    for split in run.config.test_splits:
-        if again or "gallery" not in run.metrics.get(split, {}):
-            keep_measured(open_gallery(run, split, show=show))
-    return run.metrics
+    found = {split: measured_split(run, split, again=again, show=show) for split in run.config.test_splits}
+    run.metrics = found
+    return found
 
 
-def keep_measured(gallery: Gallery) -> None:
-    """Measure a gallery and write its figures into its run's metrics.json, its ranks beside it."""
+def measured_split(
+    run: Run, split: str, *, gallery: Gallery | None = None, again: bool = False, show: bool = True
+) -> dict[str, Any]:
+    """One split's metrics under the run's weights, on the data as they are now.
+
+    Args: gallery: the split, where it is encoded already.
+    """
+    kept = run.metrics.get(split, {})
+    try:
+        dataset = open_split(run, split, show=show) if gallery is None else gallery.dataset
+    except LabError:
+        if not run.own_data or run.config.data_dir.exists() or kept.get("weights") != run.weights:
+            raise
+        print(
+            f"{run.config.data_dir} is gone: split {split!r} of {run.name} is shown as it was measured there."
+        )
+        return kept
+    digest = data_digest(dataset)
+    if run.results is None:
+        run.results = results_folder(run, known_gallery(run, split), digest)
+    if run.results != run.folder:
+        kept = read_json(run.results / "metrics.json").get(split, {})
+    same = (kept.get("weights"), kept.get("gallery")) == (run.weights, digest)
+    if again or not same or kept.get("recall_ks") != list(run.config.recall_ks):
+        return keep_measured(gallery or encoded(run, dataset, show=show))
+    return kept
+
+
+def results_of(run: Run) -> Path:
+    """Where a measured run's figures, tables and report go, see `results_folder`."""
+    return run.results or run.folder
+
+
+def known_gallery(run: Run, split: str) -> str | None:
+    """Digest of the data that the run's own metrics of a split are of."""
+    return read_json(run.folder / "metrics.json").get(split, {}).get("gallery")
+
+
+def results_folder(run: Run, known: str | None, digest: str) -> Path:
+    """Where results on data of this digest are kept.
+
+    That is the run's folder for the data it was trained on, wherever they lie now, and for the first data it is
+    measured on; for any other data `on_DIGEST` in it, so that these never replace the run's own figures.
+
+    Args: known: digest of the data that the run's own results are of.
+    """
+    if run.own_data or known in (None, digest):
+        return run.folder
+    print(
+        f"{run.config.data_dir} holds other data than {run.name} was measured on: results go to on_{digest[:8]}/."
+    )
+    return run.folder / f"on_{digest[:8]}"
+
+
+def keep_measured(gallery: Gallery) -> dict[str, Any]:
+    """Measure a gallery; write its figures into metrics.json in its run's results, its ranks beside it.
+
+    Figures of other weights in that file are dropped.
+    """
     run = gallery.run
-    run.metrics[gallery.split] = gallery.metrics()
+    run.results = run.results or results_folder(run, known_gallery(run, gallery.split), gallery.fingerprint)
+    path = run.results / "metrics.json"
+    found = {**gallery.metrics(), "weights": run.weights}
     if not gallery.measures_itself:
-        save_ranks(gallery.ranks, ranks_path(run, gallery.split), gallery.fingerprint)
-    write_json(run.folder / "metrics.json", run.metrics)
+        save_ranks(gallery.ranks, ranks_path(run, gallery.split), origin_of(found))
+    others = {name: of for name, of in read_json(path).items() if of.get("weights") == run.weights}
+    run.results.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**others, gallery.split: found})
+    run.metrics[gallery.split] = found
+    return found
 
 
 # --- figures ---
@@ -285,22 +369,25 @@ def metrics_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
 
 
 def ranks_path(run: Run, split: str) -> Path:
-    return run.folder / f"ranks_{split}.npz"
+    return results_of(run) / f"ranks_{split}.npz"
+
+
+def origin_of(metrics: dict[str, Any]) -> str:
+    """What ranks must come from to belong to these metrics: their gallery under their weights."""
+    return f"{metrics['gallery']} {metrics.get('weights')}"
 
 
 def ranks_of(run: Run, split: str, *, show: bool = True) -> Ranks:
-    """The ranks of a run's split as they were measured; measured now where they were not kept.
-
-    Raises: LabError if they belong to another gallery than the figures in metrics.json.
-    """
-    path = ranks_path(run, split)
-    if not path.is_file():
+    """The ranks behind a split's metrics; measured now where they were not kept, or are of something else."""
+    try:
+        return load_ranks(ranks_path(run, split), origin_of(run.metrics[split]))
+    except LabError:
         keep_measured(open_gallery(run, split, show=show))
-    return load_ranks(path, run.metrics[split]["gallery"])
+        return load_ranks(ranks_path(run, split), origin_of(run.metrics[split]))
 
 
-def save_ranks(ranks: Ranks, path: Path, gallery: str) -> None:
-    """Write ranks whole or not at all, with the fingerprint of their gallery."""
+def save_ranks(ranks: Ranks, path: Path, origin: str) -> None:
+    """Write ranks whole or not at all, with what they come from, see `origin_of`."""
     arrays: dict[str, Any] = {
         f"{way}_{name}": np.asarray(value)
         for way in ("i2t", "t2i")
@@ -308,19 +395,21 @@ def save_ranks(ranks: Ranks, path: Path, gallery: str) -> None:
         if (value := getattr(getattr(ranks, way), name)) is not None
     }
     with atomic_path(path) as beside, open(beside, "wb") as file:
-        np.savez_compressed(file, gallery=np.array(gallery), **arrays)
+        np.savez_compressed(file, origin=np.array(origin), **arrays)
 
 
-def load_ranks(path: Path, gallery: str) -> Ranks:
-    """Read what `save_ranks` wrote. Raises: LabError if it is damaged or of another gallery."""
+def load_ranks(path: Path, origin: str) -> Ranks:
+    """Read what `save_ranks` wrote. Raises: LabError if it is damaged, or of other weights or another gallery."""
     try:
         with np.load(path) as kept:
             arrays = {name: kept[name] for name in kept.files}
-        ways = [_query_ranks(arrays, way) for way in ("i2t", "t2i")]
+        ways, found = [_query_ranks(arrays, way) for way in ("i2t", "t2i")], str(arrays["origin"])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise LabError(f"{path} cannot be read ({error}); evaluate the run again (--again).") from error
-    if arrays["gallery"].item() != gallery:
-        raise LabError(f"{path} holds ranks of another gallery; evaluate the run again (--again).")
+    if found != origin:
+        raise LabError(
+            f"{path} holds ranks of other weights or another gallery; evaluate the run again (--again)."
+        )
     return Ranks(*ways)
 
 

@@ -20,7 +20,8 @@ from cli import Parser, one_sentence
 from comparison import markdown_table, save_table, settings_label
 from dataset import make_loader
 from errors import LabError, choose
-from files import write_json, write_text
+from files import read_json, write_json, write_text
+from gallery import data_digest, results_folder, results_of
 from pair_ranks import PairRanks
 from paired_data import PairedPictures, fixed_pairs
 from runs import Run, load_run
@@ -37,6 +38,7 @@ class PairResult:
 
     pairs: PairedPictures
     ranks: PairRanks
+    weights: str = ""
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
@@ -47,6 +49,7 @@ class PairResult:
         captions = self.pairs.num_classes**2
         chance = {f"top{k}_chance": k / captions for k in (1, 10, 100) if f"top{k}" in found}
         about = {"pictures": len(self.pairs), "captions": captions, "split": self.pairs.split}
+        about |= {"gallery": data_digest(self.pairs), "weights": self.weights}
         counts = {"num_different": self.ranks.different.sum(), "num_swapped": self.ranks.is_swapped.sum()}
         about |= {name: int(count) for name, count in counts.items()}
         return {**about, **found, **chance, "intervals": f"95 %, bootstrap over pairs, {TEST_SAMPLE_ONLY}"}
@@ -68,7 +71,7 @@ def evaluate_pairs(
         if split in config.train_splits:
             pairs.num_pairs = min(len(pairs), TRAIN_PAIRS)
         features, _ = encode_loader(run.model, make_loader(pairs, config.batch_size), config, show=show)
-        results[split] = PairResult(pairs, pairs.ranks(run.model, features))
+        results[split] = PairResult(pairs, pairs.ranks(run.model, features), run.weights)
     return results
 
 
@@ -160,14 +163,18 @@ def report_pairs(
     )
     splits = dict.fromkeys([*run.config.train_splits, *run.config.val_splits, *run.config.test_splits])
     results = evaluate_pairs(run, list(splits), show=show)
-    write_json(run.folder / "pair_metrics.json", {name: of.metrics for name, of in results.items()})
-    tables, figures = run.folder / "tables", run.folder / "figures"
-    save_table(pairs_table(results), tables / "pairs")
     last = results[run.config.test_splits[-1]]
+    found = {name: of.metrics for name, of in results.items()}
+    kept = read_json(run.folder / "pair_metrics.json").get(last.pairs.split, {})
+    folder = run.results = results_folder(run, kept.get("gallery"), found[last.pairs.split]["gallery"])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "pair_metrics.json", found)
+    tables, figures = folder / "tables", folder / "figures"
+    save_table(pairs_table(results), tables / "pairs")
     if comprehensive:
         save_table(last.ranks.by_class(last.pairs.pictures.names), tables / "pairs_by_class")
     if not no_plotting:
-        save_curves(run.folder, run.history, run.best_epoch)
+        save_curves(folder, run.history, run.best_epoch, name=run.name)
     if comprehensive and not no_plotting:
         show_examples(last, figures / "pair_examples.png")
     if output_file is not None and write_copy is not None:
@@ -182,10 +189,10 @@ COPIES = {
 }
 
 
-def save_curves(folder: Path, history: pd.DataFrame, best_epoch: int | None = None) -> Path:
+def save_curves(folder: Path, history: pd.DataFrame, best_epoch: int | None = None, name: str = "") -> Path:
     """Write the learning curves so far as PNG into a run's folder; quick enough after every epoch."""
     path = folder / "figures" / "learning_curves.png"
-    plots.learning_curves({folder.name: history}, path, best_epoch=best_epoch)
+    plots.learning_curves({name or folder.name: history}, path, best_epoch=best_epoch)
     return path
 
 
@@ -208,7 +215,7 @@ def main() -> None:
         for folder in folders:
             run = load_run(folder, **({"data_dir": data_dir} if data_dir else {}))
             results = report_pairs(run, **given)
-            print(f"\n{run.folder}: pair_metrics.json, tables/, figures/")
+            print(f"\n{results_of(run)}: pair_metrics.json, tables/, figures/")
             print(pairs_table(results).to_string())
             measured.append((run, results[run.config.test_splits[-1]].metrics))
         if len(folders) > 1:

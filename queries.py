@@ -6,7 +6,6 @@ array (H, W, 3) of uint8. One of the gallery's own, by number or file, is never 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
@@ -28,13 +27,12 @@ from cache import StaleCacheError
 from encode import image_features, text_features
 from errors import LabError
 from files import fingerprint, write_text
-from gallery import Gallery, open_gallery
-from open_data import open_dataset
+from gallery import Gallery, data_digest, known_gallery, open_split, results_folder, results_of
+from gallery import encoded as encoded_gallery
 from pictures import UndecodableImage, decode, decode_rgb
 from plots_style import Cell, picture_rows, saved
 from runs import Run, load_run
 from search import Index, build_index, combine, mine_neighbours, open_index, save_index
-from training_set import OFF
 
 Picture = Any
 OUTSIDE = -1  # the id of a picture that is not the gallery's
@@ -273,18 +271,6 @@ def encoded(picture: Picture) -> Path | bytes:
 # --- indexes in a run's folder ---
 
 
-def weights_digest(run: Run) -> str:
-    """SHA-256 of a run's best weights. Raises: LabError if it has none yet."""
-    path = run.folder / "best.safetensors"
-    if not path.is_file():
-        raise LabError(f"{run.folder} holds no best.safetensors; train the run first.")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def open_search(
     run: Run, split: str | None = None, *, kind: str = "auto", show: bool = True
 ) -> GallerySearch:
@@ -297,22 +283,24 @@ def open_search(
         kind: see `search.build_index`.
     """
     split = split or run.config.test_splits[0]
-    dataset = open_dataset(run.config.updated(**OFF), (split,), progress=show)
+    dataset = open_split(run, split, show=show)
     _check_captioned(dataset)
+    digest = data_digest(dataset)
     about = {
         "run": run.name,
-        "weights": weights_digest(run),
+        "weights": run.weights,
         "split": split,
-        "data": fingerprint([dataset.describe()["sha256"], str(len(dataset))]),
+        "data": digest,
         "kind": kind,
     }
-    folder = run.folder / "index" / split
+    run.results = run.results or results_folder(run, known_gallery(run, split), digest)
+    folder = run.results / "index" / split
     try:
         images, captions = (open_index(folder / side, about) for side in ("images", "captions"))
     except StaleCacheError as stale:
         if folder.exists():
             print(f"{stale} It is built anew.")
-        made = GallerySearch.of(open_gallery(run, split, show=show), kind, about)
+        made = GallerySearch.of(encoded_gallery(run, dataset, show=show), kind, about)
         save_index(made.images, folder / "images")
         save_index(made.captions, folder / "captions")
         return made
@@ -381,7 +369,7 @@ def search_command(
         found = search.combined(terms, k)
     else:
         found = (search.by_text([text], k) if image is None else search.by_picture([Path(image)], k))[0]
-    folder = run.folder / "search" if folder is None else Path(folder)
+    folder = results_of(run) / "search" if folder is None else Path(folder)
     path = folder / f"{file_name(found.query)}.png"
     search_grid([found], path, f"{run.name}, {search.gallery.split}: {len(search.images):,} pictures")
     write_text(path.with_suffix(".csv"), found_table([found]).to_csv(index=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from comparison import (
 from config import DEFAULT_CONFIG, NOT_IN_NAME, make_config
 from errors import LabError, choose
 from files import write_json, write_text
-from gallery import INTERVALS, evaluate_run, keep_measured, metrics_table, open_gallery
+from gallery import INTERVALS, evaluate_run, measured_split, metrics_table, open_gallery, results_of
 from looking_inside import Exhibit, examine, zero_shot_exhibits
 from runs import Run
 from uncertainty import TEST_SAMPLE_ONLY
@@ -59,18 +60,23 @@ def report_run(
     write_copy = (
         None if output_file is None else choose(COPIES, Path(output_file).suffix, "output_file ending")
     )
-    figures = run.folder / "figures"
+    before = {found.get("weights") for found in run.metrics.values()}
+    if before and before != {run.weights}:  # nothing of other weights stays beside the new figures
+        for name in ("figures", "tables"):
+            shutil.rmtree(run.folder / name, ignore_errors=True)
     exhibits = {split: _examined(run, split, again, show) for split in run.config.test_splits * comprehensive}
     evaluate_run(run, again=again and not comprehensive, show=show)
+    results = results_of(run)
+    figures = results / "figures"
     for folder in dict.fromkeys(Path(each).resolve() for each in labelled):
         name = free_name(folder, {*exhibits, *run.config.test_splits})
         found = zero_shot.measure(run, replace(open_labelled(run, folder, show=show), name=name))
         exhibits[found.name] = list(zero_shot_exhibits([found], figures, found.name))
     for where, shown in exhibits.items():
-        _save_tables(shown, run.folder / "tables", where)
+        _save_tables(shown, results / "tables", where)
     page = run_page(run, exhibits)
-    save_table(metrics_table(run.metrics), run.folder / "tables" / "results")
-    saved = page.save(run.folder / "report.html")
+    save_table(metrics_table(run.metrics), results / "tables" / "results")
+    saved = page.save(results / "report.html")
     if output_file is not None and write_copy is not None:
         write_copy(run, Path(output_file))
     return saved
@@ -86,9 +92,8 @@ def free_name(folder: Path, taken: Collection[str]) -> str:
 def _examined(run: Run, split: str, again: bool, show: bool) -> list[Exhibit]:
     """A split's exhibits, from one encoding of it that also measures it where that is due."""
     gallery = open_gallery(run, split, show=show)
-    if again or run.metrics.get(split, {}).get("gallery") != gallery.fingerprint:
-        keep_measured(gallery)
-    return examine(gallery, run.folder / "figures", show=show)
+    run.metrics[split] = measured_split(run, split, gallery=gallery, again=again)
+    return examine(gallery, results_of(run) / "figures", show=show)
 
 
 def _save_tables(exhibits: Sequence[Exhibit], folder: Path, where: str) -> None:
@@ -99,7 +104,9 @@ def _save_tables(exhibits: Sequence[Exhibit], folder: Path, where: str) -> None:
 
 
 COPIES: Mapping[str, Callable[[Run, Path], Any]] = {
-    ".html": lambda run, path: write_text(path, (run.folder / "report.html").read_text(encoding="utf-8")),
+    ".html": lambda run, path: write_text(
+        path, (results_of(run) / "report.html").read_text(encoding="utf-8")
+    ),
     ".json": lambda run, path: write_json(path, run.metrics),
     ".csv": lambda run, path: write_text(path, metrics_table(run.metrics).to_csv()),
     ".md": lambda run, path: write_text(path, markdown_table(metrics_table(run.metrics))),
@@ -122,7 +129,7 @@ def run_page(run: Run, exhibits: Mapping[str, Sequence[Exhibit]]) -> Page:
         "Intervals answer what other test images would have given; another seed's training is not in them. "
         "Every image of a split is searched once, all its captions count as right."
     )
-    figures = run.folder / "figures"
+    figures = results_of(run) / "figures"
     for split in run.metrics:
         if (figures / f"recall_{split}.png").is_file():
             page.figure(figures / f"recall_{split}.png", f"Recall@K on split {split}, dotted: chance.")
@@ -201,7 +208,7 @@ def _show_left_out(page: Page, run: Run) -> None:
         page.text("None: every picture could be decoded and has a caption.")
         return
     table = pd.DataFrame(rows).set_index("split")
-    save_table(table, run.folder / "tables" / "left_out")
+    save_table(table, results_of(run) / "tables" / "left_out")
     more = (
         f"; the first {LEFT_OUT_SHOWN} of them, all in tables/left_out.csv"
         if len(rows) > LEFT_OUT_SHOWN

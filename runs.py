@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 from config import Config, load_config
 from errors import LabError
-from files import atomic_path, locked, read_json, sweep
+from files import atomic_path, file_digest, locked, read_json, sweep
+from image_towers import IMAGE_MODELS
 from metrics import direction
 from models import CLIPModel, build_model
 
@@ -151,8 +152,10 @@ class Run:
         folder: where it lies.
         config: with `runs_dir` and the other places as they were given to `load_run`, else as saved.
         history: a row an epoch.
-        metrics: split -> metrics, once evaluated.
+        metrics: split -> metrics, once evaluated; `gallery.measured` says whether they are still true.
         training: how it was trained: data, seconds, machine, versions, files left out.
+        own_data: whether `data_dir` is the folder that the run was trained on.
+        results: folder of figures, tables and indexes; another than `folder` where they are of other data.
     """
 
     folder: Path
@@ -160,6 +163,8 @@ class Run:
     history: pd.DataFrame
     metrics: dict[str, dict[str, Any]]
     training: dict[str, Any]
+    own_data: bool = True
+    results: Path | None = None
 
     @property
     def name(self) -> str:
@@ -177,26 +182,38 @@ class Run:
         return int(self.history["epoch"].iloc[goodness(self.history[metric], metric).argmax()])
 
     @functools.cached_property
-    def model(self) -> CLIPModel:
-        """The best epoch's model, on the configuration's device, in eval mode."""
+    def weights(self) -> str:
+        """SHA-256 of the best epoch's weights. Raises: LabError if there are none yet."""
         path = self.folder / "best.safetensors"
         if not path.is_file():
             raise LabError(
                 f"{self.folder} holds no best.safetensors: the run has not finished an epoch; train it first."
             )
-        weights = self.config.image_weights
-        model = build_model(
-            self.config.updated(image_weights="random" if weights == "pretrained" else weights)
-        )
-        model.load_state_dict(load_file(path))
+        return file_digest(path)
+
+    @functools.cached_property
+    def model(self) -> CLIPModel:
+        """The best epoch's model, on the configuration's device, in eval mode."""
+        self.weights  # noqa: B018  taken before they are loaded: results never carry the digest of newer weights
+        model = build_model(self.config.updated(image_weights=own_image_weights(self.config)))
+        model.load_state_dict(load_file(self.folder / "best.safetensors"))
         return model.to(get_device(self.config.device)).eval()
+
+
+def own_image_weights(config: Config) -> str:
+    """`image_weights` for a model whose state a run's file fills: a weights file need not be there any more.
+
+    A model by hub name or folder keeps its name, which says how it is built.
+    """
+    weights = config.image_weights
+    return "random" if weights == "pretrained" or config.image_tower not in IMAGE_MODELS else weights
 
 
 def load_run(folder: str | Path, **places: Any) -> Run:
     """Open a run's folder.
 
     Args:
-        places: configuration fields that say where and on what to compute, such as data_dir or device.
+        places: configuration fields that are no part of the run's name, such as data_dir, device or recall_ks.
     Raises: LabError if the folder is missing or is not a run's.
     """
     folder = Path(folder)
@@ -205,9 +222,12 @@ def load_run(folder: str | Path, **places: Any) -> Run:
         hint = f"; runs beside it: {', '.join(known)}" if known else ""
         raise LabError(f"{folder} is not a run's folder (no config.yaml){hint}.")
     history = folder / "history.csv"
+    saved = load_config(folder / "config.yaml")
+    config = saved.updated(**places)
     return Run(
         folder=folder,
-        config=load_config(folder / "config.yaml", **places),
+        config=config,
+        own_data=config.data_dir.resolve() == saved.data_dir.resolve(),
         history=pd.read_csv(history) if history.is_file() else pd.DataFrame(),
         metrics=read_json(folder / "metrics.json"),
         training=read_json(folder / "training.json"),

@@ -73,8 +73,9 @@ def made_gallery(
     texts = texts + noise * torch.randn(texts.shape, generator=generator)
     ids = torch.arange(num_images) + 100
     run: Any = SimpleNamespace(
-        config=config or make_config("quickstart"), metrics={}, name="made", model=None
-    )
+        config=config or make_config("quickstart"), metrics={}, name="made", model=None,
+        weights="made", results=None, own_data=True,
+    )  # fmt: skip
     describe = lambda: {"sha256": f"{num_images} {captions}"}  # noqa: E731
     if split_source:
         dataset["table"] = SimpleNamespace(split_source=split_source)

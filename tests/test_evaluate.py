@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from evaluated import argsort_recall, config_of, made_gallery, write_home, write_run
+from evaluated import COUNTS, argsort_recall, config_of, made_gallery, write_home, write_run
+from safetensors.torch import load_file, save_file
 
 import comparison
 import evaluate
@@ -29,6 +31,7 @@ from gallery import (
 )
 from metrics import retrieval_metrics
 from runs import load_run
+from scenes import write_scenes
 from uncertainty import compare_settings, paired_test
 
 
@@ -227,18 +230,16 @@ def test_ranks_are_kept_and_refused_where_they_do_not_fit(tmp_path):
     path = tmp_path / "ranks_test.npz"
     save_ranks(gallery.ranks, path, gallery.fingerprint)
     assert same(load_ranks(path, gallery.fingerprint), gallery.ranks)
-    with pytest.raises(LabError, match="ranks of another gallery"):
+    with pytest.raises(LabError, match="ranks of other weights or another gallery"):
         load_ranks(path, made_gallery(29).fingerprint)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(LabError, match="cannot be read"):
         load_ranks(path, gallery.fingerprint)
 
 
-def test_a_gallery_differs_with_its_ids_and_data():
+def test_a_gallery_differs_with_its_data():
     prints = [made_gallery(30).fingerprint, made_gallery(31).fingerprint, made_gallery(30, 3).fingerprint]
-    changed = made_gallery(30)
-    changed.text_id[0] = -1
-    assert len({*prints, changed.fingerprint}) == 4
+    assert len(set(prints)) == 3
     assert made_gallery(30, seed=5).fingerprint == prints[0]  # another model on the same gallery
 
 
@@ -253,6 +254,87 @@ def test_lost_ranks_are_measured_again(run):
     ranks_path(run, "novel").unlink()
     assert ranks_of(run, "novel", show=False).num_images == 12
     assert ranks_path(run, "novel").is_file()
+
+
+# --- results follow what they are derived from ---
+
+
+@pytest.fixture
+def copied(home, tmp_path):
+    """A measured run and its data in a folder of their own; features come from the shared cache."""
+    shutil.copytree(home / "scenes", tmp_path / "scenes")
+    config = config_of(home, test_splits=("test",), data_dir=tmp_path / "scenes", runs_dir=tmp_path / "runs")
+    made = write_run(config)
+    measured(made, show=False)
+    return made
+
+
+def mean_rank(found):
+    return found["test"]["t2i_mean_rank"]
+
+
+def test_figures_of_other_weights_are_measured_again(copied):
+    before, ranks = copied.metrics, ranks_of(copied, "test")
+    later = write_run(copied.config)
+    weights = load_file(later.folder / "best.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    weights["image_head.0.weight"] = torch.randn(weights["image_head.0.weight"].shape, generator=generator)
+    save_file(weights, later.folder / "best.safetensors")
+    later = load_run(later.folder)
+    found = measured(later, show=False)
+    assert found["test"]["weights"] != before["test"]["weights"]
+    expected = evaluate.open_gallery(load_run(later.folder), "test", show=False).metrics()
+    assert mean_rank(found) == expected["t2i_mean_rank"] != mean_rank(before)
+    assert load_run(later.folder).metrics == found
+    assert not same(ranks_of(later, "test"), ranks)
+
+
+def test_figures_follow_images_replaced_under_their_names(copied):
+    before = copied.metrics
+    files = sorted((copied.config.data_dir / "test2014").glob("*"))
+    first = [file.read_bytes() for file in files]
+    for file, data in zip(files, [*first[7:], *first[:7]], strict=True):  # each caption has another image now
+        file.write_bytes(data)
+    found = measured(load_run(copied.folder), show=False)
+    assert found["test"]["gallery"] != before["test"]["gallery"]
+    assert mean_rank(found) != mean_rank(before)
+
+
+def test_changed_evaluation_settings_have_an_effect(copied):
+    found = measured(load_run(copied.folder, recall_ks=(1, 3), test_splits=("novel", "test")), show=False)
+    assert [list(evaluate.recalls_of(of)) for of in found.values()] == [
+        [f"{way}_recall@{k}" for way in ("i2t", "t2i") for k in (1, 3)]
+    ] * 2
+    assert list(found) == ["novel", "test"]
+    assert list(measured(load_run(copied.folder), show=False)) == ["test"]
+
+
+def test_other_data_are_measured_apart_and_a_moved_folder_is_the_same_data(copied, tmp_path, capsys):
+    kept = (copied.folder / "metrics.json").read_bytes()
+    other = write_scenes(tmp_path / "other", **COUNTS, image_size=48, seed=5)
+    run = load_run(copied.folder, data_dir=other)
+    found = evaluate.evaluate_run(run, show=False)["test"]
+    place = copied.folder / f"on_{found['gallery'][:8]}"
+    expected = evaluate.open_gallery(run, "test", show=False).metrics()
+    assert found["t2i_mean_rank"] == expected["t2i_mean_rank"]
+    assert json.loads((place / "metrics.json").read_text())["test"] == found
+    assert (place / "figures" / "recall_test.png").is_file()
+    assert (copied.folder / "metrics.json").read_bytes() == kept
+    assert (
+        f"holds other data than {run.name} was measured on: results go to {place.name}/"
+        in capsys.readouterr().out
+    )
+    assert evaluate.evaluate_run(load_run(copied.folder, data_dir=other))["test"] == found  # kept there
+
+    moved = copied.config.data_dir.rename(tmp_path / "moved")
+    run = load_run(copied.folder, data_dir=moved)
+    assert measured(run, show=False) == copied.metrics
+    assert run.results == copied.folder
+    with pytest.raises(LabError, match="nowhere' does not exist"):
+        measured(load_run(copied.folder, data_dir=tmp_path / "nowhere"))
+    capsys.readouterr()
+    assert measured(load_run(copied.folder)) == copied.metrics  # its own folder is gone
+    assert "is gone: split 'test'" in capsys.readouterr().out
 
 
 # --- runs side by side ---
@@ -270,10 +352,13 @@ def told_run(home, recall, gallery="a", **settings):
 BETTER, WORSE, LIKE = (0.6, 0.62, 0.61), (0.4, 0.41, 0.42), (0.6, 0.4, 0.5)
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory):
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
     """Three seeds each of three settings, one of a single seed, one on another gallery."""
-    home = tmp_path_factory.mktemp("runs")
+    home = tmp_path
+    monkeypatch.setattr(
+        comparison, "measured", lambda run, **_: run.metrics
+    )  # as told, not as the weights are
     named = {
         "plain": (WORSE, {}),
         "bn": (BETTER, {"use_batch_norm": True}),

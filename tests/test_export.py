@@ -20,6 +20,7 @@ from config import make_config
 from errors import LabError
 from export import export_run
 from export_clip import fold_batch_norm, linear_map, plain_layers
+from files import file_digest
 from heads import HEADS, HeadOptions
 from models import build_model
 from runs import Run, load_run
@@ -63,6 +64,7 @@ def make_run(folder: Path, **settings) -> Run:
     metrics = {"num_images": 500, "num_texts": 2500, "protocol": "one split"}
     recall = {"i2t_recall@1": 0.25, "i2t_recall@1_low": 0.21, "i2t_recall@1_high": 0.291}
     recall["i2t_chance@1"] = 0.002
+    recall["weights"] = file_digest(folder / "best.safetensors")
     (folder / "metrics.json").write_text(json.dumps({"test": {**metrics, **recall}}))
     (folder / "training.json").write_text(json.dumps({"finished": True, "epochs": 3}))
     return load_run(folder)

@@ -167,7 +167,7 @@ def test_a_combination_is_the_weighted_sum_without_its_own_pictures(gallery, sea
 
 def test_a_split_is_encoded_once_and_then_opened(run, gallery, monkeypatch):
     first = open_search(run, show=False)
-    monkeypatch.setattr(queries, "open_gallery", lambda *a, **k: pytest.fail("encoded again"))
+    monkeypatch.setattr(queries, "encoded_gallery", lambda *a, **k: pytest.fail("encoded again"))
     second = open_search(run, "val", show=False)
     for name, features in gallery.features.items():
         assert torch.equal(getattr(second.gallery, name), features)
@@ -290,5 +290,5 @@ def test_what_is_no_gallery_of_captioned_pictures_is_named(gallery):
 def test_a_run_without_weights_is_named(home, run):
     folder = home / "runs" / "untrained_s0"
     run.config.save(folder / "config.yaml")
-    with pytest.raises(LabError, match="holds no best.safetensors; train the run first"):
+    with pytest.raises(LabError, match="holds no best.safetensors: the run has not finished an epoch"):
         open_search(load_run(folder), show=False)
