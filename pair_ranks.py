@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from errors import LabError
+from uncertainty import bootstrap_ends
 
 KS = (1, 10, 100)
 ROWS_AT_ONCE = 1024  # pictures scored together: 40 MB against 10,000 captions
-SAMPLES_AT_ONCE = 100
 Figure = tuple[np.ndarray, np.ndarray]  # (P,) what each picture adds, (P,) whether it counts
 
 
@@ -73,18 +73,16 @@ class PairRanks:
 
         Source: Efron & Tibshirani 1993, chapter 13.
         """
-        rng, figures = np.random.default_rng(seed), self.values()
-        even = np.full(len(self.truth), 1 / len(self.truth))
-        draws: dict[str, list[np.ndarray]] = {name: [] for name in figures}
-        for start in range(0, samples, SAMPLES_AT_ONCE):
-            rows = min(SAMPLES_AT_ONCE, samples - start)
-            weights = rng.multinomial(len(even), even, size=rows).astype(float)  # (rows, P)
-            for name, (value, mask) in figures.items():
-                counted = weights @ mask  # never 0 in practice: a figure has many pictures
-                draws[name].append(weights @ (value * mask) / np.maximum(counted, 1))
-        ends = ((1 - level) / 2, (1 + level) / 2)
-        found = {name: np.quantile(np.concatenate(parts), ends) for name, parts in draws.items()}
-        return {name: (float(low), float(high)) for name, (low, high) in found.items()}
+        figures = self.values()
+
+        def shares(counts: np.ndarray) -> np.ndarray:  # never over 0 in practice: a figure has many images
+            parts = [
+                counts @ (value * mask) / np.maximum(counts @ mask, 1) for value, mask in figures.values()
+            ]
+            return np.stack(parts)
+
+        ends = bootstrap_ends(len(self.truth), shares, samples, level, seed)
+        return {name: (float(low), float(high)) for name, low, high in zip(figures, *ends, strict=True)}
 
     def by_class(self, names: Sequence[str]) -> pd.DataFrame:
         """A row a class, in [0, 1]: of the pictures that show it, how many, top-1, and how often it is named where

@@ -18,7 +18,7 @@ import torch
 
 from metrics import match_ranks, recall_by_gallery_size, retrieval_metrics
 from ranks import TILES
-from uncertainty import bootstrap_interval, paired_test
+from uncertainty import bootstrap_intervals, paired_test
 
 Features = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 NUM_IMAGES, NUM_TEXTS, WIDTH = 40_504, 202_654, 512
@@ -117,7 +117,7 @@ def time_what_follows(num_images: int) -> None:
     sizes = np.linspace(num_images // 10, num_images, 10).astype(int).tolist()
     jobs = {
         "recall@10 at ten gallery sizes": lambda: recall_by_gallery_size(ranks, sizes, k=10),
-        "bootstrap interval": lambda: bootstrap_interval(ranks),
+        "bootstrap interval": lambda: bootstrap_intervals(ranks, ["i2t_recall@1"]),
         "paired test": lambda: paired_test(ranks, ranks, "t2i_map"),
     }
     times = ", ".join(f"{name} {seconds(job):.2f} s" for name, job in jobs.items())

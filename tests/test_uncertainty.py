@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from scipy import stats
 
 from errors import LabError
 from metrics import QueryRanks, Ranks, match_ranks, query_values, summarise
-from uncertainty import bootstrap_interval, bootstrap_intervals, compare_settings, paired_test
+from uncertainty import CHUNK_BYTES, bootstrap_intervals, compare_settings, paired_test
 
 
 def make_ranks(noise=3.0, seed=0, num_images=300, captions=5):
@@ -28,6 +30,10 @@ def ranked(best):
     rows = np.arange(len(best))
     one_way = QueryRanks(best, np.arange(len(best) + 1), rows, rows, 4000, 0)
     return Ranks(one_way, one_way)
+
+
+def bootstrap_interval(ranks, name="i2t_recall@1", **options):
+    return bootstrap_intervals(ranks, [name], **options)[name]
 
 
 # ---- bootstrap over images ---------------------------------------------------------------------------
@@ -90,6 +96,23 @@ def test_coverage_over_many_galleries():
     assert 0.89 <= inside / 200 <= 0.99
 
 
+def test_a_gallery_of_one_image_has_an_interval_of_no_width():
+    interval = bootstrap_interval(ranked(np.array([2])), "t2i_mrr")
+    assert (interval.value, interval.low, interval.high) == (0.5, 0.5, 0.5)
+    test = paired_test(ranked(np.array([1])), ranked(np.array([2])), "t2i_mrr")
+    assert (test.difference, test.low, test.high, test.is_difference) == (0.5, 0.5, 0.5, False)
+
+
+def test_resampling_takes_a_bounded_memory():
+    rng = np.random.default_rng(0)
+    first, second = (ranked(rng.geometric(0.3, 20_000)) for _ in range(2))
+    tracemalloc.start()
+    paired_test(first, second, "t2i_mrr", samples=1000, permutations=1000)  # 160 MB in one piece
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * CHUNK_BYTES
+
+
 # ---- two runs on one gallery -------------------------------------------------------------------------
 
 
@@ -144,11 +167,13 @@ def test_runs_on_other_galleries_are_refused():
 # ---- settings over seeds -----------------------------------------------------------------------------
 
 
-def test_welch_interval_equals_scipy():
+def test_welch_interval_by_hand():
     first, second = [0.62, 0.60, 0.63, 0.61], [0.55, 0.58, 0.52]
     found = compare_settings(first, second, ("bn", "plain"))
-    expected = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    errors = [np.var(side, ddof=1) / len(side) for side in (first, second)]
+    freedom = sum(errors) ** 2 / (errors[0] ** 2 / 3 + errors[1] ** 2 / 2)
+    reach = stats.t.ppf(0.975, freedom) * sum(errors) ** 0.5
+    assert (found.low, found.high) == pytest.approx((found.difference - reach, found.difference + reach))
     assert found.means == pytest.approx((np.mean(first), np.mean(second)))
     assert found.spreads == pytest.approx((np.std(first, ddof=1), np.std(second, ddof=1)))
     assert found.is_difference
@@ -168,6 +193,13 @@ def test_overlapping_seeds_are_no_difference():
     assert not found.is_difference
     assert found.low < 0 < found.high
     assert found.verdict.startswith("no difference at 95%")
+
+
+@pytest.mark.filterwarnings("error")
+def test_seeds_that_are_all_alike_on_one_side_warn_of_nothing():
+    found = compare_settings([0.5] * 3, [0.6, 0.61, 0.62])
+    assert found.high < 0
+    assert found.is_difference
 
 
 def test_the_lower_setting_is_named_second():
