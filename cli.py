@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from pydantic import create_model
-from pydantic_settings import BaseSettings, CliSettingsSource
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from config import Config, make_config, read_overrides
 from errors import LabError, nearest
@@ -60,12 +60,19 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
 def parse_config(parser: argparse.ArgumentParser, arguments: list[str]) -> Config:
     """The configuration that preset, file and flags make together."""
     fields: dict[str, Any] = {name: (field.annotation, field) for name, field in Config.model_fields.items()}
+    parser.add_argument(
+        "--base_data_dir", help="folder that data_dir, cache_dir and runs_dir are relative to"
+    )
     flags = create_model("Flags", __base__=BaseSettings, **fields)
-    source: Any = CliSettingsSource(flags, root_parser=parser, cli_parse_args=arguments)
+    try:
+        source: Any = CliSettingsSource(flags, root_parser=parser, cli_parse_args=arguments)
+    except SettingsError as error:
+        raise LabError(f"the command line cannot be read: {str(error)[:200]}.") from error
     given, _ = parser.parse_known_args(arguments)
     file = given.config_flag or given.config_file
-    values = {**(read_overrides(file) if file else {}), **source()}
-    return make_config(values.pop("preset", "quickstart"), **values)
+    base = {"base_data_dir": given.base_data_dir} if given.base_data_dir else {}
+    values = {**(read_overrides(file) if file else {}), **source(), **base}
+    return make_config(**values)
 
 
 class one_sentence:  # noqa: N801  reads as a statement

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import importlib
-import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import ipywidgets as widgets
 import pandas as pd
 from matplotlib.figure import Figure
 
-from config import Config, make_config, run_name
+from config import GROUPS, Config, choices, make_config, run_name
 from errors import LabError
 from presets import PRESETS
 
@@ -156,7 +154,7 @@ class FormField:
     """One field of the configuration as a form needs it.
 
     Args:
-        group: heading in the configuration's source.
+        group: a value of config.GROUPS.
         help: its docstring.
         choices: the values it takes, or () where they cannot be listed.
     """
@@ -187,28 +185,13 @@ class FormField:
 
 
 def config_fields() -> dict[str, FormField]:
-    """Every field by name, in the configuration's order; its groups are the source's `# --- ... ---` lines."""
+    """Every field by name, in the configuration's order."""
     fields, group = {}, ""
-    for line in inspect.getsource(Config).splitlines():
-        heading = re.fullmatch(r"    # --- (.+) ---", line)
-        name = re.match(r"    (\w+): ", line)
-        if heading:
-            group = heading[1]
-        elif name and name[1] in Config.model_fields:
-            found = Config.model_fields[name[1]]
-            text = " ".join((found.description or "").split())
-            fields[name[1]] = FormField(
-                name[1], group, text, found.annotation, _choices(found.annotation, text)
-            )
+    for name, field in Config.model_fields.items():
+        group = GROUPS.get(name, group)
+        help_text = " ".join((field.description or "").split())
+        fields[name] = FormField(name, group, help_text, field.annotation, choices(name))
     return fields
-
-
-def _choices(annotation: Any, text: str) -> tuple[Any, ...]:
-    """A Literal's values, or the names of the table that the docstring points to."""
-    if get_origin(annotation) is Literal:
-        return get_args(annotation)
-    table = re.search(r"name of (\w+)\.([A-Z_]+)[.;]", text)
-    return tuple(getattr(importlib.import_module(table[1]), table[2])) if table else ()
 
 
 # --- widgets ---
@@ -285,8 +268,7 @@ class ExperimentForm:
     def load(self, preset: str) -> None:
         """Put every field to a preset's value, but for those in `KEPT`."""
         fresh = make_config(preset, **{name: self.config[name] for name in KEPT})
-        for name in self.fields:
-            self.config[name] = fresh[name]
+        vars(self.config).update(vars(fresh))
         self.rows.clear()
         self._arrange()
 

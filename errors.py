@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -19,10 +20,21 @@ class LabError(ValueError):
         return [f"{type(self).__name__}: {self}"]  # IPython asks for this instead of its own
 
 
+def shown(value: object) -> str:
+    """A value as a message names it, in at most 200 characters however deep or long it is."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring = 2, 150
+    try:
+        return short.repr(value)[:200]
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__} too long to show"
+
+
 def nearest(name: str, names: list[str]) -> str:
     """`"; did you mean 'x'?"` for the closest of `names`, or an empty string."""
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    by_case = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(shown(name).lower(), list(by_case), n=1, cutoff=0.5)
+    return f"; did you mean {by_case[close[0]]!r}?" if close else ""
 
 
 def choose(table: Mapping[str, Choice], name: str, what: str) -> Choice:
@@ -34,8 +46,8 @@ def choose(table: Mapping[str, Choice], name: str, what: str) -> Choice:
         what: the configuration field or kind of thing, for the message.
     Raises: LabError if `name` is not in `table`.
     """
-    if name in table:
-        return table[name]
     names = sorted(table)
+    if name in names:  # a list takes what cannot be a key, too
+        return table[name]
     hint = nearest(name, names) or "."
-    raise LabError(f"{what} {name!r} does not exist{hint} Choose one of: {', '.join(names)}.")
+    raise LabError(f"{what} {shown(name)} does not exist{hint} Choose one of: {', '.join(names)}.")

@@ -412,19 +412,11 @@ LOSSES: dict[str, type[nn.Module]] = {
     "contrastive": ContrastiveLoss,
     "triplet": TripletLoss,
 }
-ALIASES: dict[str, str] = {
-    "InfoNCELoss": "infonce",
-    "softmax_infonce": "infonce",
-    "info_nce": "infonce",
-    "queue_infonce": "infonce",
-    "sigmoid_infonce": "sigmoid",
-}
-"""Documented names of the same losses; a queue is `negatives: queue`."""
 
 
 def build_loss(config: Config) -> nn.Module:
     """The loss of a configuration; it is given the fields its class names, under their own names."""
-    make = choose(LOSSES, ALIASES.get(config.loss, config.loss), "loss")
+    make = choose(LOSSES, config.loss, "loss")
     taken = inspect.signature(make).parameters
     loss = make(**{name: config[name] for name in taken if name in Config.model_fields})
     return SwapMarginLoss(loss, config.swap_weight, config.swap_margin) if config.swap_weight else loss
@@ -432,4 +424,4 @@ def build_loss(config: Config) -> nn.Module:
 
 def has_bias(config: Config) -> bool:
     """Whether the configuration's loss wants the model to hold a logit_bias."""
-    return ALIASES.get(config.loss, config.loss) == "sigmoid"
+    return config.loss == "sigmoid"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+START = "quickstart"
+"""Where settings start that name no preset: on the command line, in a file, in make_config()."""
+
 FROM_SCRATCH: dict[str, Any] = dict(
     image_tower="vit",
     image_weights="random",
@@ -259,3 +262,55 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 FAST_RUN: dict[str, Any] = dict(max_samples=64, num_epochs=2, batch_size=32, warmup_steps=2)
 """Overrides that take any preset through every section in well under a minute."""
+
+ALIASES: dict[str, str] = {
+    "InfoNCELoss": "infonce",
+    "softmax_infonce": "infonce",
+    "info_nce": "infonce",
+    "queue_infonce": "infonce",
+    "sigmoid_infonce": "sigmoid",
+}
+"""Documented names of the same losses; `queue_infonce` sets `negatives: queue` too."""
+
+_HEADS = ("mlp", "linear", "standardised", "identity", "projection", "siglip", "clip", "attention")
+
+NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "preset": ("presets.PRESETS", tuple(PRESETS)),
+    "source": ("sources.SOURCES", ("coco2014", "flickr30k", "flickr8k", "cifar100", "scenes", "shapes")),
+    "reader": (
+        "readers.READERS",
+        (
+            "coco",
+            "flickr8k",
+            "flickr30k",
+            "json",
+            "sidecar",
+            "class_folders",
+            "pairs",
+            "features",
+            "paired_cifar",
+        ),
+    ),
+    "image_tower": (
+        "image_towers.IMAGE_TOWERS",
+        ("resnet50", "efficientnet_lite0", "siglip", "clip", "vit", "embeddings", "vit_pair"),
+    ),
+    "text_tower": (
+        "text_towers.TEXT_TOWERS",
+        ("minilm", "clip", "e5", "sentence", "transformer", "embeddings"),
+    ),
+    "image_head": ("heads.HEADS", _HEADS),
+    "text_head": ("heads.HEADS", _HEADS),
+    "loss": ("losses.LOSSES", ("infonce", "sigmoid", "contrastive", "triplet")),
+    "schedule": ("optimisation.SCHEDULES", ("cosine", "linear", "constant", "step", "restarts")),
+    "best_metric": (
+        "metrics.DIRECTIONS",
+        tuple(
+            "recall ndcg mrr map r_precision rsum image_spread text_spread top1 top10 top100 top1_same top1_different "
+            "order val_loss mean_rank median_rank swapped modality_gap alignment image_uniformity "
+            "text_uniformity".split()
+        ),
+    ),
+    "device": ("", ("auto", "cpu", "cuda", "mps")),
+}
+"""Fields that name an entry of a table: the table, and its names without importing it."""

@@ -12,7 +12,6 @@ import torch
 
 from config import Config, run_name
 from errors import LabError
-from losses import ALIASES
 from models import MAX_LOGIT_SCALE, CLIPModel
 
 # --- Warnings ---
@@ -36,7 +35,7 @@ class Watch:
 
     def __init__(self, config: Config) -> None:
         self.name = run_name(config)
-        self.is_softmax = ALIASES.get(config.loss, config.loss) == "infonce" and not config.focal_gamma
+        self.is_softmax = config.loss == "infonce" and not config.focal_gamma
         self.learns_temperature = config.learn_temperature
         self.given: set[str] = set()
 

@@ -31,6 +31,10 @@ def test_flags_are_fields():
     assert (config, resume) == (expected, "never")
 
 
+def test_all_places_move_together():
+    assert called("--base_data_dir", "d")[0] == make_config(base_data_dir="d")
+
+
 @pytest.mark.parametrize("words", [("{}",), ("--config", "{}")])
 def test_a_file_comes_before_flags(tmp_path, words):
     path = tmp_path / "my.yaml"
@@ -48,6 +52,8 @@ def test_a_file_comes_before_flags(tmp_path, words):
         (["--batch_size", "many"], "error: configuration field 'batch_size' takes int"),
         (["none.yaml"], "error: configuration file none.yaml does not exist"),
         (["--image_tower_mode", "thawed"], "takes"),
+        (["--train_splits", "["], "error: the command line cannot be read: "),
+        (["--device", "gpu"], "error: device 'gpu' does not exist"),
     ],
 )
 def test_mistakes_end_in_one_sentence(words, message, capsys):

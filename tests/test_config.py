@@ -1,13 +1,29 @@
 """The configuration: flips, errors, files, names."""
 
 import ast
+import importlib
 import json
+import math
 from pathlib import Path
 
 import pytest
 
-from config import DEFAULT_CONFIG, FLAGS, NOT_IN_NAME, PRESETS, Config, load_config, make_config, run_name
+import dataset
+import heads
+import open_data
+from config import (
+    DEFAULT_CONFIG,
+    FLAGS,
+    NOT_IN_NAME,
+    PRESETS,
+    Config,
+    choices,
+    load_config,
+    make_config,
+    run_name,
+)
 from errors import LabError
+from presets import NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,6 +57,25 @@ def test_defaults_are_the_documented_lab():
         (lambda c: setattr(c, "head_dropout", 1.5), "'head_dropout' takes float"),
         (lambda c: make_config("quickstrt"), "did you mean 'quickstart'"),
         (lambda c: make_config(nonsense=1), "field 'nonsense' does not exist"),
+        (lambda c: setattr(c, "loss", "infonse"), "loss 'infonse' does not exist; did you mean 'infonce'"),
+        (lambda c: setattr(c, "image_head", "MPL"), "did you mean 'mlp'"),
+        (lambda c: setattr(c, "best_metric", "i2t_recal@1"), "did you mean 'i2t_recall@1'"),
+        (lambda c: setattr(c, "device", "CUDA"), "did you mean 'cuda'"),
+        (lambda c: setattr(c, "reader", "cocos"), "did you mean 'coco'"),
+        (lambda c: setattr(c, "preset", "flickr8k"), "preset is chosen when .* make_config"),
+        (lambda c: c.updated(preset="flickr8k"), "preset is chosen when .* make_config"),
+        (lambda c: setattr(c, "base_data_dir", "d"), "base_data_dir is chosen when .* make_config"),
+        (lambda c: make_config(["a"]), "preset .* does not exist"),
+        (lambda c: make_config(loss="queue_infonce", negatives="batch"), "leave negatives out"),
+        (lambda c: setattr(c, "train_splits", ()), "'train_splits' takes tuple"),
+        (lambda c: setattr(c, "val_splits", ("a", "a")), "named once"),
+        (lambda c: setattr(c, "test_splits", ("../x",)), "'test_splits' takes tuple"),
+        (lambda c: setattr(c, "runs_dir", "~nobody_of_this_name/x"), "home"),
+        (lambda c: setattr(c, "seed", 1 << 32), "less than 4294967296"),
+        (lambda c: setattr(c, "text_model", 10**5000), "too long to show"),
+        (lambda c: setattr(c, "image_weights", "~nobody_of_this_name/x"), "home"),
+        (lambda c: setattr(c, "runs_dir", "x" * 300), "255 characters"),
+        (lambda c: setattr(c, "text_model", "\udcff"), "'text_model' takes"),
     ],
 )
 def test_a_mistake_names_the_field(change, message):
@@ -70,8 +105,22 @@ def test_files_flat_and_sectioned_load_alike(tmp_path):
     ("content", "message"),
     [
         ("- a\n- b\n", "must hold `field: value` lines"),
-        ("a: [", "neither YAML nor JSON"),
+        ("a: [", "cannot be read as YAML or JSON"),
         ("x: {seed: 1}\ny: {seed: 2}", "twice"),
+        ("seed: 1\nseed: 2\n", "'seed' is given twice"),
+        ('{"model": {"seed": 1, "seed": 1}}', "'seed' is given twice"),
+        ("preset: [a]", "preset .* does not exist"),
+        ("seed: 2020-13-45", "cannot be read as YAML or JSON"),
+        ("[" * 1000 + "]" * 1000, "cannot be read as YAML or JSON"),
+        (
+            "a: &a [x,x,x,x,x,x,x,x,x]\n"
+            + "".join(
+                f"{b}: &{b} [*{a},*{a},*{a},*{a},*{a},*{a},*{a}]\n"
+                for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+            )
+            + "train_splits: *i",
+            "'train_splits' takes tuple",
+        ),
     ],
 )
 def test_a_bad_file_says_so(tmp_path, content, message):
@@ -96,6 +145,108 @@ def test_run_names_tell_settings_and_seeds_apart():
     assert len(names) == 3
 
 
+def test_a_file_without_preset_means_the_same_everywhere(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("num_epochs: 3\n")
+    assert load_config(path) == make_config(num_epochs=3) == make_config("quickstart", num_epochs=3)
+    assert load_config(path, preset="flickr8k") == make_config("flickr8k", num_epochs=3)
+
+
+def test_places_begin_at_home_or_at_the_base(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/student")
+    config = make_config("flickr8k", runs_dir="~/runs", base_data_dir="~/lab")
+    config["start_from"] = "~/runs/first"
+    assert config.runs_dir == Path("/home/student/runs")
+    assert config.data_dir == Path("/home/student/lab/data/flickr8k")
+    assert config.start_from == Path("/home/student/runs/first")
+
+
+def test_the_documented_names_of_losses_are_the_same_runs():
+    queue = make_config("flickr8k", loss="queue_infonce")
+    assert (queue.loss, queue.negatives) == ("infonce", "queue")
+    config = make_config("flickr8k")
+    config["loss"] = "queue_infonce"
+    assert config == queue == make_config("flickr8k").updated(loss="queue_infonce")
+    assert run_name(make_config("flickr8k", loss="InfoNCELoss")) == "flickr8k_s0"
+    assert make_config("flickr8k", loss="sigmoid_infonce").loss == "sigmoid"
+
+
+@pytest.mark.parametrize(
+    ("field", "names"),
+    [(field, names) for field, (table, names) in NAMES.items() if table],
+)
+def test_names_are_those_of_the_tables(field, names):
+    module, table = NAMES[field][0].split(".")
+    expected = set(getattr(importlib.import_module(module), table))
+    expected |= {"source": set(dataset.DRAWN), "reader": set(open_data.OPENERS)}.get(field, set())
+    assert set(names) == expected
+
+
+def test_a_name_added_to_a_table_counts(monkeypatch):
+    monkeypatch.setitem(heads.HEADS, "deep", heads.MLPHead)
+    assert make_config("quickstart", image_head="deep").image_head == "deep"
+    assert "deep" in choices("image_head")
+
+
+NUMBERS = (
+    math.inf,
+    -math.inf,
+    math.nan,
+    1e308,
+    -1e308,
+    1e-320,
+    -1,
+    0,
+    1,
+    2**32 - 1,
+    2**32,
+    10**30,
+    0.5,
+    True,
+)
+OTHERS = (
+    "",
+    "x" * 10**5,
+    "CPU",
+    "None",
+    "\0",
+    "\udcff",
+    [],
+    (),
+    ["a", "a"],
+    [None],
+    {},
+    {"a": 1},
+    b"x",
+    object(),
+)
+
+
+def test_no_value_ends_in_a_traceback_or_is_taken_that_makes_no_sense():
+    """Every field with every value: refused in a sentence, or taken and finite, and then saved and loaded alike."""
+    messages, taken = [], []
+    config = make_config("quickstart")
+    for field in Config.model_fields:
+        before = config[field]
+        for value in (*NUMBERS, *OTHERS):
+            try:
+                config[field] = value
+            except LabError as error:
+                messages.append(str(error))
+                assert config[field] == before
+                continue
+            taken.append(field)
+            assert not isinstance(config[field], float) or 0 <= abs(config[field]) <= 1e9, (field, value)
+            assert not isinstance(config[field], int) or config[field] < 1 << 32, (field, value)
+            assert Config(**json.loads(json.dumps(config.model_dump(mode="json")))) == config
+            run_name(config).encode()
+            config[field] = before
+    assert max(map(len, messages)) < 700
+    tried = len(Config.model_fields) * (len(NUMBERS) + len(OTHERS))
+    assert len(messages) + len(taken) == tried
+    assert 0.9 < len(messages) / tried < 0.93
+
+
 def test_tables_name_only_fields():
     fields = set(Config.model_fields)
     assert set(FLAGS) <= fields
@@ -113,6 +264,5 @@ def test_every_field_has_help_and_is_read_somewhere():
             read |= {
                 node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)
             }  # builders pass by name
-    at_once = {"base_data_dir"}  # make_config turns it into the other places
-    assert not [name for name in Config.model_fields if name not in read | at_once]
+    assert not [name for name in Config.model_fields if name not in read]
     assert not [name for name, field in Config.model_fields.items() if not field.description]
