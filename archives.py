@@ -10,12 +10,12 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from tqdm.auto import tqdm
 
@@ -25,6 +25,22 @@ from errors import LabError
 
 class _ArchiveError(Exception):
     """An archive that is damaged, or not what it should be."""
+
+
+MAX_HEADER = 2**20  # bytes of a long name or of PAX records; tarfile reads them at once
+
+
+class _Header(tarfile.TarInfo):
+    """A header of a tar archive; those that would make tarfile read without bound are refused."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            raise _ArchiveError(f"its member {header.name!r} is a sparse file")
+        if header.type not in (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE) and header.size > MAX_HEADER:
+            raise _ArchiveError(f"one of its headers has {header.size:,} bytes, more than {MAX_HEADER:,}")
+        return header
 
 
 _DAMAGED = (
@@ -37,6 +53,7 @@ _DAMAGED = (
     EOFError,
     NotImplementedError,  # a compression that zipfile does not know
     ValueError,
+    RecursionError,  # header after header for one member
     OSError,  # gzip's and bz2's; the disk's own are LabError by then
 )
 
@@ -76,8 +93,8 @@ def _members(archive: Path, stack: ExitStack) -> Iterable[_Member]:
         file = stack.enter_context(zipfile.ZipFile(archive))
         infos = sorted(file.infolist(), key=lambda info: info.filename.count("/"))  # of copies, the outermost
         return [_zip_member(file, info) for info in infos if not info.is_dir()]
-    if tarfile.is_tarfile(archive):
-        return _tar_members(stack.enter_context(tarfile.open(archive)))
+    with suppress(tarfile.ReadError):
+        return _tar_members(stack.enter_context(tarfile.open(archive, tarinfo=_Header)))
     with archive.open("rb") as content:
         begins = content.read(16)
     if begins.startswith((b"PK", b"\x1f\x8b")):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import LabError
+from files import read_bytes
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 EXAMPLES_KEPT = 100  # problems of one kind in one file that are kept one by one; the rest is a count
@@ -224,10 +225,7 @@ class DataFolder:
             raise LabError(
                 f"{self.root / path} is a link that leads outside the data folder; copy the file there"
             )
-        try:
-            return (self.root / path).read_bytes()
-        except OSError as error:
-            raise LabError(f"cannot read {self.root / path}: {error.strerror}") from error
+        return read_bytes(self.root / path)
 
     def read_json(self, path: str, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
         """A JSON file's content; `object_hook` may keep of each object only what is needed.
@@ -238,8 +236,8 @@ class DataFolder:
             return json.loads(self.read_text(path), object_hook=object_hook, strict=False)
         except LabError:
             raise
-        except (ValueError, RecursionError) as error:
-            cause = str(error)[:120]
+        except (ValueError, RecursionError, MemoryError) as error:
+            cause = str(error)[:120] or "out of memory"
             raise LabError(
                 f"{self.root / path} is no valid JSON ({cause}); fetch or write it again"
             ) from error

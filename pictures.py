@@ -20,6 +20,9 @@ from errors import LabError, choose
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning level: 268 MB of RGB
 MAX_BYTES = 512 * 2**20
+MAX_PASSES = (
+    16 * MAX_PIXELS
+)  # scans times pixels of a JPEG: the usual ten scans of the largest image, and some
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSES = {
@@ -131,6 +134,7 @@ def _decode_jpeg(data: bytes, size: int | None) -> Image.Image | None:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(width, height)
+        _check_scans(data, width * height)
         if colours not in ("YCbCr", "Gray", "RGB"):
             simplejpeg.decode_jpeg(data, "CMYK")  # for its complaints alone
             return None
@@ -158,6 +162,7 @@ def _decode_any(data: bytes) -> Image.Image:
     try:
         with _opened(data) as image:
             _check_size(*image.size)
+            _check_scans(data, image.width * image.height)
             image.load()
             return _upright(_to_rgb(image), _exif_orientation(image))
     except UndecodableImage:
@@ -179,6 +184,13 @@ def _check_size(width: int, height: int) -> None:
         raise UndecodableImage("no pixels", f"{width} x {height}")
     if width * height > MAX_PIXELS:
         raise UndecodableImage("too many pixels", f"{width} x {height}")
+
+
+def _check_scans(data: bytes, pixels: int) -> None:
+    """Refuse a JPEG that has every pixel decoded hundreds of times; coded data never contains the marker of a scan."""
+    scans = data.count(b"\xff\xda") if data[:2] == b"\xff\xd8" else 0
+    if scans * pixels > MAX_PASSES:
+        raise UndecodableImage("too many scans", f"{scans} scans of {pixels:,} pixels")
 
 
 def _explain(data: bytes, error: BaseException) -> UndecodableImage:

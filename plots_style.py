@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -150,10 +151,20 @@ def text_width(text: str, size: float, bold: bool = False) -> float:
     return TextToPath().get_text_width_height_descent(text, font, False)[0] / 72 * 1.05
 
 
+def _width_to(word: str, size: float, bold: bool, end: int) -> float:
+    return text_width(word[:end], size, bold)
+
+
 def _pieces(word: str, width: float, size: float, bold: bool) -> Iterator[str]:
     """A word in pieces that fit, cut after `_`, `-`, `/` or `.` where there is one."""
-    while len(word) > 1 and text_width(word, size, bold) > width:
-        fits = max((n for n in range(1, len(word)) if text_width(word[:n], size, bold) <= width), default=1)
+    while len(word) > 1:
+        end = 1  # doubled, so that a long word is never measured as a whole
+        while end < len(word) and text_width(word[:end], size, bold) <= width:
+            end *= 2
+        if end >= len(word) and text_width(word, size, bold) <= width:
+            break
+        ends = range(1, min(end, len(word)))
+        fits = max(1, bisect_right(ends, width, key=functools.partial(_width_to, word, size, bold)))
         mark = max(word.rfind(mark, 0, fits) for mark in "_-/.") + 1
         cut = mark if mark > fits // 2 else fits
         yield word[:cut]
@@ -167,7 +178,9 @@ def wrap(text: Any, width: float, size: float = 9, bold: bool = False) -> str:
     Line breaks in it stay. Past 12 lines (`MAX_LINES`) the last one says how much is left out.
     """
     lines: list[str] = []
-    for paragraph in str(text).split("\n"):
+    whole, most = len(str(text)), int(MAX_LINES * width / text_width("i", size, bold)) + 1
+    text = str(text)[:most]  # no more than the lines hold is measured
+    for paragraph in text.split("\n"):
         lines.append("")
         for piece in (piece for word in paragraph.split() for piece in _pieces(word, width, size, bold)):
             longer = f"{lines[-1]} {piece}".strip()
@@ -175,8 +188,8 @@ def wrap(text: Any, width: float, size: float = 9, bold: bool = False) -> str:
                 lines.append(piece)
             else:
                 lines[-1] = longer
-    if len(lines) > MAX_LINES:
-        left_out = len(" ".join(lines[MAX_LINES - 1 :]))
+    if len(lines) > MAX_LINES or whole > len(text):
+        left_out = len(" ".join(lines[MAX_LINES - 1 :])) + whole - len(text)
         lines[MAX_LINES - 1 :] = [f"… (+{left_out} characters)"]
     return "\n".join(lines)
 

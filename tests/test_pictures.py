@@ -312,3 +312,17 @@ def test_unknown_resize_names_the_choices():
 
 def test_stored_size_needs_no_pixels():
     assert stored_size(saved(flat(size=(30, 20)), "PNG")) == (30, 20)
+
+
+def test_a_jpeg_of_hundreds_of_scans_is_refused():
+    plain = saved(flat(GREY, (2048, 2048)).convert("L"), "JPEG", progressive=True)
+    last = plain.rindex(b"\xff\xda")
+    scans = plain[:last] + plain[last:-2] * 400 + plain[-2:]
+    assert decode(plain).size == (2048, 2048)
+    started = time.process_time()
+    with pytest.raises(UndecodableImage, match=r"too many scans \(40\d scans of 4,194,304 pixels\)"):
+        decode_rgb(scans, 32)
+    assert time.process_time() - started < 1
+    small = saved(flat(GREY, (64, 64)).convert("L"), "JPEG", progressive=True)
+    last = small.rindex(b"\xff\xda")
+    assert decode(small[:last] + small[last:-2] * 400 + small[-2:]).size == (64, 64)  # these cost nothing

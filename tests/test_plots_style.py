@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -80,6 +82,17 @@ def test_a_cut_text_says_how_much_is_missing():
     shown = " ".join(lines[:-1])
     assert text.startswith(shown)
     assert lines[-1] == f"… (+{len(text) - len(shown) - 1} characters)"
+
+
+@pytest.mark.parametrize("text", ["a" * 5000, "i" * 10**6, "\u0301" * 5000], ids=["a", "i", "accents"])
+def test_a_word_of_any_length_is_cut_in_no_time(text):
+    started = time.process_time()
+    lines = plots_style.wrap(text, 1.9).split("\n")
+    assert time.process_time() - started < 2  # each length of the whole word measured: minutes
+    assert len(lines) <= plots_style.MAX_LINES
+    left_out = int(lines[-1].removeprefix("… (+").removesuffix(" characters)"))
+    assert 0 <= left_out - (len(text) - len("".join(lines[:-1]))) < 20  # spaces are counted between pieces
+    assert all(plots_style.text_width(line, 9) <= 1.9 for line in lines[:-1])
 
 
 def test_measured_width_covers_the_drawn_width():

@@ -785,3 +785,18 @@ def test_flickr8k_as_it_is():
 
 def test_every_reader_is_tested():
     assert set(READERS) == {reader for reader, _, _ in LAYOUTS.values()} | {"class_folders"}
+
+
+@pytest.mark.parametrize(("reader", "file"), [("flickr8k", "captions.txt"), ("sidecar", "a.txt")])
+def test_a_pipe_in_place_of_captions_is_not_waited_for(reader, file, tmp_path):
+    touch(tmp_path, "a.jpg", "Images/a.jpg")
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(LabError, match=rf"{file} is not a regular file; give the path of a file"):
+        read_captions(reader, tmp_path)
+
+
+def test_a_sparse_file_is_not_read_into_memory(tmp_path):
+    (tmp_path / "annotations.json").touch()
+    os.truncate(tmp_path / "annotations.json", 60 * 10**9)
+    with pytest.raises(LabError, match=r"annotations.json has 60.0 GB, more than the 2.1 GB"):
+        read_captions("json", tmp_path)

@@ -546,6 +546,21 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "tar device": (lambda: tarred(tar_file("a", kind=tarfile.CHRTYPE)), "is a link or a device"),
     "tar pipe": (lambda: tarred(tar_file("a", kind=tarfile.FIFOTYPE)), "is a link or a device"),
     "bomb": (bomb, "it unpacks to more than twice what it should"),
+    "tar long name": (
+        lambda: tarred(
+            tar_file("././@LongLink", b"a" * 2**21, tarfile.GNUTYPE_LONGNAME), tar_file("a", b"x")
+        ),
+        r"one of its headers has 2,097,152 bytes, more than 1,048,576",
+    ),
+    "tar PAX records": (
+        lambda: tarred(tar_file("a", b"9 a=bcde\n" * 300_000, tarfile.XHDTYPE), tar_file("a", b"x")),
+        r"one of its headers has 2,700,000 bytes",
+    ),
+    "tar header after header": (
+        lambda: tarred(*[tar_file("././@LongLink", b"a\0", tarfile.GNUTYPE_LONGNAME)] * 2000),
+        "recursion",
+    ),
+    "tar sparse": (lambda: tarred(tar_file("a", kind=tarfile.GNUTYPE_SPARSE)), "is a sparse file"),
     "tar bomb": (
         lambda: tarred(tar_file("a", bytes(5_000_000))),
         "it unpacks to more than twice what it should",
