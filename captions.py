@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -207,42 +208,92 @@ def clean_text(text: str) -> tuple[str, str]:
 # --- Rows of caption files ---
 
 
-Row = tuple[int, str, str]  # line, image, caption
+Row = tuple[int, str, str, str]  # line, image, caption, split or ""
+IMAGE_COLUMNS = ("image", "image_name", "image_path", "filepath", "file_name", "filename")
+CAPTION_COLUMNS = ("caption", "comment", "title", "text", "raw")
 _SUFFIXES = "|".join(suffix[1:] for suffix in PICTURE_SUFFIXES)
-_NEW_ROW = re.compile(rf'"?[^",\n]+\.({_SUFFIXES})"?\s*,', re.IGNORECASE)
+_NEW_ROW = re.compile(rf'(\d*[,;\t])?"?[^",;\t\n]+\.({_SUFFIXES})"?\s*[,;\t]', re.IGNORECASE)
+_TOKEN_ROW = re.compile(r"\S[^\t]*#\d+\t")
 _LONGEST_RECORD = 50  # lines that a quoted caption may go on over
 
 
-def csv_rows(folder: DataFolder, file: str) -> Iterator[Row]:
-    """Rows of a CSV file whose header names image and caption; malformed ones are noted and left out.
+def caption_rows(folder: DataFolder, file: str) -> Iterator[Row]:
+    """Rows of a file of captions; malformed ones are noted and left out.
 
+    Takes Flickr's token files (`name.jpg#0`, a tab, the caption) and tables whose first line names the columns
+    (`IMAGE_COLUMNS`, `CAPTION_COLUMNS`, perhaps `split`), separated by commas, tabs, semicolons or bars. A caption
+    in the last column may hold separators without quotes; a cell of column `raw` may be a JSON list of captions.
     Raises: LabError if a column is missing.
     """
-    records = _records(folder.read_text(file))
-    columns = next(_fields(next(records, (1, ""))[1]), [])
-    names = [name.strip().lower() for name in columns]
-    if "image" not in names or "caption" not in names:
+    text = folder.read_text(file)
+    if _TOKEN_ROW.match(text):
+        yield from _token_rows(folder, file, text)
+        return
+    separator, names = _columns(text.partition("\n")[0])
+    image, caption = (next((n for n in of if n in names), "") for of in (IMAGE_COLUMNS, CAPTION_COLUMNS))
+    if not image or not caption:
         raise LabError(
-            f"{folder.root / file} has the columns {columns}; its first line must be image,caption"
+            f"{folder.root / file} has the columns {names}; its first line must be image,caption or "
+            "image_name| comment_number| comment"
         )
-    image, caption = names.index("image"), names.index("caption")
+    # Flickr30k's own file, whose fields are parted by bars, quotes nothing.
+    records = enumerate(text.split("\n"), start=1) if separator == "|" else _records(text)
     for number, record in records:
+        if number == 1 or not record.strip():
+            continue
         try:
-            row = next(_fields(record), [])
+            row = _fields(record, separator, len(names), last=caption == names[-1])
         except csv.Error as error:
             folder.problems.add("malformed row", file, f"no CSV row ({error})", f"line {number}")
             continue
-        if len(row) > 2 and names == ["image", "caption"] and '"' not in record:
-            row = record.split(",", 1)  # commas that nobody quoted
-        if len(row) == len(names):
-            yield number, row[image].strip(), row[caption]
-        elif record.strip():
+        if len(row) != len(names):
             what = f"{len(row)} columns in place of {len(names)}"
             folder.problems.add("malformed row", file, what, f"line {number}")
+            continue
+        cells = dict(zip(names, row, strict=True))
+        for each in _listed(cells[caption]) if caption == "raw" else [cells[caption]]:
+            yield number, cells[image].strip(), each, cells.get("split", "").strip()
 
 
-def _fields(record: str) -> Iterator[list[str]]:
-    return csv.reader([record], strict=True)
+def _columns(header: str) -> tuple[str, list[str]]:
+    """The separator of a first line and the names in it; those between commas where no separator fits."""
+    found = {}
+    for separator in ",\t;|":
+        try:
+            row = next(csv.reader([header], delimiter=separator), [])
+        except csv.Error:
+            row = [header]
+        found[separator] = names = [name.strip().lower() for name in row]
+        if set(names) & set(IMAGE_COLUMNS) and set(names) & set(CAPTION_COLUMNS):
+            return separator, names
+    return ",", found[","]
+
+
+def _fields(record: str, separator: str, count: int, last: bool) -> list[str]:
+    """The cells of a row. Raises: csv.Error if its quotes do not fit, or a cell is far too long."""
+    parts = record.split(separator, count - 1)
+    quoted = separator != "|" and any(part.lstrip().startswith('"') for part in parts)
+    if last and not quoted and len(record) < csv.field_size_limit():
+        return parts
+    return next(csv.reader([record], strict=True, delimiter=separator), [])
+
+
+def _listed(cell: str) -> list[str]:
+    """The texts of a cell that holds a JSON list of them, else the cell itself."""
+    try:
+        captions = json.loads(cell)
+    except (ValueError, RecursionError):
+        return [cell]
+    return captions if isinstance(captions, list) else [cell]
+
+
+def _token_rows(folder: DataFolder, file: str, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if _TOKEN_ROW.match(line):
+            image, _, caption = line.partition("\t")
+            yield number, image.rpartition("#")[0], caption, ""
+        elif line.strip():
+            folder.problems.add("malformed row", file, "no name#number and tab", f"line {number}")
 
 
 def _records(text: str) -> Iterator[tuple[int, str]]:
@@ -257,26 +308,6 @@ def _records(text: str) -> Iterator[tuple[int, str]]:
             record += "\n" + lines[number]
             number += 1
         yield first + 1, record
-
-
-def piped_rows(folder: DataFolder, file: str) -> Iterator[Row]:
-    """Rows `image_name| comment_number| comment`; a caption may hold more bars.
-
-    Flickr30k's own file has one row without its second bar; it is noted and left out like others.
-    Raises: LabError if a column is missing.
-    """
-    lines = folder.read_text(file).split("\n")
-    columns = [name.strip() for name in lines[0].split("|")]
-    if columns != ["image_name", "comment_number", "comment"]:
-        expected = "image_name| comment_number| comment"
-        raise LabError(f"{folder.root / file} has the columns {columns}; its first line must be {expected}")
-    for number, line in enumerate(lines[1:], start=2):
-        fields = line.split("|", 2)
-        if len(fields) == 3:
-            yield number, fields[0].strip(), fields[2]
-        elif line.strip():
-            what = f"{len(fields)} columns in place of 3"
-            folder.problems.add("malformed row", file, what, f"line {number}")
 
 
 def karpathy_object(record: dict[str, Any]) -> Any:

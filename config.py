@@ -107,6 +107,11 @@ class Config(BaseModel):
     """Layout of data_dir, a name of readers.READERS."""
     karpathy_file: Place | None = None
     """dataset_coco.json or dataset_flickr30k.json with Karpathy's split, else the data's own split."""
+    annotation_file: Place | None = None
+    """The file of captions, for readers `json`, `flickr8k` and `flickr30k`, else the one each looks for."""
+    image_root: Place | None = None
+    """Folder outside data_dir in which links and absolute image paths may end; of pre-encoded embeddings the folder of
+    their images."""
     train_splits: SomeSplits = ("train",)
     """Splits trained on."""
     val_splits: SomeSplits = ("val",)
@@ -470,9 +475,9 @@ FLAGS: dict[str, str] = {"use_batch_norm": "bn", "use_attention_pooling": "attn"
 """The flags that stand in a run's name, and how."""
 
 NOT_IN_NAME = frozenset(
-    "preset seed source data_dir cache_dir runs_dir checkpoint_dir karpathy_file test_splits device "
-    "precision micro_batch_size compile allow_tf32 deterministic gradient_checkpointing num_workers "
-    "checkpoint_minutes keep_every_epochs tensorboard recall_ks".split()
+    "preset seed source data_dir cache_dir runs_dir checkpoint_dir karpathy_file annotation_file image_root "
+    "test_splits device precision micro_batch_size compile allow_tf32 deterministic gradient_checkpointing "
+    "num_workers checkpoint_minutes keep_every_epochs tensorboard recall_ks".split()
 )
 """Fields that change where or how fast a run is computed, not what is computed."""
 

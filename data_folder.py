@@ -6,6 +6,7 @@ import codecs
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,12 @@ from typing import Any
 from errors import LabError
 from files import read_bytes
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Everything that looks like an image is taken; what cannot be decoded here is counted by cause.
+PICTURE_SUFFIXES = (
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .heic .heif .hif .jp2 .jxl .tga "
+    ".psd .svg .dng .cr2 .nef .arw"
+).split()
+LONGEST_PATH = 1000
 EXAMPLES_KEPT = 100  # problems of one kind in one file that are kept one by one; the rest is a count
 ABSENT = (-1, -1)  # the stamp of a file that is not there
 _BYTE_ORDER_MARKS = {
@@ -36,18 +42,29 @@ def stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def is_picture(name: str) -> bool:
-    return name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(tuple(PICTURE_SUFFIXES)) and not name.startswith(".")
+
+
+def same_name(name: str) -> str:
+    """What a file's name has in common with itself on another system: composed letters, a lower-case ending."""
+    stem, dot, ending = unicodedata.normalize("NFC", name).rpartition(".")
+    return f"{stem}{dot}{ending.lower()}"
 
 
 def safe_relative(path: Any) -> tuple[str, str]:
     """`path` with forward slashes and without `.` parts, and why it is refused ("" if it is not)."""
     if not isinstance(path, str) or not path.strip():
         return "", "the image path is missing"
-    if not path.isprintable():
+    if len(path) > LONGEST_PATH:
+        return "", f"the image path {path[:40]!r}... is longer than {LONGEST_PATH:,} characters"
+    if not path.isprintable() and any(unicodedata.category(char) in ("Cc", "Cs") for char in path):
         return "", f"the image path {path!r} holds control characters"
     path = path.strip().replace("\\", "/")
     if path.startswith("/") or re.match(r"[A-Za-z]:", path):
-        return "", f"the image path {path!r} is absolute"
+        return (
+            "",
+            f"the image path {path!r} is absolute and not below data_dir; set image_root to a folder that holds it",
+        )
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts or not parts:
         return "", f"the image path {path!r} leads outside the data folder"
@@ -108,6 +125,15 @@ class Problems:
         ]
         return self._shown + more
 
+    def first(self, *kinds: str) -> str:
+        """`" (3 of kind refused path, such as a.jpg: a link ...)"` of the first kind that was met, or ""."""
+        for kind in kinds:
+            count = sum(seen for (known, _), seen in self._seen.items() if known == kind)
+            if count:
+                row = next(row for row in self._shown if row["kind"] == kind)
+                return f" ({kind}: {count:,}, such as {row['where']}: {row['what']})"
+        return ""
+
 
 class DataFolder:
     """Reads and lists below one folder, refuses what leads outside, and remembers what it looked at.
@@ -115,21 +141,34 @@ class DataFolder:
     Args:
         root: the data set's folder.
         follow_links: take files and folders that are links to places outside `root`.
-    Raises: LabError if `root` is no folder.
+        image_root: a further folder in which links and absolute image paths may end.
+    Raises: LabError if `root` or `image_root` is no folder.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, follow_links: bool = False) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        follow_links: bool = False,
+        image_root: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.root = Path(root)
         self.follow_links = follow_links
         self.problems = Problems()
         self.stamps: dict[str, tuple[int, int]] = {}  # every file and folder that was looked at
         self._listings: dict[str, dict[str, bool]] = {}
+        self._alike: dict[str, dict[str, str]] = {}  # folder -> same_name of each file -> its name
         if not self.root.is_dir():
             raise LabError(
                 f"data folder {str(root)!r} does not exist; set data_dir to where the data set is, "
                 "or fetch it with `python dataset.py fetch NAME`"
             )
-        self._real_root = os.path.realpath(self.root)
+        if image_root is not None and not os.path.isdir(image_root):
+            raise LabError(
+                f"image_root {str(image_root)!r} is no folder; set it to one that holds the images"
+            )
+        self._bases = [os.path.abspath(base) for base in (self.root, image_root) if base is not None]
+        self._real_bases = [os.path.realpath(base) for base in self._bases]
 
     def look(self, path: str | os.PathLike[str]) -> bool:
         """Whether a file or folder is there; the answer counts for the cache's freshness."""
@@ -141,12 +180,42 @@ class DataFolder:
     def user_path(self, path: str | os.PathLike[str], folder: str = "") -> str:
         """A path that the user gave: below the data folder where it exists there, else as it stands."""
         below = os.path.join(folder, path)
-        return below if self.look(below) or not os.path.exists(path) else os.path.abspath(path)
+        if not os.path.isabs(below) and (self.look(below) or not os.path.exists(path)):
+            return below
+        self._real_bases.append(os.path.realpath(path))
+        return os.path.abspath(path)
+
+    def relative(self, path: Any) -> tuple[str, str]:
+        """`safe_relative` of an image path from a file; an absolute one may lie below the root or `image_root`.
+
+        Below `image_root` it stays absolute, which joins with the root to itself.
+        """
+        if isinstance(path, str) and os.path.isabs(path.strip()):
+            full = os.path.normpath(path.strip())
+            for base in dict.fromkeys([*self._bases, *self._real_bases]):
+                if is_below(full, base):
+                    below, refusal = safe_relative(os.path.relpath(full, base))
+                    inside = base in (self._bases[0], self._real_bases[0])
+                    return (below if inside or refusal else full), refusal
+        return safe_relative(path)
+
+    def true_path(self, path: str) -> str:
+        """`path` as the disk spells it: other composed letters or a .JPG for .jpg; else `path` itself."""
+        folder, _, name = path.rpartition("/")
+        if name in self.listing(folder):
+            return path
+        if folder and not os.path.isabs(folder) and not self.listing(folder):
+            folder = self.true_path(folder)
+        if folder not in self._alike:
+            names = sorted(self.listing(folder))
+            counts = Counter(map(same_name, names))
+            self._alike[folder] = {key: each for each in names if counts[key := same_name(each)] == 1}
+        return join(folder, self._alike[folder].get(same_name(name), name))
 
     def in_one_of(self, folders: Sequence[str], path: str) -> str:
         """`path` below the first of the folders that holds it, or below the first of them."""
         tried = [join(folder, path) for folder in folders]
-        return next((each for each in tried if self.has_file(each)), tried[0])
+        return next((each for each in tried if self.has_file(self.true_path(each))), tried[0])
 
     def first(self, *candidates: str) -> str | None:
         """The first of these files or folders that exists, or None."""
@@ -169,20 +238,28 @@ class DataFolder:
             return {
                 entry.name: entry.is_dir()
                 for entry in entries
-                if not entry.is_symlink() or self._usable_link(join(folder, entry.name))
+                if self._is_text(folder, entry.name)
+                and (not entry.is_symlink() or self._usable_link(join(folder, entry.name)))
             }
+
+    def _is_text(self, folder: str, name: str) -> bool:
+        readable = name.isprintable() or not any("\ud800" <= char <= "\udfff" for char in name)
+        if not readable:
+            shown = name.encode("utf-8", "replace").decode()
+            self.problems.add("refused path", folder, "the file's name is not UTF-8; rename it", shown)
+        return readable
 
     def _usable_link(self, path: str) -> bool:
         return not self._leads_outside(path) and (self.root / path).exists()
 
     def _leads_outside(self, path: str) -> bool:
-        """Whether a path below the root is a link to elsewhere; a place that the user named is none."""
-        if self.follow_links or os.path.isabs(path):
+        """Whether a path is a link to elsewhere than the root, `image_root` or a place that the user named."""
+        if self.follow_links:
             return False
         real = os.path.realpath(self.root / path)
-        outside = real != self._real_root and not real.startswith(self._real_root + os.sep)
+        outside = not any(is_below(real, base) for base in self._real_bases)
         if outside:
-            what = "a link that leads outside the data folder; copy it there, or read with follow_links=True"
+            what = f"a link that leads outside the data folder, to {real}; set image_root to a folder that holds it"
             self.problems.add("refused path", path, what)
         return outside
 
@@ -223,7 +300,8 @@ class DataFolder:
     def _read_bytes(self, path: str) -> bytes:
         if self.look(path) and not os.path.isabs(path) and not self.has_file(path):
             raise LabError(
-                f"{self.root / path} is a link that leads outside the data folder; copy the file there"
+                f"{self.root / path} is a link that leads outside the data folder; set image_root to a folder that "
+                "holds its target, or copy the file"
             )
         return read_bytes(self.root / path)
 
@@ -243,5 +321,10 @@ class DataFolder:
             ) from error
 
 
+def is_below(path: str, base: str) -> bool:
+    """Whether an absolute path is a folder or lies in it."""
+    return path == base or path.startswith(base.rstrip(os.sep) + os.sep)
+
+
 def join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
+    return f"{folder}/{name}" if folder and not os.path.isabs(name) else name

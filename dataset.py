@@ -282,7 +282,9 @@ def load_table(config: Config, splits: tuple[str, ...] | None = None) -> Caption
         split_seed=config.split_seed,
         cache_dir=config.cache_dir / "captions",
         follow_links=is_linked(config.data_dir),
+        image_root=config.image_root,
         karpathy_file=config.karpathy_file,
+        annotation_file=config.annotation_file,
     )
     if splits is None:
         splits = tuple(table.split_sizes())
@@ -308,7 +310,7 @@ def prepare_data(config: Config) -> Path:
     folder, source = config.data_dir, config.source
     if (folder / "scenes.unfinished.json").is_file():
         return write_scenes(folder)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         return folder
     if source is None or folder.name != source:
         raise LabError(
@@ -352,6 +354,9 @@ def main() -> None:
     checking = commands.add_parser("check", help="say what is wrong with a folder's pictures and captions")
     checking.add_argument("data_dir", metavar="DIR")
     checking.add_argument("--reader", default="coco", help=", ".join(READERS))
+    for name in ("karpathy_file", "annotation_file", "image_root"):
+        checking.add_argument(f"--{name}", help=Config.model_fields[name].description)
+    checking.add_argument("--split_seed", type=int, default=0)
     checking.add_argument("--text_tower", default="minilm", help="whose tokenizer measures captions")
     checking.add_argument("--folder", default="outputs/data_check", help="where report and figure go")
     given = vars(parser.parse_args())

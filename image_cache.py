@@ -38,10 +38,15 @@ from data_folder import stamp
 from errors import LabError
 from files import atomic_path, fingerprint
 from image_store import FORMS, Store, file_length
-from pictures import UndecodableImage, decode_rgb
+from pictures import FORMATS, UndecodableImage, decode_rgb
 
 FORMAT_VERSION = 2  # raise it when the same file gives other pixels, or the layout changes
-VERSIONS = {"format": FORMAT_VERSION, "pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__}
+VERSIONS = {
+    "format": FORMAT_VERSION,
+    "pillow": PIL.__version__,
+    "simplejpeg": simplejpeg.__version__,
+    "reads": " ".join(FORMATS),
+}
 HEADER, BITMAP, CONTENTS = "header.json", "finished.bits", "contents.u64"
 CHECKPOINT_SECONDS = 5.0  # a kill loses at most this much work
 ROWS_PER_TASK = 16

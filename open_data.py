@@ -8,8 +8,10 @@ from typing import Any
 from config import Config
 from dataset import COCOClipDataset
 from encode import open_captioned
+from errors import LabError, choose
 from paired_data import open_paired
 from pairs_data import open_features, open_pairs
+from readers import READERS
 
 OPENERS: dict[str, Callable[..., Any]] = {
     "pairs": open_pairs,
@@ -20,5 +22,15 @@ OPENERS: dict[str, Callable[..., Any]] = {
 
 
 def open_dataset(config: Config, splits: Sequence[str], *, progress: bool = True) -> COCOClipDataset:
-    """The dataset of some splits, its pictures decoded and its cached features filled."""
-    return OPENERS.get(config.reader, open_captioned)(config, splits, progress=progress)
+    """The dataset of some splits, its images decoded and its cached features filled.
+
+    Raises: LabError on an unknown reader, or if a split is both trained on and validated on.
+    """
+    shared = sorted(set(config.train_splits) & set(config.val_splits))
+    if shared:
+        raise LabError(
+            f"train_splits and val_splits share {', '.join(shared)}; the epoch must be chosen on images that are not "
+            "trained on."
+        )
+    openers = {**dict.fromkeys(READERS, open_captioned), **OPENERS}
+    return choose(openers, config.reader, "reader")(config, splits, progress=progress)

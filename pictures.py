@@ -10,11 +10,12 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, features
 
 from errors import LabError, choose
 
@@ -23,7 +24,18 @@ MAX_BYTES = 512 * 2**20
 MAX_PASSES = (
     16 * MAX_PIXELS
 )  # scans times pixels of a JPEG: the usual ten scans of the largest image, and some
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else [])]
+if find_spec("pillow_heif"):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS.append("HEIF")
+UNREAD_BRANDS = {  # of ISO media files, whose images Pillow may lack a plugin for
+    **dict.fromkeys(
+        (b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIC; install pillow-heif or convert to JPEG"
+    ),
+    **dict.fromkeys((b"avif", b"avis"), "AVIF; install Pillow 11.3 or later, or convert to JPEG"),
+}
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -199,6 +211,12 @@ def _explain(data: bytes, error: BaseException) -> UndecodableImage:
         return UndecodableImage("too many pixels")
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<svg")):
         return UndecodableImage("a web page or XML, not a picture")
+    if (
+        data[4:8] == b"ftyp"
+        and data[8:12] in UNREAD_BRANDS
+        and isinstance(error, Image.UnidentifiedImageError)
+    ):
+        return UndecodableImage(UNREAD_BRANDS[data[8:12]])
     if isinstance(error, Image.UnidentifiedImageError):
         return UndecodableImage("no known picture format")
     if "truncated" in str(error):

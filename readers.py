@@ -7,15 +7,15 @@ import gzip
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from caption_cache import cache_path, load_table, save_table
-from captions import UNUSED, CaptionTable, Strings, csv_rows, karpathy_object, piped_rows, split_rank
-from data_folder import DataFolder, is_picture, join
+from captions import UNUSED, CaptionTable, Row, Strings, caption_rows, karpathy_object, split_rank
+from data_folder import DataFolder, is_picture, join, same_name
 from errors import LabError, choose, nearest
 from table_builder import TableBuilder, is_id
 
@@ -51,10 +51,10 @@ def read_sidecar(folder: DataFolder, *, split_seed: int = 0) -> TableBuilder:
     for path in folder.pictures():
         split = splits.get(path.partition("/")[0], UNUSED)
         stem = path.rpartition(".")[0]
-        metadata = _metadata(table, f"{stem}.json")
+        metadata = _metadata(table, folder.true_path(f"{stem}.json"))
         table.add_image(path, split, category=metadata.get("category"))
-        if folder.has_file(f"{stem}.txt"):
-            file = f"{stem}.txt"
+        file = folder.true_path(f"{stem}.txt")
+        if folder.has_file(file):
             captions: list[Any] = [line for line in folder.read_text(file).split("\n") if line.strip()]
         else:
             file, caption = f"{stem}.json", metadata.get("caption", [])
@@ -69,11 +69,11 @@ def read_sidecar(folder: DataFolder, *, split_seed: int = 0) -> TableBuilder:
 
 def _note_lone_captions(table: TableBuilder) -> None:
     """Note the caption files whose picture is missing, in every folder that holds pictures."""
-    stems = {path.rpartition(".")[0] for path in table.images}
+    stems = {same_name(path).rpartition(".")[0] for path in table.images}
     for place in sorted({path.rpartition("/")[0] for path in table.images}):
         for name, is_folder in sorted(table.folder.listing(place).items()):
-            stem, _, ending = name.rpartition(".")
-            if ending == "txt" and not is_folder and join(place, stem) not in stems:
+            stem, _, ending = same_name(join(place, name)).rpartition(".")
+            if ending == "txt" and not is_folder and stem not in stems:
                 what = "a caption file without its picture"
                 table.folder.problems.add("missing image", place, what, name)
 
@@ -97,7 +97,8 @@ def read_class_folders(
 ) -> TableBuilder:
     """A folder of class folders, perhaps below `train/`, `val/`, `test/`; each class's name is the caption.
 
-    Where other folders stand beside one named train, it is a class like them.
+    Folders are splits where train and another split's name are among them and they hold class folders; a lone
+    "train" beside other folders is a class. Images outside the splits are noted.
 
     Args:
         template: the caption, with {} for the class.
@@ -105,10 +106,15 @@ def read_class_folders(
     if template.count("{}") != 1:
         raise LabError(f"template {template!r} must have {{}} once, where the class's name goes")
     tops = folder.folders()
-    has_splits = bool(tops) and all(name.lower() in SPLIT_FOLDERS for name in tops)
+    named = [name for name in tops if name.lower() in SPLIT_FOLDERS]
+    complete = named == tops or {"train"} < {SPLIT_FOLDERS[name.lower()] for name in named}
+    has_splits = complete and any(folder.folders(name) for name in named)
     table = TableBuilder(folder)
-    splits = split_aliases(sorted(tops, key=split_rank))
-    _note_loose(table, ["", *tops] if has_splits else [""])
+    splits = split_aliases(sorted(named, key=split_rank))
+    _note_loose(table, ["", *named] if has_splits else [""])
+    for top in sorted(set(tops) - set(named)) if has_splits else ():
+        for path in folder.pictures(top):
+            folder.problems.add("no caption", top, "an image outside the splits", path)
     for top, split in splits.items() if has_splits else [("", UNUSED)]:
         for class_folder in folder.folders(top):
             _add_class(table, join(top, class_folder), split, class_folder.replace("_", " "), template)
@@ -179,9 +185,10 @@ def read_coco(
     (year,) = years
     table = TableBuilder(folder)
     table.split_source = f"COCO {year}"
+    names = split_aliases(match[1] for match in found)
     for match in sorted(found, key=lambda match: split_rank(match[1])):
         folders = [join(top, f"{match[1]}{year}"), join(top, f"images/{match[1]}{year}")]
-        _read_coco_split(table, match[1], join(place, match[0]), folder.first(*folders) or folders[0])
+        _read_coco_split(table, names[match[1]], join(place, match[0]), folder.first(*folders) or folders[0])
     return table
 
 
@@ -256,30 +263,42 @@ def _read_karpathy(folder: DataFolder, file: str | Path, image_folders: tuple[st
 
 
 def read_flickr8k(
-    folder: DataFolder, *, karpathy_file: str | Path | None = None, split_seed: int = 0
+    folder: DataFolder,
+    *,
+    karpathy_file: str | Path | None = None,
+    annotation_file: str | Path | None = None,
+    split_seed: int = 0,
 ) -> TableBuilder:
-    """Flickr8k as on Kaggle: `Images/` and `captions.txt`, a CSV file with the columns image, caption.
+    """Flickr8k as on Kaggle: `Images/` and `captions.txt`, a CSV file with the columns image, caption; or as
+    published: `Flicker8k_Dataset/` and `Flickr8k.token.txt`.
 
     The lists `Flickr_8k.{train,dev,test}Images.txt` give the splits train, val and test where they
     are there, and images in none of them the split "unused". Without lists the official ones are used where the
     images are Flickr8k's; else a seeded split by image.
     """
-    images = folder.with_pictures("Images", "images", "Flicker8k_Dataset", "")
+    images = folder.with_pictures(
+        "Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset/Flicker8k_Dataset", ""
+    )
     if karpathy_file is not None:
         return _read_karpathy(folder, karpathy_file, (images,))
-    file = _needed(folder, "captions.txt", "captions.csv")
+    token = "Flickr8k.token.txt"
+    file = _needed(folder, annotation_file, "captions.txt", "captions.csv", token, f"Flickr8k_text/{token}")
     table = TableBuilder(folder)
-    rows = list(csv_rows(folder, file))
-    lists = _flickr8k_lists(folder) or _official_lists({image for _, image, _ in rows})
+    rows = list(caption_rows(folder, file))
+    lists = _flickr8k_lists(folder) or _official_lists({image for _, image, _, _ in rows})
     _add_rows(table, file, images, rows, lists, split_seed)
     _note_official(table)
     return table
 
 
 def read_flickr30k(
-    folder: DataFolder, *, karpathy_file: str | Path | None = None, split_seed: int = 0
+    folder: DataFolder,
+    *,
+    karpathy_file: str | Path | None = None,
+    annotation_file: str | Path | None = None,
+    split_seed: int = 0,
 ) -> TableBuilder:
-    """Flickr30k as on Kaggle: `results.csv`, separated by `|`, and a folder of images.
+    """Flickr30k as on Kaggle: `results.csv`, separated by `|`, or `captions.txt`, and a folder of images.
 
     Karpathy's dataset_flickr30k.json gives captions and the usual 29,000 / 1,014 / 1,000 images;
     without it the split is seeded, by image.
@@ -288,9 +307,12 @@ def read_flickr30k(
     images = folder.with_pictures(*nested, "")
     if karpathy_file is not None:
         return _read_karpathy(folder, karpathy_file, (images,))
-    file = _needed(folder, "results.csv", f"{nested[1]}/results.csv", f"{nested[0]}/results.csv")
+    places = [join(place, "results.csv") for place in ("", nested[1], nested[0])]
+    token = "results_20130124.token"
+    others = ("captions.txt", "captions.csv", "flickr_annotations_30k.csv", token)
+    file = _needed(folder, annotation_file, *places, *others)
     table = TableBuilder(folder)
-    _add_rows(table, file, images, piped_rows(folder, file), {}, split_seed)
+    _add_rows(table, file, images, list(caption_rows(folder, file)), {}, split_seed)
     return table
 
 
@@ -298,17 +320,19 @@ def _add_rows(
     table: TableBuilder,
     file: str,
     images: str,
-    rows: Any,
+    rows: Sequence[Row],
     lists: dict[str, list[str]],
     split_seed: int,
 ) -> None:
-    for number, image, caption in rows:
+    """Add the rows; their splits are those of the lists, else of the rows themselves, else drawn."""
+    names = split_aliases({split for *_, split in rows if split})
+    for number, image, caption, split in rows:
         if name := table.relative(image, file, f"line {number}"):
             path = join(images, name)
-            for split in lists.get(name, [UNUSED]):
-                table.add_image(path, split)
+            for each in lists.get(same_name(name), [UNUSED]) if lists else [names.get(split, UNUSED)]:
+                table.add_image(path, each)
             table.add_caption(path, caption, file, f"line {number}")
-    if not lists:
+    if not lists and not names:
         table.split_by_seed(split_seed)
 
 
@@ -319,7 +343,7 @@ def _flickr8k_lists(folder: DataFolder) -> dict[str, list[str]]:
         file = folder.first(f"Flickr_8k.{name}Images.txt", f"Flickr8k_text/Flickr_8k.{name}Images.txt")
         for line in folder.read_text(file).split("\n") if file else ():
             if line.strip():
-                found.setdefault(line.strip(), []).append(split)
+                found.setdefault(same_name(line.strip()), []).append(split)
     return found
 
 
@@ -346,10 +370,16 @@ def _note_official(table: TableBuilder) -> None:
         table.split_source = FLICKR8K_LISTS
 
 
-def _needed(folder: DataFolder, *candidates: str) -> str:
+def _needed(folder: DataFolder, given: str | Path | None, *candidates: str) -> str:
+    """The caption file that the user gave, else the first of these that exists."""
+    if given is not None:
+        candidates = (folder.user_path(given),)
     file = folder.first(*candidates)
     if file is None:
-        raise LabError(f"{folder.root} holds no {' or '.join(candidates)}; check data_dir and the reader")
+        raise LabError(
+            f"{folder.root} holds no {' or '.join(candidates)}; check data_dir and the reader, or name the file "
+            "with annotation_file"
+        )
     return file
 
 
@@ -417,6 +447,7 @@ def read_captions(
     split_seed: int = 0,
     cache_dir: str | Path | None = None,
     follow_links: bool = False,
+    image_root: str | Path | None = None,
     **options: Any,
 ) -> CaptionTable:
     """The images and captions of a data set on disk.
@@ -427,6 +458,7 @@ def read_captions(
         split_seed: of the split by image, where the data set has no split of its own.
         cache_dir: keep the parsed table there, and use it while no source file or folder has changed.
         follow_links: take links that lead outside `data_dir`.
+        image_root: a folder outside `data_dir` in which links and absolute image paths may end.
         options: the reader's own keywords; one that is None counts as not given.
     Raises: LabError if the layout is not there, no image of it exists, or a split leaks.
     """
@@ -435,13 +467,14 @@ def read_captions(
     data_dir = Path(data_dir)
     if data_dir.is_file() and read is read_json:
         data_dir, options["annotation_file"] = data_dir.parent, data_dir.absolute()
-    folder = DataFolder(data_dir, follow_links=follow_links)
+    folder = DataFolder(data_dir, follow_links=follow_links, image_root=image_root)
     if "split_seed" in inspect.signature(read).parameters:
         options["split_seed"] = split_seed
     if cache_dir is None:
         return read(folder, **options).build()
     place = data_dir.absolute()
-    path = cache_path(cache_dir, reader=reader, data_dir=place, follow_links=follow_links, options=options)
+    links = {"follow_links": follow_links, "image_root": image_root and Path(image_root).absolute()}
+    path = cache_path(cache_dir, reader=reader, data_dir=place, options=options, **links)
     table = load_table(path, data_dir)
     if table is None:
         table = read(folder, **options).build()

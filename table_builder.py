@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from captions import CaptionTable, Strings, clean_text
-from data_folder import DataFolder, safe_relative
+from data_folder import DataFolder
 from errors import LabError
 
 NAMES_SHOWN = 5  # of many wrong images, how many a message names
+CAUSES = ("refused path", "malformed row", "no caption")  # why no image may be left, the likeliest first
 SMALL_SET = 5000  # below this many images, a seeded split holds out a tenth instead of 1,000
 
 
@@ -42,20 +43,32 @@ class TableBuilder:
         self.folder.problems.add("malformed row", file, what, place)
 
     def relative(self, path: Any, file: str, place: str) -> str:
-        """An image path that stays below the data folder, or "" with the refusal noted."""
-        safe, refusal = safe_relative(path)
+        """An image path that stays below the data folder (or `image_root`), or "" with the refusal noted."""
+        safe, refusal = self.folder.relative(path)
         if refusal:
             kind = "refused path" if isinstance(path, str) and path.strip() else "malformed row"
             self.folder.problems.add(kind, file, refusal, place)
         return safe
 
     def add_image(self, path: str, split: str, image_id: Any = None, category: Any = None) -> None:
-        """Add the image, or see that it is the one added before."""
+        """Add the image under the name it has on the disk, or see that it is the one added before."""
+        path = self.folder.true_path(path)
         known = self.images.get(path)
         if known is None:
-            self.images[path] = _Image(split, image_id, category if isinstance(category, str) else None)
+            self.images[path] = _Image(split, image_id, self._category(path, category))
         elif known.split != split:
             self.leaks.setdefault(path, []).extend([known.split, split])
+
+    def _category(self, path: str, value: Any) -> str | None:
+        """A category's name; whole numbers are names too, also written as 3.0."""
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if value is None or isinstance(value, str):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        self.malformed(path, "", "the category is neither text nor a whole number")
+        return None
 
     def add_caption(self, path: str, caption: Any, file: str, place: str) -> None:
         """Add a caption to an image that `add_image` has taken."""
@@ -66,6 +79,7 @@ class TableBuilder:
         if repaired:
             self.folder.problems.add("repaired text", file, repaired, place)
         if text:
+            path = path if path in self.images else self.folder.true_path(path)
             self.images[path].captions.append(text)
         else:
             self.folder.problems.add("empty caption", file, "the caption is empty", place)
@@ -95,13 +109,16 @@ class TableBuilder:
         if listed and not self.images:
             raise LabError(
                 f"none of the {listed:,} images listed for {self.folder.root} exists (such as {missing[0]}); "
-                "unpack the images there or correct data_dir"
+                f"unpack the images there or correct data_dir{self.folder.problems.first(*CAUSES)}"
             )
         self._note_dropped(
             "no caption", "an image without captions", self._drop(lambda _, image: not image.captions)
         )
         if not self.images:
-            raise LabError(f"{self.folder.root} holds no image with a caption; check data_dir and the reader")
+            raise LabError(
+                f"{self.folder.root} holds no image with a caption; check data_dir and the reader"
+                f"{self.folder.problems.first(*CAUSES)}"
+            )
         return self._table(ids)
 
     def _refuse_leaks(self) -> None:

@@ -12,6 +12,7 @@ from cli import run_command
 from config import Config, run_name
 from distributed import is_main
 from engine import explained_memory_errors
+from open_data import open_dataset
 from paired_evaluation import report_pairs, save_curves
 from run_report import report_run
 from runs import Run, alone, load_run, stop_after_step
@@ -70,7 +71,6 @@ def overfit(config: Config, images: int = 128, *, steps: int = 300, show: bool =
     few = config.updated(
         **still,
         max_samples=images,
-        val_splits=config.train_splits,
         test_splits=(),
         batch_size=batch,
         num_epochs=max(1, steps * batch // images),
@@ -83,7 +83,8 @@ def overfit(config: Config, images: int = 128, *, steps: int = 300, show: bool =
         patience=None,
         runs_dir=config.runs_dir / "overfit",
     )
-    history = fit(few, resume="never", show=show).history
+    same = open_dataset(few, few.train_splits, progress=show)
+    history = fit(few, val_set=same, resume="never", show=show).history
     recalls = history[["i2t_recall@1", "t2i_recall@1"]].mean(axis=1)
     row = {
         "images": images,

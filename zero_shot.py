@@ -297,7 +297,7 @@ def _coco_categories(gallery: Gallery) -> dict[str, list[set[str]]]:
     """Names of the categories in each picture, of COCO's instances_*.json beside the pictures; {} without."""
     table = gallery.dataset.table
     names = sorted({Path(table.paths[row]).parent.name for row in gallery.dataset.rows.tolist()})
-    places = [table.root / top / "annotations" for top in ("", "coco2014")]
+    places = [table.root / top / "annotations" for top in ("", "coco2014", "coco2017")]
     files = [
         file for place in places for name in names if (file := place / f"instances_{name}.json").is_file()
     ]
@@ -362,7 +362,7 @@ def _open_cifar(run: Run, folder: Path, show: bool) -> Labelled:
 def _open_class_folders(run: Run, folder: Path, show: bool) -> Labelled:
     config = run.config
     table: CaptionTable = read_captions("class_folders", folder)
-    if (folder / "test").is_dir():
+    if not table.split_source.startswith("drawn") and "test" in table.split_sizes():
         table = table.split("test")
     table = table.take(_at_most(len(table), config.max_samples))
     images = open_images(table, config.cache_dir, config.image_size, config.image_resize, config.num_workers)

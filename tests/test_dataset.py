@@ -1,5 +1,6 @@
 """Items, batches, order, and what is left out."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -154,6 +155,38 @@ def test_check_from_a_shell(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["dataset.py", "fetch", "coco"])
     with pytest.raises(SystemExit, match="did you mean 'coco2014'"):
         main()
+
+
+def test_the_fields_of_a_readers_files_are_flags(tmp_path, monkeypatch, capsys):
+    data, images = tmp_path / "data", write_coco(tmp_path / "images", {"train": 4})
+    data.mkdir()
+    rows = [{"image_path": str(path), "caption": "x"} for path in sorted((images / "train2014").iterdir())]
+    for name, count in {"mine.json": 4, "other.json": 1}.items():
+        (data / name).write_text(json.dumps({"splits": {"train": rows[:count]}}))
+    check = ["dataset.py", "check", str(data), "--reader", "json", "--folder", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", check)
+    with pytest.raises(SystemExit, match="name the file with annotation_file"):
+        main()
+    monkeypatch.setattr("sys.argv", [*check, "--annotation_file", "mine.json", "--image_root", str(images)])
+    main()
+    assert re.search(r"images +4 +train 4", capsys.readouterr().out)
+    settings: dict = {"reader": "json", "image_root": images, "cache_dir": tmp_path / "cache"}
+    for place in ({"data_dir": data, "annotation_file": "mine.json"}, {"data_dir": data / "mine.json"}):
+        config = make_config(**place, **settings)
+        assert prepare_data(config) == config.data_dir
+        assert len(load_table(config)) == 4
+    with pytest.raises(LabError, match="reader 'coco' has no option 'annotation_file'"):
+        load_table(make_config(data_dir=images, annotation_file="mine.json"))
+
+
+def test_an_epoch_is_not_chosen_on_training_images(coco):
+    with pytest.raises(LabError, match="train_splits and val_splits share val; the epoch must be chosen"):
+        open_dataset(make_config(data_dir=coco, train_splits=("train", "val")), ("val",))
+    config = make_config(data_dir=coco).model_copy(update={"reader": "cocoo"})
+    with pytest.raises(
+        LabError, match="reader 'cocoo' does not exist.*one of: .*coco, .*paired_cifar, pairs"
+    ):
+        open_dataset(config, ("val",))
 
 
 def test_split_sizes_count_what_is_left_out(tmp_path):

@@ -121,6 +121,7 @@ TRIED: dict[str, tuple[bytes, tuple[int, int, int] | str]] = {
     "empty file": (b"", "empty file"),
     "web page saved as .jpg": (b"\n<!DOCTYPE html><html>404</html>", "a web page or XML, not a picture"),
     "SVG": (b'<?xml version="1.0"?><svg/>', "a web page or XML, not a picture"),
+    "an iPhone's HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC; install pillow-heif or convert to JPEG"),
     "text": (b"this is no picture", "no known picture format"),
     "PostScript (would start Ghostscript)": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "no known picture format"),
     "JPEG's first three bytes": (b"\xff\xd8\xff", "no known picture format"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -338,6 +339,20 @@ def test_class_folders(tmp_path):
     assert drawn.captions[0] == "a drawing of one dog"
 
 
+def test_class_folders_beside_other_folders(tmp_path):
+    touch(tmp_path, "train/dog/1.jpg", "valid/dog/1.jpg", "Test/cat/1.jpg", "extra/2.jpg", "valid/3.jpg")
+    table = read_captions("class_folders", tmp_path)
+    assert contents(table) == {
+        "train/dog/1.jpg": ("train", ["a photo of a dog"]),
+        "valid/dog/1.jpg": ("val", ["a photo of a dog"]),
+        "Test/cat/1.jpg": ("test", ["a photo of a cat"]),
+    }
+    assert kinds(table) == [("no caption", "valid: 3.jpg"), ("no caption", "extra: extra/2.jpg")]
+    unlabelled = tmp_path / "kaggle"  # a test folder without classes is no class either
+    touch(unlabelled, "train/dog/1.jpg", "test/1.jpg")
+    assert read_captions("class_folders", unlabelled).split_sizes() == {"train": 1}
+
+
 def test_a_class_named_train_is_a_class(tmp_path):
     touch(tmp_path, *(f"{name}/{n}.jpg" for name in ("train", "bus") for n in range(10)))
     table = read_captions("class_folders", tmp_path)
@@ -412,6 +427,147 @@ CSV_TRIED: dict[str, tuple[bytes, list[str], list[str]]] = {
 }
 
 
+# a file of captions as others write it, read by either Flickr reader -> splits and captions of a.jpg, b.jpg, c.jpg
+ROWS_TRIED: dict[str, tuple[str, list[tuple[str, list[str]]]]] = {
+    "open_clip's tabs": ("filepath\ttitle\na.jpg\tA dog, a cat\n", [("train", ["A dog, a cat"])]),
+    "Excel's semicolons": ("image;caption\na.jpg;A dog\n", [("train", ["A dog"])]),
+    "pandas' index": (',image,caption\n0,a.jpg,"a, dog"\n1,b.jpg,A\n', [("train", ["a, dog"]), ("train", ["A"])]),
+    "an inch sign": ('image,caption\na.jpg,A 5" man, smiling .\nb.jpg,x\n',
+                     [("train", ['A 5" man, smiling .']), ("train", ["x"])]),
+    "Flickr30k with commas": ('image_name,comment_number,comment\na.jpg,0,"A man , in"\na.jpg,1,A dog, x\n',
+                              [("train", ["A man , in", "A dog, x"])]),
+    "token file": ("a.jpg#0\tA dog\na.jpg#1\tA, cat\nx.jpg.1#0\tgone\n", [("train", ["A dog", "A, cat"])]),
+    "splits and lists": ('raw,sentids,split,filename,img_id\n"[""A man"", ""A dog""]","[0, 1]",valid,a.jpg,0\n'
+                         '"[""x""]",[2],test,b.jpg,1\n', [("val", ["A man", "A dog"]), ("test", ["x"])]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reader", ["flickr8k", "flickr30k"])
+@pytest.mark.parametrize("name", ROWS_TRIED)
+def test_files_of_captions_as_others_write_them(name, reader, tmp_path):
+    text, expected = ROWS_TRIED[name]
+    touch(tmp_path, "Images/a.jpg", "Images/b.jpg", "Images/c.jpg")
+    (tmp_path / "mine.txt").write_text(text)
+    table = read_captions(reader, tmp_path, annotation_file="mine.txt")
+    assert list(contents(table).values()) == expected
+    assert [kind for kind, _ in kinds(table)] == ["missing image"] * (name == "token file")
+
+
+def test_flickr8k_as_published(tmp_path):
+    write_flickr8k(tmp_path)
+    (tmp_path / "Images").rename(tmp_path / "Flicker8k_Dataset")
+    (tmp_path / "Flickr8k_text").mkdir()
+    for file in tmp_path.glob("Flickr_8k.*"):
+        file.rename(tmp_path / "Flickr8k_text" / file.name)
+    rows = [f"{n}.jpg#{k}\t{text}\n" for n in range(6) for k, text in enumerate(CAPTIONS[n])]
+    (tmp_path / "Flickr8k_text" / "Flickr8k.token.txt").write_text("".join(rows))
+    (tmp_path / "captions.txt").unlink()
+    table = read_captions("flickr8k", tmp_path)
+    assert list(contents(table).values()) == list(zip(SPLITS, CAPTIONS, strict=True))
+
+
+NAMES = [
+    "Screenshot at 4.42.48\u202fPM.png",
+    "obrazovky v\u00a013.05.png",
+    "写真\u30001.png",
+    "👩\u200d🔬.png",
+]
+
+
+@pytest.mark.parametrize("layout", ["json", "flickr8k", "sidecar"])
+def test_names_with_spaces_of_any_kind(layout, tmp_path):
+    touch(tmp_path, *NAMES)
+    rows = [{"image_path": name, "caption": "a window"} for name in NAMES]
+    (tmp_path / "annotations.json").write_text(json.dumps({"splits": {"train": rows}}))
+    lines = ["image,caption", *(f"{name},a window" for name in NAMES)]
+    (tmp_path / "captions.txt").write_text("\n".join(lines), encoding="utf-8")
+    for name in NAMES if layout == "sidecar" else ():
+        (tmp_path / name).with_suffix(".txt").write_text("a window")
+    table = read_captions(layout, tmp_path)
+    assert sorted(table.paths) == sorted(NAMES)
+    assert [problem for problem in table.problems if "captions.txt" not in problem["where"]] == []
+
+
+def test_names_as_another_system_spells_them(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "Zürich/Café.jpg") for form in ("NFC", "NFD"))
+    touch(tmp_path, f"Images/{apart}", "Images/a.JPG", "Images/b.jpg", "Images/B.jpg")
+    rows = [f"{name},x" for name in (composed, "a.jpg", "b.jpg", "A.jpg")]
+    (tmp_path / "captions.txt").write_text("\n".join(["image,caption", *rows]), encoding="utf-8")
+    table = read_captions("flickr8k", tmp_path)
+    assert table.paths == [f"Images/{apart}", "Images/a.JPG", "Images/b.jpg"]
+    assert all(table.path_of(row).is_file() for row in range(3))
+    assert kinds(table) == [("missing image", "Images: A.jpg")]  # another name, not another spelling
+    side = tmp_path / "side"
+    touch(side, unicodedata.normalize("NFD", "Café.jpg"), "b.jpg", "c.JPG")
+    (side / "Café.txt").write_text("a street")
+    (side / "b.TXT").write_text("y")
+    (side / "c.txt").write_text("z")
+    table = read_captions("sidecar", side)
+    assert sorted(table.captions) == ["a street", "y", "z"]
+    assert table.problems == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names there are text")
+def test_a_name_that_is_no_text_is_noted(tmp_path):
+    touch(tmp_path, "dog/a.jpg")
+    with open(os.path.join(os.fsencode(tmp_path), b"dog/\xff.jpg"), "wb"):
+        pass
+    table = read_captions("class_folders", tmp_path, cache_dir=tmp_path / "cache")
+    assert table.paths == ["dog/a.jpg"]
+    assert kinds(table) == [("refused path", "dog: ?.jpg")]
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "JPE", "heic", "avif", "ppm", "PGM"])
+def test_every_file_that_looks_like_an_image_is_taken(suffix, tmp_path):
+    touch(tmp_path, "dog/a.jpg", f"dog/b.{suffix}")
+    assert len(read_captions("class_folders", tmp_path)) == 2
+    (tmp_path / f"dog/b.{suffix}").rename(tmp_path / f"b.{suffix}")
+    (tmp_path / "b.txt").write_text("x")
+    assert read_captions("sidecar", tmp_path).captions == ["x"]
+
+
+def test_absolute_paths_below_the_data_folder_or_image_root(tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    touch(data, "a.jpg")
+    touch(other, "b.jpg")
+    touch(tmp_path, "secret.jpg")
+    paths = [
+        str(data / "a.jpg"),
+        str(other / "b.jpg"),
+        str(tmp_path / "secret.jpg"),
+        f"{other}/../secret.jpg",
+    ]
+    rows = [{"image_path": path, "caption": "x"} for path in paths]
+    (data / "annotations.json").write_text(json.dumps({"splits": {"train": rows}}))
+    table = read_captions("json", data)
+    assert table.paths == ["a.jpg"]
+    assert table.problem_counts() == {"refused path": 3}
+    table = read_captions("json", data, image_root=other, cache_dir=tmp_path / "cache")
+    assert table.paths == ["a.jpg", str(other / "b.jpg")]
+    assert table.path_of(1).read_bytes() == b"pixels of b.jpg"
+    assert table.problem_counts() == {"refused path": 2}
+    assert len(read_captions("json", data, cache_dir=tmp_path / "cache")) == 1
+    (data / "a.jpg").unlink()
+    with pytest.raises(
+        LabError, match=r"none of the 1 .*refused path: 3, such as .*b.jpg' is absolute .*image_root"
+    ):
+        read_captions("json", data)
+    with pytest.raises(LabError, match="image_root '.*gone' is no folder"):
+        read_captions("json", data, image_root=tmp_path / "gone")
+
+
+def test_whole_numbers_name_categories(tmp_path):
+    touch(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
+    values = [7, 3.0, None, [1]]
+    rows = [
+        {"image_path": f"{n}.jpg", "caption": "x", "category": c} for n, c in zip("abcd", values, strict=True)
+    ]
+    (tmp_path / "annotations.json").write_text(json.dumps({"splits": {"train": rows}}))
+    table = read_captions("json", tmp_path)
+    assert categories(table) == ["7", "3", "", ""]
+    assert kinds(table) == [("malformed row", "d.jpg")]
+
+
 @pytest.fixture
 def hostile(tmp_path):
     root = tmp_path / "data"
@@ -445,8 +601,12 @@ def test_utf16(hostile):
 
 def test_links_are_followed_when_asked(hostile):
     (hostile / "captions.txt").write_text("image,caption\nlink.jpg,A secret\n")
-    with pytest.raises(LabError, match="none of the 1 images"):
+    message = (
+        r"none of the 1 images .*refused path: 1, such as Images/link.jpg: a link .* to .*; set image_root"
+    )
+    with pytest.raises(LabError, match=message):
         read_captions("flickr8k", hostile)
+    assert list(read_captions("flickr8k", hostile, image_root=hostile.parent).captions) == ["A secret"]
     table = read_captions("flickr8k", hostile, follow_links=True)
     assert list(table.captions) == ["A secret"]
     assert table.problems == []
@@ -691,8 +851,8 @@ def test_missing_columns_are_named(tmp_path):
     (tmp_path / "captions.txt").write_text("file,caption\n0.jpg,x\n")
     with pytest.raises(LabError, match=r"has the columns \['file', 'caption'\]; its first line must be"):
         read_captions("flickr8k", tmp_path)
-    (tmp_path / "results.csv").write_text("image_name,comment\n0.jpg,x\n")
-    with pytest.raises(LabError, match="its first line must be image_name| comment_number| comment"):
+    (tmp_path / "results.csv").write_text("image_name,number\n0.jpg,x\n")
+    with pytest.raises(LabError, match=r"or image_name\| comment_number\| comment"):
         read_captions("flickr30k", tmp_path)
 
 
