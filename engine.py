@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from statistics import fmean
 from typing import Any
 
 from compat import recover_memory
@@ -17,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from config import Config
 from distributed import gather_rows, sum_gradients, world_size
 from errors import LabError
-from losses import uniform_loss
+from losses import loss_chance
 from models import CLIPModel, batch_norms
 from negatives import BatchNegatives
 from optimisation import EMA, autocast
@@ -64,7 +63,7 @@ class Engine:
         self.ema = ema or EMA(model, 0.0)
         self.scaler = scaler or torch.amp.GradScaler(self.device.type, enabled=False)
         self.micro_batch_size = self.config.micro_batch_size
-        self.uniform_loss = math.nan  # what the last loss would have been with equal logits
+        self.chance: Any = math.nan  # the last loss's chance level
 
     def step(self, batch: Batch) -> Tensor:
         """Learn from a batch on the device. Returns: its loss, (), detached.
@@ -163,7 +162,11 @@ class Engine:
         image_id, text_id = gather_rows(batch["image_id"]), gather_rows(batch["text_id"])
         whole = {k: gather_rows(v) if v.ndim else v for k, v in leaves.items()}
         given = self.negatives.comparisons(whole, image_id, text_id)
-        self.uniform_loss = fmean(uniform_loss(some["image_id"], some["text_id"]) for some in given)
+        levels = [
+            loss_chance(self.criterion, some["image_id"], some["text_id"], some.get("logit_bias"))
+            for some in given
+        ]
+        self.chance = math.nan if None in levels else sum(levels) / len(levels)
         return torch.stack([self.criterion(**some) for some in given]).mean()
 
     def _pooling(self, kind: str) -> tuple[Callable[[Any], Tensor], bool]:

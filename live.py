@@ -43,7 +43,7 @@ class LiveView:
         history: what is known before the first epoch of this call, a row an epoch.
         num_epochs: of the whole run, for the time left.
         chance: recall of a random ranking, drawn as a line.
-        uniform_loss: the loss of uniform logits, drawn as a line.
+        chance_loss: the loss's chance level, drawn as a line.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class LiveView:
         *,
         num_epochs: int | None = None,
         chance: float | None = None,
-        uniform_loss: float | None = None,
+        chance_loss: float | None = None,
     ) -> None:
         self.name, self.num_epochs = name, num_epochs
-        self.lines: dict[str, Any] = {"chance": chance, "uniform_loss": uniform_loss}
+        self.lines: dict[str, Any] = {"chance": chance, "chance_loss": chance_loss}
         self.handles: list[DisplayHandle] = []
         self.drawn_at = 0.0
         if history is not None and len(history):
@@ -103,17 +103,17 @@ class LiveView:
         return pd.DataFrame([row], index=[self.name])
 
 
-def live_curves(name: str, *, chance: float | None = None, uniform_loss: float | None = None) -> LiveView:
+def live_curves(name: str, *, chance: float | None = None, chance_loss: float | None = None) -> LiveView:
     """A training view by a run's name alone."""
-    return LiveView(name, chance=chance, uniform_loss=uniform_loss)
+    return LiveView(name, chance=chance, chance_loss=chance_loss)
 
 
 def live_training(
-    config: Config, *, chance: float | None = None, uniform_loss: float | None = None
+    config: Config, *, chance: float | None = None, chance_loss: float | None = None
 ) -> LiveView:
     """The training view of a configuration's run, beginning with what its history.csv holds."""
     path = config.runs_dir / run_name(config) / "history.csv"
     history = pd.read_csv(path) if path.is_file() else None
     return LiveView(
-        run_name(config), history, num_epochs=config.num_epochs, chance=chance, uniform_loss=uniform_loss
+        run_name(config), history, num_epochs=config.num_epochs, chance=chance, chance_loss=chance_loss
     )

@@ -243,6 +243,11 @@ class SwapMarginLoss(nn.Module):
         )
         return others + self.weight * self._margin(image_features, text_features, image_id, text_id)
 
+    def chance(self, image_id: Tensor, text_id: Tensor, logit_bias: Tensor | None = None) -> Any:
+        """The other loss's, and the margin that equal scores fall short of."""
+        others = loss_chance(self.loss, image_id, text_id[text_id > SWAPPED], logit_bias)
+        return None if others is None else others + self.weight * self.margin
+
     def _margin(self, images: Tensor, texts: Tensor, image_id: Tensor, text_id: Tensor) -> Tensor:
         """Mean shortfall over the images whose own and swapped captions are both in the batch."""
         own, has_own = _find(image_id, text_id)
@@ -315,6 +320,10 @@ class InfoNCELoss(nn.Module):
         to_text = self._direction(images, text_features, matches, logits)
         to_image = self._direction(text_features, images, matches.T, None if logits is None else logits.T)
         return (to_text + to_image) / 2
+
+    def chance(self, image_id: Tensor, text_id: Tensor, logit_bias: Tensor | None = None) -> float | None:
+        """The value where all logits are equal; None with focal weights, which change it with every match."""
+        return None if self.focal_gamma else (math.log(len(text_id)) + math.log(len(image_id))) / 2
 
     def _direction(self, queries: Tensor, gallery: Tensor, matches: Tensor, logits: Tensor | None) -> Tensor:
         """Mean cross-entropy of each query's softmax over the gallery; queries without a match have no term.
@@ -389,13 +398,34 @@ class SigmoidLoss(nn.Module):
         pieces = in_pieces(loss_of, scale * image_features, text_features, matches)
         return torch.stack(pieces).sum() / keep.sum().clamp(min=1)
 
+    def chance(self, image_id: Tensor, text_id: Tensor, logit_bias: Tensor | None = None) -> Tensor:
+        """The value where every logit is the bias, as with unrelated features."""
+        matches = match_mask(len(image_id), len(text_id), image_id, text_id)
+        bias = (
+            torch.as_tensor(self.logit_bias if logit_bias is None else logit_bias).detach().to(matches.device)
+        )
+        match, other = matches.sum(), (~matches).sum()
+        return (match * F.softplus(-bias) + other * F.softplus(bias)) / matches.any(dim=1).sum().clamp(min=1)
 
-def uniform_loss(image_id: Tensor, text_id: Tensor) -> float:
-    """InfoNCE's value where every logit is equal: what an untrained model should start near.
 
-    Args: image_id: (I,). text_id: (T,).
+def loss_chance(
+    criterion: nn.Module, image_id: Tensor, text_id: Tensor, logit_bias: Tensor | None = None
+) -> Any:
+    """`chance_level`, of a loss that reads ids as a tensor () on their device, so that a GPU need not wait."""
+    chance = getattr(criterion, "chance", None)
+    return None if chance is None else chance(image_id, text_id, logit_bias)
+
+
+def chance_level(
+    criterion: nn.Module, image_id: Tensor, text_id: Tensor, logit_bias: Tensor | None = None
+) -> float | None:
+    """The value of a loss at the start, where no image is nearer to its text than to another.
+
+    Args: image_id: (I,). text_id: (T,). logit_bias: the model's, where it has one.
+    Returns: None of a loss that has no such value, or does not state it by a method `chance` of the same arguments.
     """
-    return (math.log(len(text_id)) + math.log(len(image_id))) / 2
+    level = loss_chance(criterion, image_id, text_id, logit_bias)
+    return None if level is None else float(level)
 
 
 def even_bias(batch_size: int) -> float:

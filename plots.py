@@ -126,7 +126,7 @@ def learning_curves(
     histories: Mapping[str, Any] | pd.DataFrame,
     path: SavePath = None,
     chance: float | Metrics | None = None,
-    uniform_loss: float | None = None,
+    chance_loss: float | None = None,
     best_epoch: int | Mapping[str, int] | None = None,
 ) -> Figure:
     """Loss, Recall@1 and learning rate of one or several runs; quick enough to redraw every epoch.
@@ -135,7 +135,7 @@ def learning_curves(
         histories: run name -> table with `epoch`, `train_loss`, `val_loss`, `learning_rate`, and
             `i2t_recall@1`, `t2i_recall@1` or `top1` in [0, 1]; columns and values may be missing.
         chance: Recall@1 of random ranking, in [0, 1]; a number, or a mapping by metric.
-        uniform_loss: the loss of uniform logits, the log of the number of candidates.
+        chance_loss: the loss's chance level (`losses.chance_level`); None where it has none.
         best_epoch: starred; a number, or one a run.
     """
     tables = as_histories(histories)
@@ -150,7 +150,7 @@ def learning_curves(
     figure = new_figure(3.3)
     loss, recall, rate = (axes_at(figure, left, 0.62, 2.25, 2.15) for left in (0.65, 3.6, 6.6))
     for axes, series, reference, label in (
-        (loss, LOSSES, uniform_loss, "uniform logits {:.2f}"),
+        (loss, LOSSES, chance_loss, "chance level {:.2f}"),
         (recall, RECALLS, None if level is None else 100 * level, "chance {:.2g} %"),
     ):
         handles = plot_series(axes, tables, series, best) + _reference(axes, reference, label)

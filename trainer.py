@@ -284,8 +284,8 @@ class Trainer:
         trained = run_epoch(
             self.engine, self.loader, epoch, progress=self.progress, after_step=after_step, bar=bar
         )
-        uniform = self.progress.uniform_sum / self.progress.images
-        self.watch.after_epoch(self.model, trained["train_loss"], uniform, self.steps)
+        chance = self.progress.uniform_sum / self.progress.images
+        self.watch.after_epoch(self.model, trained["train_loss"], chance, self.steps)
         row = {"epoch": epoch + 1, **trained, **self._validated(epoch)}
         row["peak_memory_gb"] = peak_memory_gb(self.device)
         if hasattr(self.train_set, "seconds"):

@@ -72,7 +72,7 @@ class EpochProgress:
     step: int = 0
     images: int = 0
     loss_sum: float = 0.0
-    uniform_sum: float = 0.0
+    uniform_sum: float = 0.0  # of the loss's chance level
     seconds: float = 0.0
     data_seconds: float = 0.0
 
@@ -159,10 +159,10 @@ class _Meter:
     def __init__(self, engine: Engine, progress: EpochProgress, epoch: int, bar: tqdm | None) -> None:
         self.engine, self.progress, self.epoch, self.bar = engine, progress, epoch, bar
         self.limit = STEPS_BEFORE_READING.get(engine.device.type, MOST_STEPS_BEFORE_READING)
-        self.unread: list[tuple[Tensor, Tensor, float]] = []
+        self.unread: list[tuple[Tensor, Tensor, Any]] = []
 
     def add(self, loss: Tensor, image_id: Tensor) -> None:
-        self.unread.append((loss, image_id, self.engine.uniform_loss))
+        self.unread.append((loss, image_id, self.engine.chance))
         if len(self.unread) >= self.limit:
             self.read()
 
@@ -172,7 +172,7 @@ class _Meter:
             return
         progress = self.progress
         values = torch.stack([loss for loss, *_ in self.unread]).tolist()
-        for value, (_, image_id, uniform) in zip(values, self.unread, strict=True):
+        for value, (_, image_id, chance) in zip(values, self.unread, strict=True):
             if not math.isfinite(value):
                 raise LabError(
                     f"the loss is {value} at epoch {self.epoch + 1}, step {progress.step + 1} (image ids "
@@ -182,7 +182,7 @@ class _Meter:
             progress.step += 1
             progress.images += count
             progress.loss_sum += value * count
-            progress.uniform_sum += uniform * count
+            progress.uniform_sum += float(chance) * count
         if self.bar is not None:
             mean = progress.loss_sum / progress.images
             rate = f", {progress.images / progress.seconds:.0f} images/s" if progress.seconds else ""

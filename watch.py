@@ -17,7 +17,7 @@ from models import MAX_LOGIT_SCALE, CLIPModel
 # --- Warnings ---
 
 
-NEAR_UNIFORM = 0.99  # of the loss of equal logits
+NEAR_CHANCE = 0.99  # of the loss's chance level
 STEPS_BEFORE_TELLING = 50  # warm-up may well take that long, and new encoders start in one place
 LEAST_SPREAD = 0.02
 
@@ -29,13 +29,12 @@ class TrainingWarning(UserWarning):
 class Watch:
     """Looks at a run after each epoch.
 
-    A loss near that of equal logits says that nothing was learned (open_clip#17 tells of it); a temperature at
+    A loss near its chance level says that nothing was learned (open_clip#17 tells of it); a temperature at
     its clamp, that logits want to grow without end; features all in one place, that the model collapsed.
     """
 
     def __init__(self, config: Config) -> None:
         self.name = run_name(config)
-        self.is_softmax = config.loss == "infonce" and not config.focal_gamma
         self.learns_temperature = config.learn_temperature
         self.given: set[str] = set()
 
@@ -45,11 +44,11 @@ class Watch:
             # run and step stand where Python would name its file and line, which tell a reader nothing
             warnings.warn_explicit(f"{what}; {advice}", TrainingWarning, self.name, steps)
 
-    def after_epoch(self, model: CLIPModel, loss: float, uniform: float, steps: int) -> None:
-        """Args: loss and uniform: means over the epoch; steps: taken since the run began."""
-        if self.is_softmax and steps >= STEPS_BEFORE_TELLING and loss > NEAR_UNIFORM * uniform:
+    def after_epoch(self, model: CLIPModel, loss: float, chance: float, steps: int) -> None:
+        """Args: loss and its chance level (nan: none): means over the epoch; steps: taken since the run began."""
+        if steps >= STEPS_BEFORE_TELLING and loss > NEAR_CHANCE * chance:
             self._warn(
-                "the loss stays at that of equal logits",
+                "the loss stays at its chance level",
                 "see whether the model fits 128 images at all (train.py --overfit 128), then try another "
                 "learning_rate or a longer warm-up",
                 steps,

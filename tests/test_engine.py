@@ -369,7 +369,7 @@ def test_a_bank_by_hand():
         for rows in (logits[:, :8].log_softmax(dim=1), logits.log_softmax(dim=1))
     ]
     torch.testing.assert_close(loss, ((sum(to_text) / 2 + to_image) / 2).detach())
-    assert engine.uniform_loss == pytest.approx((math.log(4) + (math.log(8) + math.log(14)) / 2) / 2)
+    assert engine.chance == pytest.approx((math.log(4) + (math.log(8) + math.log(14)) / 2) / 2)
 
 
 def test_a_bank_is_encoded_anew_and_tells_how_stale_it_was():

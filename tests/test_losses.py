@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from errors import LabError
-from losses import InfoNCELoss, uniform_loss
+from losses import (
+    SWAPPED,
+    ContrastiveLoss,
+    InfoNCELoss,
+    SigmoidLoss,
+    SwapMarginLoss,
+    TripletLoss,
+    chance_level,
+)
 
 
 def features(rows: int, width: int = 8, seed: int = 0) -> torch.Tensor:
@@ -65,12 +73,26 @@ def test_a_gradient_step_lowers_it():
     assert InfoNCELoss()(images - 0.01 * gradient, texts) < loss
 
 
-def test_uniform_loss_is_the_loss_of_equal_logits():
+@pytest.mark.parametrize(
+    "criterion",
+    [InfoNCELoss(), InfoNCELoss(label_smoothing=0.2), SigmoidLoss(), SwapMarginLoss(InfoNCELoss(), 0.7)],
+)
+def test_a_loss_states_its_value_at_equal_scores(criterion):
     image_id, text_id = torch.arange(5), torch.arange(5).repeat_interleave(3)
-    same = torch.ones(5, 4) / 2, torch.ones(15, 4) / 2
-    loss = InfoNCELoss()(*same, torch.tensor(3.0), image_id=image_id, text_id=text_id)
-    assert uniform_loss(image_id, text_id) == pytest.approx(loss.item(), abs=1e-5)
-    assert uniform_loss(image_id, text_id) == pytest.approx((math.log(5) + math.log(15)) / 2)
+    text_id = torch.cat([text_id, SWAPPED - image_id])
+    nothing = torch.zeros(5, 4), torch.zeros(20, 4)
+    bias = torch.tensor(-1.5)
+    loss = criterion(*nothing, torch.tensor(3.0), bias, image_id=image_id, text_id=text_id)
+    assert chance_level(criterion, image_id, text_id, bias) == pytest.approx(loss.item(), rel=1e-5)
+    assert chance_level(InfoNCELoss(), image_id, text_id) == pytest.approx((math.log(5) + math.log(20)) / 2)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [TripletLoss(), ContrastiveLoss(), InfoNCELoss(focal_gamma=1.0), SwapMarginLoss(TripletLoss())],
+)
+def test_a_loss_without_a_chance_level_has_none(criterion):
+    assert chance_level(criterion, torch.arange(5), torch.arange(5)) is None
 
 
 def test_lengths_that_do_not_fit_say_so():

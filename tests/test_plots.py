@@ -119,7 +119,7 @@ def test_real_photographs_and_captions_fit(tmp_path):
 
 def test_learning_curves_draw_the_history_in_percent_with_references():
     table = history()
-    figure = plots.learning_curves({"run": table}, chance=0.001, uniform_loss=4.85, best_epoch=3)
+    figure = plots.learning_curves({"run": table}, chance=0.001, chance_loss=4.85, best_epoch=3)
     loss, recall, rate = figure.axes
     np.testing.assert_allclose(loss.lines[0].get_ydata(), table["train_loss"])
     np.testing.assert_allclose(recall.lines[0].get_ydata(), 100 * table["i2t_recall@1"])
@@ -129,7 +129,7 @@ def test_learning_curves_draw_the_history_in_percent_with_references():
     stars = [(*line.get_xdata(), *line.get_ydata()) for line in recall.lines if line.get_marker() == "*"]
     assert stars == [(3, pytest.approx(6.0)), (3, pytest.approx(3.0))]
     assert [text.get_text() for text in loss.get_legend().get_texts()] == [
-        "train", "validation", "uniform logits 4.85", "best epoch 3",
+        "train", "validation", "chance level 4.85", "best epoch 3",
     ]  # fmt: skip
     assert "chance 0.1 %" in [text.get_text() for text in recall.get_legend().get_texts()]
     assert recall.lines[-1].get_ydata()[0] == pytest.approx(0.1)
@@ -162,7 +162,7 @@ def test_learning_curves_are_quick_enough_to_draw_live():
     times = []
     for _ in range(3):
         start = time.process_time()
-        plots.learning_curves(table, chance=0.001, uniform_loss=4.85, best_epoch=3)._repr_png_()
+        plots.learning_curves(table, chance=0.001, chance_loss=4.85, best_epoch=3)._repr_png_()
         times.append(time.process_time() - start)
     assert min(times) < 0.4  # seconds of one core; about 0.11 where it is idle
 

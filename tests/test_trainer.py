@@ -219,12 +219,13 @@ class Model:
 def test_a_loss_that_stays_uniform_warns_once():
     watch = Watch(make_config("quickstart"))
     watch.after_epoch(Model(1.0), 4.99, 5.0, 49)  # too early to tell
-    with pytest.warns(TrainingWarning, match=r"stays at that of equal logits; see whether .* 128 images"):
+    with pytest.warns(TrainingWarning, match=r"stays at its chance level; see whether .* 128 images"):
         watch.after_epoch(Model(1.0), 4.99, 5.0, 50)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         watch.after_epoch(Model(1.0), 4.99, 5.0, 51)
         Watch(make_config("quickstart")).after_epoch(Model(1.0), 4.0, 5.0, 51)
+        Watch(make_config("quickstart")).after_epoch(Model(1.0), 4.99, float("nan"), 51)  # no chance level
 
 
 def test_a_temperature_at_its_clamp_warns():
