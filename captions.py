@@ -125,6 +125,27 @@ class CaptionTable:
         counts = np.bincount(rows, minlength=len(self))
         return np.concatenate([[0], np.cumsum(counts)])
 
+    @cached_property
+    def match_ids(self) -> np.ndarray:
+        """(I,) int64 equal for images of one category with equal captions, which describe each other too.
+
+        Such as class folders, where all images of a class have the same caption; else the image ids themselves.
+        """
+        if self.categories is None:
+            return self.image_ids
+        first: dict[tuple[str, ...], int] = {}
+        named = zip(self.categories.tolist(), self.image_ids.tolist(), strict=True)
+        ids = [
+            first.setdefault((name, *self.captions_of(row)), ident) if name else ident
+            for row, (name, ident) in enumerate(named)
+        ]
+        return np.array(ids, dtype=np.int64)
+
+    @cached_property
+    def caption_match_ids(self) -> np.ndarray:
+        """(T,) the match id of each caption's image."""
+        return np.repeat(self.match_ids, np.diff(self.offsets))
+
     def captions_of(self, row: int) -> list[str]:
         """The captions of image `row`, in the source's order."""
         return list(self.captions[self.offsets[row] : self.offsets[row + 1]])

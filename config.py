@@ -499,15 +499,15 @@ def make_config(
 ) -> Config:
     """The configuration of a preset, with `overrides` on top.
 
-    Args: base_data_dir: folder that data_dir, cache_dir and runs_dir are taken relative to.
+    Args: base_data_dir: folder that data_dir, cache_dir, runs_dir and image_root are taken relative to.
     Raises: LabError on an unknown preset or field, or a value of the wrong type.
     """
     preset_values = choose(PRESETS, preset, "preset")
     config = Config(preset=preset, **{**preset_values, **(FAST_RUN if fast_run else {}), **overrides})
     if base_data_dir is not None:
         base = Config(data_dir=base_data_dir).data_dir
-        for place in ("data_dir", "cache_dir", "runs_dir"):
-            config[place] = base / config[place]
+        for place in ("data_dir", "cache_dir", "runs_dir", "image_root"):
+            config[place] = config[place] and base / config[place]
     return config
 
 

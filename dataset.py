@@ -35,7 +35,8 @@ Batch = dict[str, Any]
 class COCOClipDataset(Dataset):
     """Images with all their captions, from decoded pictures or cached features.
 
-    An item is `{"image", "text", "image_id": (1,), "text_id": (T,)}`; `__getitems__` gives many as one
+    An item is `{"image", "text", "image_id": (1,), "text_id": (T,)}`, with categories also `image_match` and
+    `text_match` (see CaptionTable.match_ids); `__getitems__` gives many as one
     batch, images (I, 3, S, S) uint8 or (I, width), texts a list of T captions or (T, width).
     Pictures that cannot be decoded and images without a caption are left out and listed in `left_out`.
 
@@ -177,7 +178,13 @@ class COCOClipDataset(Dataset):
             "text": self._texts(texts),
             "image_id": torch.from_numpy(self.table.image_ids[rows]),
             "text_id": torch.from_numpy(self.table.caption_image_ids[texts]),
+            **({} if self.table.categories is None else self._matches(rows, texts)),
         }
+
+    def _matches(self, rows: np.ndarray, texts: np.ndarray) -> Batch:
+        """What losses compare in place of ids, so that equal captions of one class are not each other's negatives."""
+        image, text = self.table.match_ids[rows], self.table.caption_match_ids[texts]
+        return {"image_match": torch.from_numpy(image), "text_match": torch.from_numpy(text)}
 
     def _images(self, rows: np.ndarray) -> Tensor:
         return self.images.gather(rows) if isinstance(self.images, ImageCache) else self.images[as_rows(rows)]

@@ -159,7 +159,7 @@ class Engine:
 
     def _loss(self, leaves: Features, batch: Batch) -> Tensor:
         """The loss over every process's features and the negatives."""
-        image_id, text_id = gather_rows(batch["image_id"]), gather_rows(batch["text_id"])
+        image_id, text_id = map(gather_rows, match_ids(batch))
         whole = {k: gather_rows(v) if v.ndim else v for k, v in leaves.items()}
         given = self.negatives.comparisons(whole, image_id, text_id)
         levels = [
@@ -225,6 +225,12 @@ def encode_batch(model: CLIPModel, batch: Batch, config: Config) -> Features:
         name: torch.cat([part[name] for part in parts]) if first.ndim else first
         for name, first in parts[0].items()
     }
+
+
+def match_ids(batch: Batch) -> tuple[Tensor, Tensor]:
+    """(I,) and (T,) ids that a loss compares: a batch's own, or those it has for images that share captions."""
+    image, text = ("image_match", "text_match") if "image_match" in batch else ("image_id", "text_id")
+    return batch[image], batch[text]
 
 
 @contextlib.contextmanager

@@ -290,7 +290,11 @@ def zero_shot_exhibits(results: Sequence[zero_shot.ZeroShot], folder: Path, wher
 
 def _need_pictures(gallery: Gallery) -> None:
     if not gallery.has_pictures:
-        raise LabError("this data set has no picture files at hand.")
+        raise LabError(
+            f"no image files in {gallery.dataset.table.root}; set image_root to the folder that holds them."
+            if hasattr(gallery.dataset, "table")
+            else "this data set has no image files."
+        )
 
 
 def _spread(count: int, wanted: int) -> list[int]:

@@ -161,7 +161,8 @@ def _bank(config: Config, model: CLIPModel, dataset: Any) -> BatchNegatives:
         raise LabError(
             "negatives 'bank' needs cached captions; set text_tower_mode to 'cached', or negatives to 'queue'."
         )
-    ids = torch.from_numpy(getattr(dataset, "table", dataset).caption_image_ids)
+    table = getattr(dataset, "table", None)
+    ids = torch.from_numpy(dataset.caption_image_ids if table is None else table.caption_match_ids)
     return BankNegatives(model, dataset.text_features, ids, config.bank_refresh_steps)
 
 

@@ -29,7 +29,8 @@ def open_pairs(config: Config, splits: Sequence[str], *, progress: bool = True) 
         is validated or tested on.
     """
     _refuse_leaks(config)
-    return _dataset(config, [read_pairs(config.data_dir, split) for split in splits], splits)
+    parts = [read_pairs(config.data_dir, split, config.image_root) for split in splits]
+    return _dataset(config, parts, splits)
 
 
 def open_features(config: Config, splits: Sequence[str], *, progress: bool = True) -> COCOClipDataset:

@@ -10,7 +10,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pickle
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +31,7 @@ from cache import (
 )
 from captions import CaptionTable, Strings
 from cli import Parser, one_sentence
-from data_folder import stamp
+from data_folder import is_below, safe_relative, stamp
 from errors import LabError
 from files import atomic_path, fingerprint, write_text
 
@@ -62,11 +64,12 @@ class Pairs(NamedTuple):
         return Pairs(self.table.take(rows), self.images.take(rows), self.text_features.take(texts))
 
 
-def read_pairs(folder: str | Path, split: str = "train") -> Pairs:
+def read_pairs(folder: str | Path, split: str = "train", image_root: str | Path | None = None) -> Pairs:
     """A split of pre-encoded embeddings; no file's code is run, and text embeddings stay on disk.
 
     The metadata holds `image_ids`, one a row: whole numbers, or texts, which become the table's paths. It may
-    hold `captions` and `image_paths`, also one a row, and `image_root`, the folder of these paths.
+    hold `captions` and `image_paths`, also one a row, and `image_root`, the folder of these paths. Images are shown
+    only from below `folder` or the argument `image_root`: a file that was downloaded must not choose what is read.
 
     Where the folder was divided, `split` is one of the division's names, or of the files'.
 
@@ -76,12 +79,34 @@ def read_pairs(folder: str | Path, split: str = "train") -> Pairs:
     folder = Path(folder)
     division = read_division(folder)
     if split not in division.get("splits", {}):
-        return _read_file(folder, split)
-    pairs = joined([_read_file(folder, source) for source in division["sources"]])
+        return _with_images(_read_file(folder, split), folder, image_root)
+    whole = joined([_read_file(folder, source) for source in division["sources"]])
+    pairs = _with_images(whole, folder, image_root)
     wanted = np.isin(pairs.table.image_ids, division["splits"][split])
     part = pairs.take(np.flatnonzero(wanted))
     splits = np.full(len(part.table), split, dtype=object)
     return part._replace(table=dataclasses.replace(part.table, splits=splits))
+
+
+def _with_images(pairs: Pairs, folder: Path, image_root: str | Path | None) -> Pairs:
+    """The pairs, the root of their images below a folder that the user named; else noted, and no image is found."""
+    named = os.path.realpath(folder / pairs.table.root)
+    bases = [os.path.realpath(base) for base in (folder, image_root) if base is not None]
+    problems: list[dict[str, Any]] = []
+    if not any(is_below(named, base) for base in bases):
+        what = f"image_root {named} is outside; set image_root to it to show its images"
+        problems = [{"kind": "refused path", "where": "metadata.json", "what": what, "count": 1}]
+        named = bases[0]
+    paths = [_below(path) for path in pairs.table.paths]
+    return pairs._replace(
+        table=dataclasses.replace(pairs.table, root=Path(named), paths=paths, problems=problems)
+    )
+
+
+def _below(path: str) -> str:
+    """A path without what would lead out of the folder it is joined to."""
+    safe, refusal = safe_relative(path)
+    return safe if not refusal else re.sub(r"[^\w.-]+|\.{2,}", "_", path)
 
 
 def image_ids(folder: str | Path, split: str) -> np.ndarray:
@@ -127,7 +152,7 @@ def _read_once(folder: Path, split: str, stamps: tuple[tuple[int, int], ...]) ->
     captions = metadata.get("captions") or [""] * len(ids)
     paths = metadata.get("image_paths") or names
     table = CaptionTable(
-        root=Path(metadata.get("image_root", folder)),
+        root=Path(metadata.get("image_root") or folder),
         image_ids=ids[first],
         paths=[paths[row] for row in first.tolist()],
         splits=np.full(len(first), split, dtype=object),
@@ -249,6 +274,8 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     ids = content.get("image_ids") if isinstance(content, dict) else None
     if not isinstance(ids, list) or not ids:
         raise LabError(f"{path} has no list 'image_ids'; it needs one id for each row of the embeddings.")
+    if not isinstance(content.get("image_root", ""), str):
+        raise LabError(f"image_root in {path} must be text, the folder of the images.")
     for name in ("captions", "image_paths"):
         texts = content.get(name)
         if texts is None:

@@ -126,6 +126,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "projection_heads": dict(
         source=None,
         data_dir="data/scene_embeddings",
+        image_root="data/scenes",
         reader="pairs",
         test_splits=("test",),
         image_tower="efficientnet_lite0",
@@ -276,7 +277,10 @@ _HEADS = ("mlp", "linear", "standardised", "identity", "projection", "siglip", "
 
 NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "preset": ("presets.PRESETS", tuple(PRESETS)),
-    "source": ("sources.SOURCES", ("coco2014", "flickr30k", "flickr8k", "cifar100", "scenes", "shapes")),
+    "source": (
+        "sources.SOURCES",
+        ("coco2014", "coco2017", "flickr30k", "flickr8k", "cifar100", "scenes", "shapes"),
+    ),
     "reader": (
         "readers.READERS",
         (

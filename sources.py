@@ -333,6 +333,29 @@ SOURCES: dict[str, Source] = {
         },
         karpathy=_karpathy("dataset_coco.json", 145e6),
     ),
+    "coco2017": Source(
+        {
+            "captions": Part(
+                url="http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
+                download_bytes=253e6,
+                unpacked_bytes=100e6,
+                expects={"*captions_train2017.json": 1, "*captions_val2017.json": 1},
+                keep=("annotations/captions_*.json",),
+            ),
+            "val_images": Part(
+                url="http://images.cocodataset.org/zips/val2017.zip",
+                download_bytes=816e6,
+                unpacked_bytes=820e6,
+                expects={"val2017/*.jpg": 5_000},
+            ),
+            "images": Part(
+                url="http://images.cocodataset.org/zips/train2017.zip",
+                download_bytes=19.4e9,
+                unpacked_bytes=19.4e9,
+                expects={"train2017/*.jpg": 118_287},
+            ),
+        },
+    ),
     "flickr30k": Source(
         {
             "images": Part(

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from augment import augment, augment_parts
 from config import Config
 from distributed import gather_rows
-from engine import Engine, encode_batch
+from engine import Engine, encode_batch, match_ids
 from errors import LabError
 from geometry import feature_geometry, feature_spread
 from metrics import retrieval_metrics
@@ -244,7 +244,9 @@ def encode_loader(
         features = encode_batch(model, batch, config)
         ids = {"image_id": batch["image_id"], "text_id": batch["text_id"]}
         if criterion is not None:
-            loss_sum += criterion(**features, **ids).item() * len(ids["image_id"])
+            image_id, text_id = match_ids(batch)
+            loss = criterion(**features, image_id=image_id, text_id=text_id)
+            loss_sum += loss.item() * len(image_id)
         for name, rows in pieces.items():
             rows.append({**features, **ids}[name].cpu())
     whole = {name: torch.cat(rows) for name, rows in pieces.items()}

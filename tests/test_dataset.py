@@ -14,8 +14,11 @@ from small_data import write_coco
 from captions import CaptionTable
 from config import make_config, run_name
 from dataset import COCOClipDataset, EpochBatches, load_table, main, make_loader, prepare_data, split_sizes
+from engine import match_ids
 from errors import LabError
+from losses import ContrastiveLoss
 from open_data import open_dataset
+from readers import read_captions
 
 
 @pytest.fixture
@@ -189,10 +192,32 @@ def test_an_epoch_is_not_chosen_on_training_images(coco):
         open_dataset(config, ("val",))
 
 
+def test_equal_captions_of_a_class_are_no_negatives(tmp_path):
+    coco = write_coco(tmp_path / "coco", {"train": 9})
+    for n, path in enumerate(sorted((coco / "train2014").iterdir())):
+        place = tmp_path / "classes" / "train" / ("dog", "cat", "cow")[n % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        path.rename(place / path.name)
+    table = read_captions("class_folders", tmp_path / "classes")
+    rows = torch.eye(3)[[["cat", "cow", "dog"].index(name) for name in table.categories.tolist()]]
+    batch = COCOClipDataset(table=table, images=rows, text_features=rows).__getitems__(list(range(9)))
+    assert batch["image_id"].tolist() == batch["text_id"].tolist() == list(range(9))  # an image stays itself
+    image_id, text_id = match_ids(batch)
+    assert image_id.tolist() == text_id.tolist() == [0, 0, 0, 3, 3, 3, 6, 6, 6]
+    loss = ContrastiveLoss(margin=0.5)
+    own = {"image_id": batch["image_id"], "text_id": batch["text_id"]}
+    assert loss(rows, rows, **own) == pytest.approx(
+        1 / 3
+    )  # two of three negatives are true captions, 0.5 each
+    assert loss(rows, rows, image_id=image_id, text_id=text_id) == 0
+    coco = read_captions("coco", write_coco(tmp_path / "plain", {"train": 2}))
+    assert coco.match_ids is coco.image_ids
+
+
 def test_split_sizes_count_what_is_left_out(tmp_path):
     root = write_coco(tmp_path / "coco", {"train": 6, "val": 4})
     (root / "val2014" / "COCO_val2014_000000000008.jpg").write_bytes(b"")
-    config = make_config(data_dir=root, cache_dir=tmp_path / "cache", image_size=16)
+    config = make_config("coco_resnet50", data_dir=root, cache_dir=tmp_path / "cache", image_size=16)
     assert split_sizes(config).to_dict("index") == {
         "train": {"images": 6, "captions": 18, "left out": 0},
         "val": {"images": 3, "captions": 9, "left out": 1},

@@ -388,3 +388,24 @@ def test_a_missing_file_names_the_splits_there(tmp_path):
 def test_random_weights_need_no_hub():
     assert towers.image_width("siglip", "random") == transformers.SiglipVisionConfig().hidden_size == 768
     assert np.isclose(transformers.SiglipVisionConfig().image_size, towers.image_size("siglip", "random"))
+
+
+def test_images_are_shown_from_below_the_folder_or_image_root_alone(tmp_path):
+    folder, elsewhere = tmp_path / "pairs", tmp_path / "images"
+    elsewhere.mkdir()
+    for place in (tmp_path / "secret.jpg", elsewhere / "a.jpg"):
+        place.write_bytes(b"x")
+    names = ["a.jpg", "../secret.jpg", str(tmp_path / "secret.jpg")]
+    metadata = {"image_ids": [0, 1, 2], "image_paths": names, "image_root": str(elsewhere)}
+    _write(folder, torch.rand(3, 4), torch.rand(3, 4), metadata)
+    table = read_pairs(folder).table
+    assert not any(table.path_of(row).is_file() for row in range(3))
+    assert "set image_root to it" in table.problems[0]["what"]
+    table = read_pairs(folder, image_root=elsewhere).table
+    assert [table.path_of(row).is_file() for row in range(3)] == [True, False, False]
+    assert table.problems == []
+    _write(folder, torch.rand(3, 4), torch.rand(3, 4), metadata | {"image_root": "/"})
+    assert read_pairs(folder, image_root=elsewhere).table.root == folder
+    _write(folder, torch.rand(3, 4), torch.rand(3, 4), metadata | {"image_root": 5})
+    with pytest.raises(LabError, match="image_root in .* must be text"):
+        read_pairs(folder)

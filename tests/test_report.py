@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -103,6 +104,25 @@ def run(home):
     broken = sorted((home / "scenes" / "test2014").iterdir())[0]
     broken.write_bytes(b"")
     return write_run(config_of(home, test_splits=("test",)), torch="2.0")
+
+
+def test_a_report_names_the_data_that_was_read(home, tmp_path):
+    (tmp_path / "my_holiday").mkdir()
+    config = config_of(home, data_dir=tmp_path / "my_holiday", reader="sidecar", source="flickr8k")
+    data = {
+        "train": {
+            "splits": "train",
+            "images": 8,
+            "captions": 8,
+            "split_source": "drawn by image, split_seed 0",
+        }
+    }
+    run = SimpleNamespace(
+        config=config, training={"data": data}, history=pd.DataFrame({"epoch": [1]}), best_epoch=1
+    )
+    table = run_report.facts(run)["value"]
+    assert table["data"] == "my_holiday, reader sidecar"
+    assert table["split"] == "drawn by image, split_seed 0"
 
 
 def test_a_report_says_what_was_trained_and_what_was_left_out(run, tmp_path, capsys):

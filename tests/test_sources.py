@@ -658,6 +658,7 @@ def test_the_table_of_sets() -> None:
     assert (cifar.url, cifar.checksum) == (CIFAR100.url, f"md5:{CIFAR100.tgz_md5}")
     urls = {name: source.parts["images"].url for name, source in sources.SOURCES.items()}
     assert urls["coco2014"] == "kaggle://jeffaudi/coco-2014-dataset-for-yolov3"
+    assert urls["coco2017"] == "http://images.cocodataset.org/zips/train2017.zip"
     assert urls["flickr30k"] == "kaggle://hsankesara/flickr-image-dataset"
     assert urls["flickr8k"] == "kaggle://adityajn105/flickr8k"
 
