@@ -389,10 +389,9 @@ def ranks_of(run: Run, split: str, *, show: bool = True) -> Ranks:
 def save_ranks(ranks: Ranks, path: Path, origin: str) -> None:
     """Write ranks whole or not at all, with what they come from, see `origin_of`."""
     arrays: dict[str, Any] = {
-        f"{way}_{name}": np.asarray(value)
+        f"{way}_{name}": np.asarray(getattr(getattr(ranks, way), name))
         for way in ("i2t", "t2i")
         for name in RANK_FIELDS
-        if (value := getattr(getattr(ranks, way), name)) is not None
     }
     with atomic_path(path) as beside, open(beside, "wb") as file:
         np.savez_compressed(file, origin=np.array(origin), **arrays)
@@ -414,7 +413,6 @@ def load_ranks(path: Path, origin: str) -> Ranks:
 
 
 def _query_ranks(arrays: dict[str, np.ndarray], way: str) -> QueryRanks:
-    kept = [name for name in RANK_FIELDS if name != "crowd" or f"{way}_crowd" in arrays]
-    parts: dict[str, Any] = {name: arrays[f"{way}_{name}"] for name in kept}
+    parts: dict[str, Any] = {name: arrays[f"{way}_{name}"] for name in RANK_FIELDS}
     numbers = {name: int(parts[name]) for name in ("gallery_size", "num_left_out")}
     return QueryRanks(**{**parts, **numbers})

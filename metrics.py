@@ -7,7 +7,6 @@ whole gallery: recall is then 1, and so is the chance level beside it.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from scipy.special import gammaln
 
 from errors import LabError, choose, nearest
-from ranks import CROWD_LIMIT, IdList, QueryRanks, Ranks, as_ids, match_ranks
+from ranks import IdList, QueryRanks, Ranks, as_ids, match_ranks
 
 
 def retrieval_metrics(
@@ -72,45 +71,9 @@ def _summarise_direction(ranks: QueryRanks, ks: Sequence[int]) -> dict[str, floa
 # ---- figures from ranks ----------------------------------------------------------------------------
 
 
-def recall_at_k(ranks: QueryRanks, k: int) -> float:
-    """Fraction of queries whose nearest k gallery items hold a match.
-
-    Source: Karpathy & Fei-Fei 2015, section 4.
-    """
-    return float(query_values(ranks, f"recall@{k}").mean())
-
-
-def ndcg_at_k(ranks: QueryRanks, k: int) -> float:
-    """Discounted gain of the matches among the nearest k, over that of the best order; gains are 0 or 1.
-
-    Source: Jarvelin & Kekalainen 2002, with discount 1 / log2(rank + 1).
-    """
-    return float(query_values(ranks, f"ndcg@{k}").mean())
-
-
-def mean_rank(ranks: QueryRanks) -> float:
-    """Mean over queries of the nearest match's rank."""
-    return float(ranks.best.mean())
-
-
 def median_rank(ranks: QueryRanks) -> float:
     """Median over queries of the nearest match's rank; a half where an even number straddles two."""
     return float(np.median(ranks.best))
-
-
-def mean_reciprocal_rank(ranks: QueryRanks) -> float:
-    """Mean over queries of 1 / rank of the nearest match."""
-    return float(query_values(ranks, "mrr").mean())
-
-
-def mean_average_precision(ranks: QueryRanks) -> float:
-    """Mean over queries of the mean precision at each match's rank, over the whole gallery."""
-    return float(query_values(ranks, "map").mean())
-
-
-def r_precision(ranks: QueryRanks) -> float:
-    """Mean over queries of the fraction of matches among the nearest R, R the query's matches."""
-    return float(query_values(ranks, "r_precision").mean())
 
 
 def chance_at_k(ranks: QueryRanks, k: int) -> float:
@@ -200,69 +163,39 @@ def direction(metric: str) -> int:
 # ---- recall as a function of the gallery's size ----------------------------------------------------
 
 
-def recall_by_gallery_size(ranks: Ranks, sizes: Sequence[int], k: int = 1) -> dict[str, np.ndarray]:
-    """Expected Recall@K if only some images, drawn at random with all their captions, were the gallery.
+def recall_by_gallery_size(ranks: Ranks, sizes: Sequence[int]) -> dict[str, np.ndarray]:
+    """Expected Recall@1 if only some images, drawn at random with all their captions, were the gallery.
 
-    Exact both ways and without features: a query of a drawn image hits if the other images drawn bring
-    at most k - 1 rivals from before its nearest match. How many images bring how many is known from
-    the ranks (text-to-image: one each; image-to-text: `QueryRanks.crowd`), so the probability is a
-    sum of multivariate hypergeometric terms.
+    Exact both ways and without features: a query of a drawn image hits if none of the r other images
+    that rank before its nearest match (`QueryRanks.closer`) is drawn too. Of n images, that has the
+    probability C(n - 1 - r, size - 1) / C(n - 1, size - 1).
 
     Args:
         ranks: of the full gallery, every caption's image in it.
         sizes: numbers of images, from 1 to the full gallery's.
-        k: how many gallery items a query may look at.
     Returns: `sizes`, `i2t` and `t2i`, each (S,).
-    Raises: LabError if a size or k is out of range, or captions without an image are in the gallery.
+    Raises: LabError if a size is out of range, or captions without an image are in the gallery.
     """
-    k, num_images = _whole(k), ranks.num_images
+    others = ranks.num_images - 1
     if ranks.t2i.num_left_out:
         raise LabError(
             f"{ranks.t2i.num_left_out} captions belong to no image of the gallery; "
             "leave them out before drawing recall over gallery size"
         )
-    if not len(sizes) or any(not 1 <= size <= num_images for size in sizes):
-        raise LabError(f"name gallery sizes between 1 and {num_images} images; got {list(sizes)}")
-    crowd = ranks.i2t.crowd
-    if crowd is None or (k > CROWD_LIMIT and crowd.shape[1] > CROWD_LIMIT):
-        raise LabError(f"image-to-text recall over gallery size is known up to k={CROWD_LIMIT}; lower k")
-    closer = ranks.t2i.best - 1
-    crowds = {"i2t": crowd, "t2i": np.stack([num_images - 1 - closer, closer], 1)}
-    curves = {way: _hit_probability(table, sizes, k).mean(1) for way, table in crowds.items()}
+    if not len(sizes) or any(not 1 <= size <= others + 1 for size in sizes):
+        raise LabError(f"name gallery sizes between 1 and {others + 1} images; got {list(sizes)}")
+    drawn = np.asarray(sizes)[:, None] - 1  # (S, 1) other images in the gallery
+
+    def mean_hits(closer: np.ndarray) -> np.ndarray:
+        count, queries = np.unique(closer, return_counts=True)
+        hits = np.exp(_log_choose(others - count, drawn) - _log_choose(others, drawn))  # (S, counts)
+        return hits @ queries / len(closer)
+
+    curves = {"i2t": mean_hits(ranks.i2t.closer), "t2i": mean_hits(ranks.t2i.closer)}
     return {"sizes": np.asarray(sizes), **curves}
 
 
-def _hit_probability(crowd: np.ndarray, sizes: Sequence[int], k: int) -> np.ndarray:
-    """(S, Q) probability that `size - 1` other images, drawn at random, bring fewer than k rivals."""
-    kinds, back = np.unique(crowd, axis=0, return_inverse=True)
-    parts = np.array_split(kinds, math.ceil(len(kinds) / 4096))
-    return np.concatenate([_hits_of(part, sizes, k) for part in parts], axis=1)[:, back.reshape(-1)]
-
-
-def _hits_of(crowd: np.ndarray, sizes: Sequence[int], k: int) -> np.ndarray:
-    """The same for few queries; `crowd[q, c]` other images bring c rivals each.
-
-    The ways to draw t images that bring s < k rivals in all are the coefficients of a product of
-    polynomials, one factor for each c.
-    """
-    ways = np.zeros((len(crowd), k, k))  # (Q, rivals s, images t)
-    ways[:, 0, 0] = 1
-    for rivals in range(1, min(crowd.shape[1], k)):
-        longer = ways.copy()
-        for drawn in range(1, (k - 1) // rivals + 1):
-            factor = np.exp(_log_choose(crowd[:, rivals], drawn))[:, None, None]
-            longer[:, rivals * drawn :, drawn:] += factor * ways[:, : k - rivals * drawn, : k - drawn]
-        ways = longer
-    ways, images = ways.sum(1), np.arange(k)  # (Q, images t)
-    num_others = crowd.sum(1, keepdims=True)
-    hits = []
-    for size in sizes:
-        rest = _log_choose(crowd[:, :1], size - 1 - images) - _log_choose(num_others, size - 1)
-        hits.append((ways * np.exp(rest)).sum(1))
-    return np.stack(hits)
-
-
-def _log_choose(total: np.ndarray, drawn: np.ndarray | int) -> np.ndarray:
+def _log_choose(total: np.ndarray | int, drawn: np.ndarray) -> np.ndarray:
     """Logarithm of the binomial coefficient; gammaln's poles make the impossible minus infinity."""
     return gammaln(total + 1) - gammaln(drawn + 1) - gammaln(total - drawn + 1)
 

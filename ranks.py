@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 
 from errors import LabError
 
-CROWD_LIMIT = 10  # crowds are told apart up to this many captions an image
 TILES = {"cpu": (2048, 512)}  # texts by images: as much as a CPU's cache holds
 GPU_TILE = (8192, 4096)
 KEPT_BYTES = 256 << 20
@@ -32,8 +31,8 @@ class QueryRanks:
     """Ranks of every match of Q queries in one direction; 1 is nearest.
 
     The ranks of query q are `values[offsets[q]:offsets[q + 1]]`, ascending and distinct.
-    `crowd[q, c]`, kept for image queries, counts the other images of the gallery of which exactly c
-    captions stand before q's nearest match (in the last column: c or more).
+    `closer[q]` counts the other images of the gallery that rank before q's nearest match, themselves
+    or by at least one of their captions.
     """
 
     values: np.ndarray  # (M,)
@@ -42,7 +41,7 @@ class QueryRanks:
     image_id: np.ndarray  # (Q,) the image that the query is, or belongs to
     gallery_size: int
     num_left_out: int  # queries without a match
-    crowd: np.ndarray | None = None  # (Q, C + 1)
+    closer: np.ndarray  # (Q,)
 
     @property
     def num_queries(self) -> int:
@@ -339,13 +338,12 @@ def _count_better(
     """How many rivals, never a match of the same query, score at least as much as each match.
 
     Returns: (M,) texts before each image's nearest, second, ... match; (M,) images before each text's
-        match; (J, C + 1) images of which at least c captions stand before an image's nearest match.
+        match; (J,) other images with a caption before an image's nearest match.
     """
     owner, offsets = (torch.from_numpy(x).to(tiles.device) for x in (layout.owner, layout.offsets))
     falling = scores[torch.from_numpy(np.lexsort((-scores.cpu().numpy(), layout.owner))).to(tiles.device)]
     texts_before, images_before = torch.zeros(2, len(owner), dtype=torch.int64, device=tiles.device)
-    crowd_size = min(len(layout.prefixes), CROWD_LIMIT)
-    at_least = torch.zeros(len(offsets) - 1, crowd_size + 1, dtype=torch.int64, device=tiles.device)
+    closer = torch.zeros(len(offsets) - 1, dtype=torch.int64, device=tiles.device)
     for texts, images, tile in tiles.scores():
         hits = tiles.hits[: tile.shape[0], : tile.shape[1]]
         own, span = layout.matches(texts, images), slice(*texts)
@@ -362,21 +360,12 @@ def _count_better(
             at = offsets[at_images] + slot
             above = torch.ge(tile[:, :width], falling[at], out=hits[:, :width])
             texts_before[at] += above.sum(0).long()
-            if matched and slot == 0:
-                _add_crowd(at_least[at_images], tiles.hits[: len(tile)], owner[span] - owner[texts[0]])
-    return texts_before, images_before, at_least
-
-
-def _add_crowd(at_least: torch.Tensor, above: torch.Tensor, group: torch.Tensor) -> None:
-    """Add, for every query, the images of this tile of which 1, 2, ... captions stand `above` it.
-
-    `above` keeps the tile's unused columns: whole rows add up ten times faster than cut ones.
-    """
-    captions = above.new_zeros(int(group[-1]) + 1, above.shape[1]).index_add_(0, group, above)
-    reached = torch.empty_like(captions)
-    for count in range(1, at_least.shape[1]):
-        torch.ge(captions, count, out=reached)
-        at_least[:, count] += reached.sum(0)[: len(at_least)].long()
+            if matched and slot == 0:  # whole rows, unused columns too, add up ten times faster than cut ones
+                group = owner[span] - owner[texts[0]]
+                captions = hits.new_zeros(int(group[-1]) + 1, tiles.hits.shape[1])
+                captions.index_add_(0, group, tiles.hits[: len(tile)])
+                closer[at_images] += (captions > 0).sum(0)[:width]
+    return texts_before, images_before, closer
 
 
 def _collect(
@@ -384,7 +373,7 @@ def _collect(
     image_ids: np.ndarray,
     texts_before: np.ndarray,
     images_before: np.ndarray,
-    at_least: np.ndarray,
+    closer: np.ndarray,
 ) -> Ranks:
     """Ranks from counts, queries in the order of the rows that were given."""
     num_images, num_texts, num_matched = len(layout.image_rows), len(layout.text_rows), len(layout.owner)
@@ -393,8 +382,6 @@ def _collect(
     rows = layout.image_rows[:num_queries]
     order = np.argsort(rows)
     values = (texts_before + slot + 1)[np.lexsort((slot, rows[layout.owner]))]
-    crowd = at_least - np.pad(at_least[:, 1:], ((0, 0), (0, 1)))
-    crowd[:, 0] = num_images - 1 - at_least[:, 1]
     i2t = QueryRanks(
         values,
         np.concatenate([[0], np.cumsum(counts[order])]),
@@ -402,7 +389,7 @@ def _collect(
         image_ids[rows[order]],
         num_texts,
         num_images - num_queries,
-        crowd[order],
+        closer[order],
     )
     text_rows = layout.text_rows[:num_matched]
     order = np.argsort(text_rows)
@@ -413,5 +400,6 @@ def _collect(
         image_ids[rows[layout.owner[order]]],
         num_images,
         num_texts - num_matched,
+        images_before[order],
     )
     return Ranks(i2t, t2i)

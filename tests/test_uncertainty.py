@@ -28,7 +28,7 @@ def make_ranks(noise=3.0, seed=0, num_images=300, captions=5):
 def ranked(best):
     """Ranks of one-to-one pairs that stand at these places, both ways."""
     rows = np.arange(len(best))
-    one_way = QueryRanks(best, np.arange(len(best) + 1), rows, rows, 4000, 0)
+    one_way = QueryRanks(best, np.arange(len(best) + 1), rows, rows, 4000, 0, best - 1)
     return Ranks(one_way, one_way)
 
 
