@@ -6,6 +6,7 @@ import base64
 import html
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -87,13 +88,21 @@ def group_settings(runs: Sequence[Run], *, show: bool = True) -> list[Setting]:
     if not runs:
         raise LabError("there is no finished run to compare; train one first.")
     several = len({run.config.preset for run in runs}) > 1
-    groups: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
         label = settings_label(run.config)
         label = f"{run.config.preset}: {label}" if several else label
         found = measured(run, show=show)[run.config.test_splits[0]]
-        groups.setdefault((label, found["gallery"]), []).append(run)
-    return [_setting(label, group, gallery) for (label, gallery), group in groups.items()]
+        label = ", ".join([label, *run.training.get("own", {}).values()])
+        trained = run.training.get("data", {}).get("train", {}).get("sha256", "")
+        groups.setdefault((label, found["gallery"], trained), []).append(run)
+    twice = Counter(label for label, *_ in groups)
+    return [
+        _setting(
+            label if twice[label] == 1 else f"{label}, on {gallery[:6]}, from {trained[:6]}", group, gallery
+        )
+        for (label, gallery, trained), group in groups.items()
+    ]
 
 
 def _setting(label: str, runs: list[Run], gallery: str) -> Setting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pickletools
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cache import as_rows
+from cache import as_rows, row_digests
 from config import Config
 from dataset import Batch
 from encode import cached_text_features
@@ -384,7 +385,7 @@ class PairedPictures(Dataset):
     def describe(self) -> dict[str, Any]:
         """What it holds, and a digest that tells it from another."""
         pixels = hashlib.sha256(self.pictures.images.contiguous().numpy().tobytes()).hexdigest()
-        draws = [str(self.num_pairs), str(self.different_class_prob), str(self.fixed)]
+        draws = [str(self.num_pairs), str(self.different_class_prob), str(self.fixed), str(self.seed)]
         told = [*self.captions, *map(str, self.pictures.labels.tolist()), *draws, pixels]
         return {
             "splits": self.split,
@@ -393,7 +394,13 @@ class PairedPictures(Dataset):
             "pictures": len(self.pictures.images),
             "left_out": self.left_out,
             "sha256": fingerprint(told),
+            "form": "raw",
         }
+
+    @functools.cached_property
+    def image_digests(self) -> np.ndarray:
+        """(N,) uint64 digest of each image's pixels."""
+        return row_digests(self.pictures.images.flatten(1), np.arange(len(self.pictures.images)))
 
     # --- draws ---
 

