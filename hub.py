@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,21 @@ from torch import nn
 from errors import LabError
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
-transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Within, transformers shows no bar: reading local weights takes a moment. A download keeps the hub's bars."""
+    bars = transformers.utils.logging
+    shown, hub_hidden = bars.is_progress_bar_enabled(), huggingface_hub.utils.are_progress_bars_disabled()
+    bars.disable_progress_bar()  # the hub's, too
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+        hub = huggingface_hub.utils
+        (hub.disable_progress_bars if hub_hidden else hub.enable_progress_bars)()
 
 
 def is_local(name: str) -> bool:
@@ -51,7 +67,8 @@ def load(auto_class: Any, name: str, **options: Any) -> Any:
         if not local and not _hub_answers():
             where = "there is no such folder, and the hub does not answer"
             raise OSError("no connection")
-        return auto_class.from_pretrained(name, local_files_only=local, **options)
+        with no_progress_bars() if local else contextlib.nullcontext():
+            return auto_class.from_pretrained(name, local_files_only=local, **options)
     except (OSError, ValueError, RuntimeError) as error:  # the last where shapes do not fit
         raise LabError(
             f"model {name!r} could not be loaded: {where} ({str(error).splitlines()[0]}); connect once so that "

@@ -19,6 +19,7 @@ from config import Config
 from errors import LabError, choose
 from heads import HEADS, AttentionPooling, HeadOptions
 from losses import InfoNCELoss, build_loss, even_bias, has_bias
+from text_towers import as_text_tower
 from transformer import Block
 
 # --- Models ---
@@ -33,7 +34,7 @@ class CLIPModel(nn.Module):
     """Two towers, two heads, one temperature: `model(image, text)` returns named features.
 
     Args:
-        text_encoder: a text tower with `.width`.
+        text_encoder: a text tower with `.width`, or transformers' CLIPTextModel or CLIPTextModelWithProjection.
         image_encoder: an image tower with `.width`; None: ResNet50 with ImageNet weights.
         image_head, text_head: names in HEADS.
         embed_dim: width D of the joint space.
@@ -68,7 +69,7 @@ class CLIPModel(nn.Module):
     ) -> None:
         super().__init__()
         self.image_encoder: Any = towers.resnet50() if image_encoder is None else image_encoder
-        self.text_encoder: Any = text_encoder
+        self.text_encoder: Any = as_text_tower(text_encoder)
         if use_attention_pooling and isinstance(self.image_encoder, towers.CachedTower):
             self.image_encoder.feature_map(torch.empty(0))  # raises the one explanation
         self.image_pooling = AttentionPooling(self.image_encoder.width) if use_attention_pooling else None
@@ -77,7 +78,7 @@ class CLIPModel(nn.Module):
         make_text_head = choose(HEADS, text_head, "text_head")
         normed = replace(options, batch_norm=use_batch_norm)
         self.image_head = make_image_head(self.image_encoder.width, embed_dim, normed)
-        self.text_head = make_text_head(text_encoder.width, embed_dim, options)
+        self.text_head = make_text_head(self.text_encoder.width, embed_dim, options)
         self.logit_scale = nn.Parameter(
             torch.tensor(math.log(1 / temperature)), requires_grad=learn_temperature
         )

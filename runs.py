@@ -245,14 +245,16 @@ def load_run(folder: str | Path, **places: Any) -> Run:
 def load_start(model: CLIPModel, folder: str | Path) -> None:
     """Start from the best weights of a finished run; a tower that is cached on one side only keeps its own.
 
+    A `logit_bias` that the run has not, for it was trained by another loss, starts as configured.
+
     Raises: LabError where a part is of another shape, or the run holds no weights.
     """
     path = Path(folder) / "best.safetensors"
     if not path.is_file():
         raise LabError(f"start_from {folder} holds no best.safetensors; train that run first.")
     theirs, ours = load_file(path), model.state_dict()
-    towers = ("image_encoder.", "text_encoder.")
-    lacking = [name for name in ours if name not in theirs and not name.startswith(towers)]
+    own = ("image_encoder.", "text_encoder.", "logit_bias")
+    lacking = [name for name in ours if name not in theirs and not name.startswith(own)]
     unlike = [name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape]
     if lacking or unlike:
         first = min([*lacking, *unlike])

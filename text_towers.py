@@ -107,7 +107,7 @@ class TextTower(nn.Module):
         width: of the output.
         pooling: `mean` over tokens, normalised (sentence encoders), `last` token, normalised (encoders made
             from language models), `text_embeds` (CLIP's joint space; `pooler_output` is not in it), or `end`
-            (the encoder pools itself).
+            (the encoder pools itself). `pooler_output` is for a CLIPTextModel without its projection.
         max_length: tokens kept of a caption; the data check counts longer ones.
     """
 
@@ -175,6 +175,7 @@ POOLINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "mean": _mean_pooling,
     "last": _last_pooling,
     "text_embeds": lambda output, mask: output.text_embeds,
+    "pooler_output": lambda output, mask: output.pooler_output,
     "end": lambda output, mask: output,
 }
 
@@ -197,7 +198,7 @@ def _loaded(
     return make(name, tokenizer, checkpointed(encoder, gradient_checkpointing), width, *TEXT_SETTINGS[tower])
 
 
-def _check_vocabulary(tokenizer: transformers.PreTrainedTokenizerBase, vocab_size: int, name: str) -> None:
+def _check_vocabulary(tokenizer: Any, vocab_size: int, name: str) -> None:
     """A tokenizer that lost its files still loads and yields garbage ids; its vocabulary's size tells.
 
     A model may pad its embedding, and a tokenizer may lack a few reserved entries.
@@ -207,6 +208,28 @@ def _check_vocabulary(tokenizer: transformers.PreTrainedTokenizerBase, vocab_siz
             f"the tokenizer of {name!r} knows {len(tokenizer)} tokens but its model {vocab_size}: its files are "
             "incomplete; delete that folder or cached copy and fetch it again."
         )
+
+
+def as_text_tower(encoder: Any) -> Any:
+    """A text tower as it is; a CLIP text encoder of transformers with CLIP's tokenizer around it.
+
+    `CLIPTextModel` gives `pooler_output`, hidden_size wide and not in CLIP's joint space; `CLIPTextModelWithProjection`
+    gives `text_embeds`, projection_dim wide, which is. Raises: LabError for anything else that has no `width`.
+    """
+    if hasattr(encoder, "width"):
+        return encoder
+    poolings = {"CLIPTextModel": "pooler_output", "CLIPTextModelWithProjection": "text_embeds"}
+    kind = type(encoder).__name__
+    if kind not in poolings:
+        raise LabError(
+            f"text_encoder {kind} says no width; give a text tower such as towers.clip_text(), or transformers' "
+            f"{' or '.join(poolings)}."
+        )
+    config, tokenizer = encoder.config, clip_tokenizer()
+    name = encoder.name_or_path or kind
+    _check_vocabulary(tokenizer, config.vocab_size, name)
+    width = config.projection_dim if poolings[kind] == "text_embeds" else config.hidden_size
+    return TextTower(name, tokenizer, encoder, width, poolings[kind], config.max_position_embeddings)
 
 
 def _text_width(config: transformers.PretrainedConfig, joint: int | None = None) -> int:

@@ -6,16 +6,19 @@ from pathlib import Path
 
 from compat import get_device
 
+import huggingface_hub
 import open_clip
 import pytest
 import torch
 import torchvision
+import transformers
 from small_data import write_coco
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 import towers
 from config import DEFAULT_CONFIG, make_config
 from errors import LabError
+from models import CLIPModel
 from train import fit
 
 
@@ -79,6 +82,35 @@ def test_documented_usage(tmp_path, monkeypatch, clip_folder, resnet_weights):
     assert found["num_images"] == 4
     assert found["num_texts"] == 12
     assert 0 <= found["i2t_recall@1"] <= 1
+
+
+@pytest.mark.parametrize(("kind", "width"), [("CLIPTextModel", 32), ("CLIPTextModelWithProjection", 512)])
+def test_a_clip_text_model_of_transformers_is_a_text_tower(kind, width, clip_folder):
+    encoder = getattr(transformers, kind).from_pretrained(clip_folder)
+    model = CLIPModel(encoder, towers.CachedTower(4), embed_dim=width).eval()
+    captions = ["a dog in the snow", "two cats"]
+    features = model.encode_text(captions)
+    tokens = CLIPTokenizer.from_pretrained(clip_folder)(captions, padding=True, return_tensors="pt")
+    output = encoder(**tokens)
+    expected = output.pooler_output if kind == "CLIPTextModel" else output.text_embeds
+    torch.testing.assert_close(features, torch.nn.functional.normalize(expected))
+    if kind == "CLIPTextModelWithProjection":
+        projected = CLIPModel(towers.clip_text(str(clip_folder)), towers.CachedTower(4)).eval()
+        torch.testing.assert_close(projected.encode_text(captions), features)
+
+
+def test_an_encoder_that_is_no_text_tower_says_so():
+    with pytest.raises(LabError, match="text_encoder Linear says no width; give a text tower such as"):
+        CLIPModel(torch.nn.Linear(2, 2), towers.CachedTower(4))
+
+
+def test_importing_models_leaves_progress_bars_as_they_are(clip_folder):
+    hub = huggingface_hub.utils
+    assert not hub.are_progress_bars_disabled()
+    assert transformers.utils.logging.is_progress_bar_enabled()
+    towers.clip_text(str(clip_folder))
+    assert not hub.are_progress_bars_disabled()
+    assert transformers.utils.logging.is_progress_bar_enabled()
 
 
 def test_the_documented_preset_end_to_end(tmp_path, clip_folder, resnet_weights):

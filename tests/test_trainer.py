@@ -1,5 +1,6 @@
 """What a run can be told: when to validate, stop, freeze, keep and begin; what it warns of."""
 
+import math
 import re
 import shutil
 import warnings
@@ -132,6 +133,9 @@ def test_it_starts_from_another_run_and_mixes_back(small):
         LabError, match="does not fit: .* is missing there or of another shape; use the same heads"
     ):
         fit(config.updated(embed_dim=64), show=False)
+    trainer = Trainer(small.updated(start_from=first.folder, loss="sigmoid"), show=False)
+    trainer.prepare("never")  # a bias, which the run has not, starts as configured
+    assert trainer.model.logit_bias.item() == pytest.approx(-math.log(small.batch_size - 1))
     with pytest.raises(LabError, match="holds no best.safetensors; train that run first"):
         fit(config.updated(start_from="nowhere"), show=False)
 
