@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import Config
 from errors import LabError, choose
+from tower_parts import full_precision
 
 # --- Matches, told by ids ---
 
@@ -68,7 +69,7 @@ class MarginLoss(nn.Module):
         matches = matches.to(image_features.device)
         if not matches.any():
             return no_loss(image_features, text_features)
-        scores = (image_features @ text_features.T).float()  # (I, T)
+        scores = full_precision(image_features @ text_features.T)  # (I, T)
         return (self.direction(scores, matches) + self.direction(scores.T, matches.T)) / 2
 
     def direction(self, scores: Tensor, matches: Tensor) -> Tensor:
@@ -316,7 +317,7 @@ class InfoNCELoss(nn.Module):
         scale = 1 / self.temperature if logit_scale is None else logit_scale
         images, logits = scale * image_features, None
         if matches.numel() <= SCORES_AT_ONCE:
-            logits = (images @ text_features.T).float()  # both directions read one product
+            logits = full_precision(images @ text_features.T)  # both directions read one product
         to_text = self._direction(images, text_features, matches, logits)
         to_image = self._direction(text_features, images, matches.T, None if logits is None else logits.T)
         return (to_text + to_image) / 2
@@ -344,7 +345,7 @@ class InfoNCELoss(nn.Module):
         log_total = log_total.logsumexp(dim=0)
         loss = log_total - own.sum(dim=0) / matches.sum(dim=1)  # (Q,)
         if self.label_smoothing:
-            everywhere = log_total - queries.float() @ gallery.float().mean(dim=0)
+            everywhere = log_total - full_precision(queries) @ full_precision(gallery).mean(dim=0)
             loss = (1 - self.label_smoothing) * loss + self.label_smoothing * everywhere
         if self.focal_gamma:
             wrong = -torch.expm1(log_own[0].logsumexp(dim=0) - log_total)
@@ -352,7 +353,7 @@ class InfoNCELoss(nn.Module):
         return loss.mean()
 
     def _scored(self, queries: Tensor, gallery: Tensor, matches: Tensor) -> tuple[Tensor, ...]:
-        return self._parts((queries @ gallery.T).float(), matches)
+        return self._parts(full_precision(queries @ gallery.T), matches)
 
     def _parts(self, logits: Tensor, matches: Tensor) -> tuple[Tensor, ...]:
         """Of each query's logits: log of the sum of exponentials, the matches' sum, and the first over matches alone
@@ -392,7 +393,7 @@ class SigmoidLoss(nn.Module):
         keep = matches.any(dim=1)  # an image without a caption here is a gallery's, not a query
 
         def loss_of(queries: Tensor, gallery: Tensor, mask: Tensor) -> Tensor:
-            logits = (queries @ gallery.T).float() + bias
+            logits = full_precision(queries @ gallery.T) + bias
             return -F.logsigmoid(torch.where(mask, logits, -logits)).sum()
 
         pieces = in_pieces(loss_of, scale * image_features, text_features, matches)

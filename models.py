@@ -20,6 +20,7 @@ from errors import LabError, choose
 from heads import HEADS, AttentionPooling, HeadOptions
 from losses import InfoNCELoss, build_loss, even_bias, has_bias
 from text_towers import as_text_tower
+from tower_parts import full_precision
 from transformer import Block
 
 # --- Models ---
@@ -115,11 +116,11 @@ class CLIPModel(nn.Module):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(I, 3, H, W) images, or (I, width) cached features -> (I, D), L2-normalized."""
-        return F.normalize(self.image_head(self.pool_image(image)).float(), dim=-1)
+        return F.normalize(full_precision(self.image_head(self.pool_image(image))), dim=-1)
 
     def encode_text(self, text: Tensor | list[str] | dict[str, Tensor]) -> Tensor:
         """Captions, their tokens, or (T, width) cached features -> (T, D), L2-normalized."""
-        return F.normalize(self.text_head(self.pool_text(text)).float(), dim=-1)
+        return F.normalize(full_precision(self.text_head(self.pool_text(text))), dim=-1)
 
     def pool_image(self, image: Tensor) -> Tensor:
         """The image tower alone, pooled: (I, 3, H, W) -> (I, width)."""
@@ -140,8 +141,8 @@ class CLIPModel(nn.Module):
     def project(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         """The heads alone: what `pool_image` and `pool_text` gave -> named features, as `forward` returns them."""
         return {
-            "image_features": F.normalize(self.image_head(image).float(), dim=-1),
-            "text_features": F.normalize(self.text_head(text).float(), dim=-1),
+            "image_features": F.normalize(full_precision(self.image_head(image)), dim=-1),
+            "text_features": F.normalize(full_precision(self.text_head(text)), dim=-1),
             **self.logit_parts(),
         }
 

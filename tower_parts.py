@@ -12,6 +12,11 @@ LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3  # EfficientNet-Lite's 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
+def full_precision(values: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 class CachedTower(nn.Module):
     """Stands where a tower ran once and its features are cached: an identity with a width."""
 
@@ -20,14 +25,14 @@ class CachedTower(nn.Module):
         self.width = width
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, width) -> (B, width), as float32. Raises: LabError on anything else."""
+        """(B, width) -> (B, width), in float32 at least. Raises: LabError on anything else."""
         if not isinstance(features, Tensor) or features.shape[1:] != (self.width,):
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise LabError(
                 f"a cached tower takes (batch, {self.width}) features, not {got}; "
                 "encode the pictures or texts first, or set the tower's mode to frozen."
             )
-        return features.float()
+        return full_precision(features)
 
     def feature_map(self, features: Tensor) -> Tensor:
         raise LabError(

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import compat  # noqa: F401  before any test imports torchvision
 
 import pytest
+import torch
 from small_data import write_coco
 
 
@@ -17,3 +18,11 @@ from small_data import write_coco
 def coco(tmp_path: Path) -> Path:
     """24 training and 8 validation pictures with three captions each."""
     return write_coco(tmp_path / "coco", {"train": 24, "val": 8})
+
+
+@pytest.fixture
+def float64():
+    """New parameters and numbers are float64: two ways to one value then agree to 1e-12, on any CPU."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -9,6 +9,7 @@ from errors import LabError
 from heads import HEADS, HeadOptions
 from models import build_model
 
+pytestmark = pytest.mark.usefixtures("float64")  # sums of fewer than 100 terms: right to 100 * 2.2e-16
 SMALL = HeadOptions(hidden_dim=24, dropout=0.3, num_heads=2, num_layers=2, num_tokens=3)
 
 
@@ -21,7 +22,7 @@ def test_every_head_maps_widths_and_drops_out_only_in_training(name):
     assert not torch.equal(head(rows), head(rows))
     head.eval()
     assert torch.equal(head(rows), head(rows))
-    assert torch.allclose(head(rows[1:2]), head(rows)[1:2], atol=1e-6)  # a row does not see the others
+    assert torch.allclose(head(rows[1:2]), head(rows)[1:2], atol=1e-12)  # a row does not see the others
     head(rows).sum().backward()
     assert all(parameter.grad is not None for parameter in head.parameters())
 
@@ -31,16 +32,16 @@ def test_siglip_is_layer_norm_and_a_matrix():
     rows = torch.randn(4, 10)
     centred = rows - rows.mean(dim=1, keepdim=True)
     normed = centred / (centred.pow(2).mean(dim=1, keepdim=True) + 1e-5).sqrt()
-    assert torch.allclose(head(rows), normed @ head[2].weight.T, atol=1e-5)
+    assert torch.allclose(head(rows), normed @ head[2].weight.T, atol=1e-12)
     assert head[2].bias is None
-    assert torch.allclose(head(3 * rows + 1), head(rows), atol=1e-4)
+    assert torch.allclose(head(3 * rows + 1), head(rows), atol=1e-4)  # its epsilon
 
 
 def test_clip_is_an_mlp_over_normed_features_without_a_last_bias():
     head = HEADS["clip"](10, 6, SMALL).eval()
     rows = torch.randn(4, 10)
     hidden = F.gelu(F.layer_norm(rows, (10,)) @ head[1].weight.T + head[1].bias)
-    assert torch.allclose(head(rows), hidden @ head[4].weight.T, atol=1e-6)
+    assert torch.allclose(head(rows), hidden @ head[4].weight.T, atol=1e-12)
 
 
 def test_mlp_has_the_documented_shape_with_and_without_layer_norm():
@@ -49,7 +50,7 @@ def test_mlp_has_the_documented_shape_with_and_without_layer_norm():
     normed = HEADS["mlp"](10, 6, HeadOptions(hidden_dim=24, layer_norm=True)).eval()
     assert type(normed[-1]).__name__ == "LayerNorm"
     outputs = normed(torch.randn(4, 10))
-    assert torch.allclose(outputs.mean(dim=1), torch.zeros(4), atol=1e-6)
+    assert torch.allclose(outputs.mean(dim=1), torch.zeros(4), atol=1e-12)
     assert torch.allclose(outputs.var(dim=1, unbiased=False), torch.ones(4), atol=1e-2)
 
 
@@ -78,7 +79,7 @@ def test_attention_looks_over_several_tokens():
     rows = torch.randn(4, 10)
     expected, weights = _attended(head, rows)
     with torch.inference_mode():
-        assert torch.allclose(head(rows), expected, atol=1e-5)
+        assert torch.allclose(head(rows), expected, atol=1e-12)
     assert weights.shape == (4, 2, 3, 3)
     assert weights.std() > 0.01  # over one token every weight would be 1
     first, second = head.layers[0].linear1.weight, head.layers[1].linear1.weight

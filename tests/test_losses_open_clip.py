@@ -13,12 +13,15 @@ from config import make_config
 from losses import build_loss, even_bias
 from negatives import QueueNegatives
 
+# In float64: sums of fewer than 100 terms below 100, whose order moves them by 100 * 100 * 2.2e-16.
+SAME = {"rtol": 0, "atol": 2.2e-12}
+
 
 def _features(images: int, texts: int, width: int = 8):
     torch.manual_seed(0)
-    image = F.normalize(torch.randn(images, width), dim=1).requires_grad_()
-    text = F.normalize(torch.randn(texts, width), dim=1).requires_grad_()
-    return image, text, torch.tensor(12.5, requires_grad=True)
+    image = F.normalize(torch.randn(images, width, dtype=torch.float64), dim=1).requires_grad_()
+    text = F.normalize(torch.randn(texts, width, dtype=torch.float64), dim=1).requires_grad_()
+    return image, text, torch.tensor(12.5, dtype=torch.float64, requires_grad=True)
 
 
 def _gradients(loss, *inputs):
@@ -30,24 +33,24 @@ def test_the_softmax_loss_is_clips(name):
     image, text, scale = _features(6, 6)
     ours = build_loss(make_config(loss=name))(image, text, scale)
     theirs = ClipLoss()(image, text, scale)
-    assert torch.allclose(ours, theirs, atol=1e-6)
+    assert torch.allclose(ours, theirs, **SAME)
     for mine, other in zip(
         _gradients(ours, image, text, scale), _gradients(theirs, image, text, scale), strict=True
     ):
-        assert torch.allclose(mine, other, atol=1e-6)
+        assert torch.allclose(mine, other, **SAME)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "sigmoid_infonce"])
 def test_the_sigmoid_loss_is_siglips(name):
     image, text, scale = _features(6, 6)
-    bias = torch.tensor(-2.5, requires_grad=True)
+    bias = torch.tensor(-2.5, dtype=torch.float64, requires_grad=True)
     ours = build_loss(make_config(loss=name))(image, text, scale, bias)
     theirs = SigLipLoss()(image, text, scale, bias)
-    assert torch.allclose(ours, theirs, atol=1e-6)
+    assert torch.allclose(ours, theirs, **SAME)
     for mine, other in zip(
         _gradients(ours, image, text, scale, bias), _gradients(theirs, image, text, scale, bias), strict=True
     ):
-        assert torch.allclose(mine, other, atol=1e-6)
+        assert torch.allclose(mine, other, **SAME)
 
 
 IMAGE_ID, TEXT_ID = [4, 7, 9], [4, 4, 7, 9, 9, 9, -1]
@@ -80,7 +83,7 @@ def test_sigmoid_with_several_captions_by_hand():
         sign = 1 if IMAGE_ID[row] == TEXT_ID[column] else -1
         expected += math.log1p(math.exp(-sign * logit)) / 3
     found = build_loss(make_config(loss="sigmoid"))(image, text, scale, torch.tensor(bias), **ids)
-    assert found.item() == pytest.approx(expected, abs=1e-5)
+    assert found.item() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("batch_size", [16, 512, 22_000])
@@ -96,7 +99,7 @@ def test_the_starting_bias_is_the_least_loss_of_equal_logits(batch_size):
 def test_a_queued_caption_of_an_image_in_the_batch_stands_aside():
     """Old rows come with id -1; those of the batch's own images must not be among them."""
     queue = QueueNegatives(size=8)
-    rows, ids = torch.eye(4), torch.tensor([1, 2, 3])
+    rows, ids = torch.eye(4, dtype=torch.float64), torch.tensor([1, 2, 3])
     queue.comparisons({"image_features": rows[:2], "text_features": rows[:2]}, ids[:2], ids[:2])
     queue.after_step()
     *_, given = queue.comparisons({"image_features": rows[2:], "text_features": rows[2:]}, ids[1:], ids[1:])
@@ -106,4 +109,4 @@ def test_a_queued_caption_of_an_image_in_the_batch_stands_aside():
     logits = 2 * rows[[2, 3]] @ rows[[2, 3, 0]].T
     to_text = -logits.log_softmax(dim=1).diag().mean()
     to_image = -logits[:, :2].log_softmax(dim=0).diag().mean()
-    assert loss.item() == pytest.approx((to_text + to_image).item() / 2, abs=1e-6)
+    assert loss.item() == pytest.approx((to_text + to_image).item() / 2, abs=1e-12)

@@ -8,15 +8,20 @@ from config import make_config
 from errors import LabError
 from losses import ContrastiveLoss, InfoNCELoss, LabelledLoss, TripletLoss, build_loss
 
+# In float64: sums of fewer than 100 terms below 100, whose order moves them by 100 * 100 * 2.2e-16.
+SAME = {"rtol": 0, "atol": 2.2e-12}
+
 # Two images, the first with two captions; the last caption is a negative only.
-IMAGES = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-TEXTS = torch.tensor([[0.8, 0.6], [0.6, 0.8], [0.28, 0.96], [0.96, 0.28]])
+IMAGES = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+TEXTS = torch.tensor([[0.8, 0.6], [0.6, 0.8], [0.28, 0.96], [0.96, 0.28]], dtype=torch.float64)
 IDS = {"image_id": torch.tensor([7, 9]), "text_id": torch.tensor([7, 7, 9, -1])}
 # cosines, images by texts: [[.8, .6, .28, .96], [.6, .8, .96, .28]]
 
 
 def features(rows: int, width: int = 8, seed: int = 0) -> torch.Tensor:
-    return F.normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=1)
+    return F.normalize(
+        torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1
+    )
 
 
 def test_contrastive_by_hand():
@@ -24,11 +29,11 @@ def test_contrastive_by_hand():
     one = [max(0, s - 0.5) for s in (0.96, 0.8)], [max(0, s - 0.5) for s in (0.6, 0.8, 0.28)]
     loss = ContrastiveLoss(margin=0.5, num_hard_negatives=1)(IMAGES, TEXTS, **IDS)
     expected = pull + (sum(one[0]) / 2 + sum(one[1]) / 3) / 2
-    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
     two = [0.96, 0.28, 0.8, 0.6]  # the text's side has one wrong image alone, however many are asked
     loss = ContrastiveLoss(margin=0.5, num_hard_negatives=2)(IMAGES, TEXTS, **IDS)
     expected = pull + (sum(max(0, s - 0.5) for s in two) / 4 + sum(one[1]) / 3) / 2
-    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +47,7 @@ def test_contrastive_by_hand():
 def test_triplet_by_hand(mining, to_text, to_image):
     loss = TripletLoss(margin=0.5, triplet_mining=mining)(IMAGES, TEXTS, **IDS)
     sides = [sum(max(0, 0.5 + gap) for gap in gaps) / len(gaps) for gaps in (to_text, to_image)]
-    assert loss.item() == pytest.approx(sum(sides) / 2, abs=1e-6)
+    assert loss.item() == pytest.approx(sum(sides) / 2, abs=1e-12)
 
 
 def test_triplet_warms_up_with_the_mean():
@@ -75,14 +80,14 @@ def test_against_pytorch_metric_learning():
     theirs = losses.TripletMarginLoss(margin=0.3, **common)
     expected = sum(theirs(q, indices_tuple=triplets(m), ref_emb=g, ref_labels=None) for q, g, m in sides) / 2
     ours = TripletLoss(margin=0.3, triplet_mining="mean")(images, texts, **ids)
-    assert ours.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert ours.item() == pytest.approx(expected.item(), abs=1e-12)
     theirs = losses.ContrastiveLoss(pos_margin=1, neg_margin=1 - 0.9, **common)
     expected = sum(
         theirs(q, indices_tuple=(*m.nonzero(as_tuple=True), *(~m).nonzero(as_tuple=True)), ref_emb=g)
         for q, g, m in sides
     )
     ours = ContrastiveLoss(margin=0.9, num_hard_negatives=100)(images, texts, **ids)
-    assert ours.item() == pytest.approx(expected.item() / 2, abs=1e-6)
+    assert ours.item() == pytest.approx(expected.item() / 2, abs=1e-12)
 
 
 @pytest.mark.parametrize("loss", [ContrastiveLoss(), TripletLoss(), TripletLoss(triplet_mining="semi_hard")])
@@ -148,11 +153,11 @@ def test_label_smoothing_by_hand():
     images, texts, share = features(5), features(5, seed=1), 0.2
 
     def term(logits):
-        target = (1 - share) * torch.eye(5) + share / 5
+        target = (1 - share) * torch.eye(5, dtype=torch.float64) + share / 5
         return -(target * logits.log_softmax(1)).sum(1).mean()
 
     loss = InfoNCELoss(label_smoothing=share)(images, texts, torch.tensor(9.0))
-    assert torch.allclose(loss, two_sided(images, texts, 9.0, term), atol=1e-6)
+    assert torch.allclose(loss, two_sided(images, texts, 9.0, term), **SAME)
 
 
 def test_focal_weights_by_hand():
@@ -163,4 +168,4 @@ def test_focal_weights_by_hand():
         return ((1 - own) ** gamma * -own.log()).mean()
 
     loss = InfoNCELoss(focal_gamma=gamma)(images, texts, torch.tensor(9.0))
-    assert torch.allclose(loss, two_sided(images, texts, 9.0, term), atol=1e-6)
+    assert torch.allclose(loss, two_sided(images, texts, 9.0, term), **SAME)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import time
 
 import numpy as np
 import pandas as pd
@@ -154,17 +153,6 @@ def test_gaps_in_a_history_are_left_out_and_a_missing_epoch_is_an_error():
     assert not rate.lines
     with pytest.raises(LabError, match="history of r has no column 'epoch'"):
         plots.learning_curves({"r": [{"train_loss": 1.0}]})
-
-
-def test_learning_curves_are_quick_enough_to_draw_live():
-    table = {"run": history(20)}
-    plots.learning_curves(table)._repr_png_()  # fonts and imports
-    times = []
-    for _ in range(3):
-        start = time.process_time()
-        plots.learning_curves(table, chance=0.001, chance_loss=4.85, best_epoch=3)._repr_png_()
-        times.append(time.process_time() - start)
-    assert min(times) < 0.4  # seconds of one core; about 0.11 where it is idle
 
 
 # --- bars ---

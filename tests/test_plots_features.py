@@ -32,14 +32,15 @@ def test_geometry_matches_scipy_s_distances():
     text_id = np.array([*np.repeat(np.arange(9), 3), -1, 77, 10])
     found = geometry.feature_geometry(torch.tensor(images), texts, image_id, text_id)
     match = (image_id[:, None] == text_id) & (text_id != -1)
+    # float32: 8 products of a unit vector, times 4 in the exponent, and 30 rows: less than 1e-5
     squared = cdist(images, texts, "sqeuclidean")
-    assert found["alignment"] == pytest.approx(squared[match].mean(), abs=1e-6)
+    assert found["alignment"] == pytest.approx(squared[match].mean(), abs=1e-5)
     for side, rows in (("image", images), ("text", texts)):
         expected = np.log(np.exp(-2 * pdist(rows, "sqeuclidean")).mean())
         assert found[f"{side}_uniformity"] == pytest.approx(expected, abs=1e-5)
     gap = np.linalg.norm(images.mean(axis=0) - texts.mean(axis=0))
-    assert found["modality_gap"] == pytest.approx(gap, abs=1e-6)
-    assert geometry.uniformity(images, chunk=5) == pytest.approx(found["image_uniformity"], abs=1e-6)
+    assert found["modality_gap"] == pytest.approx(gap, abs=1e-5)
+    assert geometry.uniformity(images, chunk=5) == pytest.approx(found["image_uniformity"], abs=1e-5)
 
 
 def test_uniformity_of_many_rows_is_that_of_evenly_spaced_ones():
