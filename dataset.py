@@ -26,7 +26,7 @@ from files import fingerprint
 from image_cache import ImageCache
 from readers import READERS, read_captions
 from scenes import write_scenes, write_shapes
-from sources import SOURCES, fetch, is_linked
+from sources import SOURCES, fetch, is_interrupted, is_linked
 
 Batch = dict[str, Any]
 """`image`, `text`, `image_id` (I,), `text_id` (T,); see `COCOClipDataset`."""
@@ -312,11 +312,14 @@ DRAWN: dict[str, Callable[[Path], Path]] = {"scenes": write_scenes, "shapes": wr
 def prepare_data(config: Config) -> Path:
     """Generate or fetch a configuration's data where its folder is missing and is the source's own.
 
-    Raises: LabError if another folder was named and does not exist.
+    An interrupted fetch is resumed, whichever set it is; files already on disk are not downloaded again.
+    Raises: LabError if another folder was named and does not exist, or the fetch fails.
     """
     folder, source = config.data_dir, config.source
     if (folder / "scenes.unfinished.json").is_file():
         return write_scenes(folder)
+    if is_interrupted(folder):
+        return fetch(folder.name, folder.parent)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         return folder
     if source is None or folder.name != source:

@@ -97,6 +97,18 @@ def is_linked(folder: str | Path) -> bool:
     return any(record.get("linked") for record in _records(Path(folder)).values())
 
 
+def is_interrupted(folder: str | Path) -> bool:
+    """Whether `fetch` began to bring a set to `folder` and did not end.
+
+    Files of a finished part that were changed or deleted since, and sets that were put there by hand, are the user's.
+    """
+    folder = Path(folder)
+    if folder.name not in SOURCES:
+        return False
+    records, work = _records(folder), folder.parent / WORK / folder.name
+    return work.exists() or bool(records) and not records.keys() >= SOURCES[folder.name].parts.keys()
+
+
 def _wanted(name: str, karpathy: bool) -> dict[str, Part]:
     source = choose(SOURCES, name, "data set")
     if not karpathy:

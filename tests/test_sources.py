@@ -28,6 +28,8 @@ from servers import Fault, Server, goog_hash, serve
 import archives
 import downloads
 import sources
+from config import Config
+from dataset import prepare_data
 from errors import LabError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -715,6 +717,31 @@ def test_only_the_part_that_failed_is_fetched_again(
         fetch(tmp_path, "coco2014")
     assert contents(fetch(tmp_path, "coco2014")) == coco
     assert len(server.asked("/captions.zip")) == 1
+
+
+def test_the_notebook_and_train_resume_an_interrupted_fetch(
+    coco: dict[str, bytes], server: Server, kaggle: Server, tmp_path: Path
+) -> None:
+    config = Config(data_dir=tmp_path / "data" / "coco2014", source=None)
+    kaggle.faults["GetDataset"] = [Fault(status=404)]
+    with pytest.raises(LabError, match="Kaggle has no set"):
+        fetch(tmp_path, "coco2014")
+    assert contents(config.data_dir) == {name: coco[name] for name in coco if "captions" in name}
+    assert contents(prepare_data(config)) == coco  # not "none of the images listed exists"
+    (config.data_dir / "annotations" / "captions_val2014.json").write_bytes(b"corrected by hand")
+    (config.data_dir / "images/val2014/COCO_val2014_000000000099.jpg").unlink()
+    before = contents(config.data_dir)
+    asked = len(server.requests) + len(kaggle.requests)
+    assert contents(prepare_data(config)) == before
+    assert len(server.requests) + len(kaggle.requests) == asked
+
+
+def test_a_set_put_there_by_hand_is_not_fetched(kaggle: Server, server: Server, tmp_path: Path) -> None:
+    config = Config(data_dir=tmp_path / "data" / "flickr8k", source="flickr8k")
+    config.data_dir.mkdir(parents=True)
+    (config.data_dir / "a.jpg").write_bytes(b"jpeg")
+    assert contents(prepare_data(config)) == {"a.jpg": b"jpeg"}
+    assert server.requests == kaggle.requests == []
 
 
 @pytest.mark.parametrize(
