@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import io
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -17,6 +18,15 @@ from errors import LabError, nearest
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that names the nearest flag where one is unknown."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for stream in (
+            sys.stdout,
+            sys.stderr,
+        ):  # redirected on Windows, say to cp1252: "?" rather than a traceback
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
 
     def error(self, message: str) -> NoReturn:
         hint = ""

@@ -7,7 +7,7 @@ import html
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -17,7 +17,7 @@ import pandas as pd
 
 from config import FLAGS, NOT_IN_NAME, Config, make_config
 from errors import LabError, choose
-from files import write_text
+from files import csv_text, write_text
 from gallery import as_text, figures_of, is_recall, measured, ranks_of
 from runs import Run, load_run
 from uncertainty import MIN_SEEDS, TEST_SAMPLE_ONLY, PairedTest, compare_settings, paired_test
@@ -32,8 +32,17 @@ WORDS = {True: "higher", False: "lower", None: "no difference shown"}
 def finished_runs(runs_dir: str | Path, preset: str | None = None) -> list[Run]:
     """Every finished run of a preset, or of all, by name."""
     folders = sorted(path.parent for path in Path(runs_dir).glob("*/training.json"))
-    runs = [load_run(folder) for folder in folders]
+    runs = [run for folder in folders if (run := opened(folder, load_run)) is not None]
     return [run for run in runs if run.finished and preset in (None, run.config.preset)]
+
+
+def opened(folder: Path, load: Callable[[Path], Run]) -> Run | None:
+    """A run, or None where its folder is damaged, which is said: one of ten must not stop the others."""
+    try:
+        return load(folder)
+    except LabError as error:
+        print(f"{folder} is left out: {error}")
+        return None
 
 
 def flag_settings(config: Config) -> list[Config]:
@@ -68,7 +77,7 @@ class Setting:
 
     @property
     def split(self) -> str:
-        return self.runs[0].config.test_splits[0]
+        return self.runs[0].test_split
 
     @property
     def about(self) -> dict[str, Any]:
@@ -83,7 +92,8 @@ class Setting:
 def group_settings(runs: Sequence[Run], *, show: bool = True) -> list[Setting]:
     """Runs that differ in nothing but the seed, together, in the order given; evaluated where they are not yet.
 
-    Raises: LabError if there is no run.
+    A run that cannot be evaluated is left out, which is said.
+    Raises: LabError if there is no run, or none can be evaluated.
     """
     if not runs:
         raise LabError("there is no finished run to compare; train one first.")
@@ -92,7 +102,13 @@ def group_settings(runs: Sequence[Run], *, show: bool = True) -> list[Setting]:
     for run in runs:
         label = settings_label(run.config)
         label = f"{run.config.preset}: {label}" if several else label
-        found = measured(run, show=show)[run.config.test_splits[0]]
+        try:
+            found = measured(run, show=show)[run.test_split]
+        except LabError as error:
+            if run is runs[-1] and not groups:
+                raise
+            print(f"{run.name} is left out: {error}")
+            continue
         label = ", ".join([label, *run.training.get("own", {}).values()])
         trained = run.training.get("data", {}).get("train", {}).get("sha256", "")
         groups.setdefault((label, found["gallery"], trained), []).append(run)
@@ -106,7 +122,7 @@ def group_settings(runs: Sequence[Run], *, show: bool = True) -> list[Setting]:
 
 
 def _setting(label: str, runs: list[Run], gallery: str) -> Setting:
-    figures = [figures_of(run.metrics[run.config.test_splits[0]]) for run in runs]
+    figures = [figures_of(run.metrics[run.test_split]) for run in runs]
     return Setting(label, runs, pd.DataFrame(figures, index=[run.name for run in runs]), gallery)
 
 
@@ -183,7 +199,7 @@ def paired_test_of(first: Run, second: Run, metric: str = "i2t_recall@1") -> Pai
 
     Raises: LabError if they were measured on different galleries.
     """
-    splits = [run.config.test_splits[0] for run in (first, second)]
+    splits = [run.test_split for run in (first, second)]
     galleries = [run.metrics[split]["gallery"] for run, split in zip((first, second), splits, strict=True)]
     if galleries[0] != galleries[1]:
         raise LabError(
@@ -284,8 +300,9 @@ class Page:
     def table(self, table: pd.DataFrame, caption: str = "") -> None:
         """A table with its index as first columns; a long one is folded under its caption."""
         header, rows = _cells(table)
+        columns = zip(*rows, strict=True) if rows else [[]] * len(header)
         numeric = [
-            all(NUMBER.fullmatch(text) for text in column if text) for column in zip(*rows, strict=True)
+            bool(rows) and all(NUMBER.fullmatch(text) for text in column if text) for column in columns
         ]
         head, *lines = (
             _html_row(tag, row, numeric) for tag, row in [("th", header), *(("td", row) for row in rows)]
@@ -346,5 +363,5 @@ def markdown_table(table: pd.DataFrame) -> str:
 
 def save_table(table: pd.DataFrame, path: Path) -> list[Path]:
     """Write a table as CSV and as Markdown: `path` with both endings."""
-    files = {".csv": table.to_csv(), ".md": markdown_table(table)}
+    files = {".csv": csv_text(table), ".md": markdown_table(table)}
     return [write_text(path.with_suffix(ending), content) for ending, content in files.items()]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -15,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic import ValidationError as PydanticError
 
 from errors import LabError, choose, nearest, shown
-from files import write_text
+from files import read_bytes, write_text
 from presets import ALIASES, FAST_RUN, NAMES, PRESETS, START
 
 
@@ -523,11 +524,26 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = next((key for key, uses in keys.items() if uses > 1), None)
         if twice is not None:
             raise yaml.YAMLError(f"{twice!r} is given twice; keep one")
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > 1000:  # merged mappings grow with each level
+            raise yaml.YAMLError("a mapping holds more than 1,000 fields")
+
+
+def load_yaml(path: str | Path) -> Any:
+    """A YAML or JSON file of settings. Raises: LabError if it is damaged, or more than settings ever are."""
+    data = read_bytes(path, 256 * 2**10)
+    try:
+        return yaml.load(data.decode("utf-8-sig"), _Loader)  # YAML reads JSON too
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        cause = f"{error or type(error).__name__}".splitlines()[0][:200]
+        raise LabError(f"{path} cannot be read as YAML or JSON: {cause}.") from error
 
 
 def read_overrides(path: str | Path) -> dict[str, Any]:
@@ -535,12 +551,7 @@ def read_overrides(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise LabError(f"configuration file {path} does not exist; give the path of a .yaml or .json file.")
-    try:
-        loaded = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)  # YAML reads JSON too
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise LabError(
-            f"{path} cannot be read as YAML or JSON: {str(error).splitlines()[0][:200]}."
-        ) from error
+    loaded = load_yaml(path)
     if not isinstance(loaded, Mapping):
         raise LabError(f"{path} must hold `field: value` lines, not a {type(loaded).__name__}.")
     values: dict[str, Any] = {}

@@ -269,7 +269,13 @@ def tower_of(model: CLIPModel, config: Config, side: str) -> Any:
 
 @torch.inference_mode()
 def text_features(model: CLIPModel, config: Config, texts: Sequence[str]) -> Tensor:
-    """(T, D) joint-space features of any texts, by the encoder and pooling of training."""
+    """(T, D) joint-space features of any texts, by the encoder and pooling of training.
+
+    Raises: LabError if a text is no valid Unicode, as a name that is not UTF-8 gives it.
+    """
+    for text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise LabError(f"the text {text!r} is no valid Unicode; write it again.")
     model.eval()
     if config.text_tower_mode != "cached":
         return model.encode_text(list(texts)).float().cpu()

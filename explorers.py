@@ -169,7 +169,7 @@ def runs_table(runs: Sequence[Run], baseline: Run | None = None) -> pd.DataFrame
     """
     rows = {}
     for run in runs:
-        found = evaluate_run(run)[run.config.test_splits[0]]
+        found = evaluate_run(run)[run.test_split]
         about = {"split": found["split"], "images": found["num_images"], "captions": found["num_texts"]}
         names = [name for name in recalls_of(found) if name.endswith("@1")] or list(figures_of(found))[:3]
         figures = {name: told(found, name) for name in names}
@@ -184,7 +184,7 @@ def gains(run: Run, baseline: Run) -> dict[str, str]:
     ways = ("i2t", "t2i")
     if run.name == baseline.name:
         return {column.format(way): "baseline" for way in ways}
-    split = run.config.test_splits[0]
+    split = run.test_split
     ours, theirs = run.metrics[split], baseline.metrics.get(split, {})
     if not recalls_of(ours) or ours.get("gallery", "none") != theirs.get("gallery"):
         return {column.format(way): "another gallery" for way in ways}

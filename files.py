@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import time
@@ -29,6 +30,7 @@ TORN_WORDS = (
     "unexpected pos",
     "requested and",
 )  # of torch and NumPy, without cause
+FORMULA = re.compile(r"[=+\-@\t\r](?![\d.,]+( %)?( ± [\d.,]+)?$)")  # a text that is no number
 ABANDONED_SECONDS = 3600.0  # a temporary file of a living process id that is older is nobody's
 
 
@@ -47,8 +49,9 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int = 2 * 2**30) -> byte
         if not stat.S_ISREG(status.st_mode):
             raise LabError(f"{path} is not a regular file; give the path of a file")
         if status.st_size > max_bytes:
-            sizes = f"{status.st_size / 1e9:.1f} GB, more than the {max_bytes / 1e9:.1f} GB"
-            raise LabError(f"{path} has {sizes} that are read of such a file; check what it is")
+            raise LabError(
+                f"{path} has {status.st_size:,} bytes; such a file has at most {max_bytes:,}, check what it is"
+            )
         return Path(path).read_bytes()
     except (OSError, MemoryError) as error:
         raise LabError(
@@ -78,6 +81,18 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def csv_text(table: Any, **options: Any) -> str:
+    """A pandas table as CSV whose texts no spreadsheet takes for formulas: `=1+1` becomes `'=1+1`.
+
+    Args: options: of DataFrame.to_csv.
+    """
+
+    def escaped(cell: Any) -> Any:
+        return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+    return table.map(escaped).rename(index=escaped, columns=escaped).to_csv(**options)
 
 
 @contextmanager

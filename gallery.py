@@ -362,7 +362,8 @@ def metrics_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
         rows.append({**protocol, "": "model", **{name: told(found, name) for name in figures_of(found)}})
         by_chance = {name: as_text(name, value) for name, value in chance(found).items()}
         rows += [{**protocol, "": "chance", **by_chance}] if by_chance else []
-    return pd.DataFrame(rows).fillna("").set_index(["split", "protocol", "images", "captions", ""])
+    columns = ["split", "protocol", "images", "captions", ""]
+    return pd.DataFrame(rows, columns=None if rows else columns).fillna("").set_index(columns)
 
 
 # --- ranks kept beside metrics.json ---

@@ -20,7 +20,7 @@ from cli import Parser, one_sentence
 from comparison import markdown_table, save_table, settings_label
 from dataset import make_loader
 from errors import LabError, choose
-from files import read_json, write_json, write_text
+from files import csv_text, read_json, write_json, write_text
 from gallery import data_digest, results_folder, results_of
 from pair_ranks import PairRanks
 from paired_data import PairedPictures, fixed_pairs
@@ -163,7 +163,7 @@ def report_pairs(
     )
     splits = dict.fromkeys([*run.config.train_splits, *run.config.val_splits, *run.config.test_splits])
     results = evaluate_pairs(run, list(splits), show=show)
-    last = results[run.config.test_splits[-1]]
+    last = results[(run.config.test_splits or run.config.val_splits)[-1]]
     found = {name: of.metrics for name, of in results.items()}
     kept = read_json(run.folder / "pair_metrics.json").get(last.pairs.split, {})
     folder = run.results = results_folder(run, kept.get("gallery"), found[last.pairs.split]["gallery"])
@@ -184,7 +184,7 @@ def report_pairs(
 
 COPIES = {
     ".json": lambda results, path: write_json(path, {name: of.metrics for name, of in results.items()}),
-    ".csv": lambda results, path: write_text(path, pairs_table(results).to_csv()),
+    ".csv": lambda results, path: write_text(path, csv_text(pairs_table(results))),
     ".md": lambda results, path: write_text(path, markdown_table(pairs_table(results))),
 }
 
@@ -217,7 +217,7 @@ def main() -> None:
             results = report_pairs(run, **given)
             print(f"\n{results_of(run)}: pair_metrics.json, tables/, figures/")
             print(pairs_table(results).to_string())
-            measured.append((run, results[run.config.test_splits[-1]].metrics))
+            measured.append((run, results[(run.config.test_splits or run.config.val_splits)[-1]].metrics))
         if len(folders) > 1:
             print(f"\n{settings_table(measured).to_string()}")
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from cache import StaleCacheError
 from encode import image_features, text_features
 from errors import LabError
-from files import fingerprint, write_text
+from files import csv_text, fingerprint, write_text
 from gallery import Gallery, data_digest, known_gallery, open_split, results_folder, results_of
 from gallery import encoded as encoded_gallery
 from pictures import UndecodableImage, decode, decode_rgb
@@ -282,7 +282,7 @@ def open_search(
         split: None: the first test split.
         kind: see `search.build_index`.
     """
-    split = split or run.config.test_splits[0]
+    split = split or run.test_split
     dataset = open_split(run, split, show=show)
     _check_captioned(dataset)
     digest = data_digest(dataset)
@@ -372,7 +372,7 @@ def search_command(
     folder = results_of(run) / "search" if folder is None else Path(folder)
     path = folder / f"{file_name(found.query)}.png"
     search_grid([found], path, f"{run.name}, {search.gallery.split}: {len(search.images):,} pictures")
-    write_text(path.with_suffix(".csv"), found_table([found]).to_csv(index=False))
+    write_text(path.with_suffix(".csv"), csv_text(found_table([found]), index=False))
     return path
 
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from cli import Parser, one_sentence
 from encode import text_features
 from errors import LabError
-from files import write_text
+from files import csv_text, write_text
 from gallery import Gallery, open_gallery
 from models import build_model
 from plots_style import Cell, SavePath, picture_rows, saved
@@ -248,7 +248,7 @@ def _answers(direction: str, queries: dict[str, Any], answers: dict[str, Any], k
 
 def save_rankings(gallery: Gallery, path: str | Path, k: int = DEPTH) -> Path:
     """Write `rankings` as CSV, whole or not at all."""
-    write_text(path, rankings(gallery, k).to_csv(index=False))
+    write_text(path, csv_text(rankings(gallery, k), index=False))
     return Path(path)
 
 
@@ -327,10 +327,10 @@ def report_changes(
     folder = run.folder / f"before_after_{split}"
     before, after = before_and_after(run, split)
     table = changes(before, after)
-    write_text(folder / "changes.csv", table.to_csv())
+    write_text(folder / "changes.csv", csv_text(table))
     shots = [zero_shots(gallery, labelled) for gallery in (before, after)]
     if shots[0]:
-        write_text(folder / "forgetting.csv", forgetting(*shots).to_csv())
+        write_text(folder / "forgetting.csv", csv_text(forgetting(*shots)))
     for name, queries in changed_queries(before, after).items():
         if len(queries):
             change_grid(before, after, queries, folder / f"{name}.png", title=f"Queries that {name}")
@@ -350,7 +350,7 @@ def main() -> None:
     given = parser.parse_args()
     with one_sentence():
         run = load_run(given.run)
-        split = given.split or run.config.test_splits[0]
+        split = given.split or run.test_split
         table, folder = report_changes(run, split, given.labelled, save_predictions=given.save_predictions)
     print(in_percent(table).to_string())
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")

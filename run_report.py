@@ -21,12 +21,13 @@ from comparison import (
     group_settings,
     judged_figures,
     markdown_table,
+    opened,
     readable,
     save_table,
 )
 from config import DEFAULT_CONFIG, NOT_IN_NAME, make_config
 from errors import LabError, choose
-from files import write_json, write_text
+from files import csv_text, write_json, write_text
 from gallery import INTERVALS, evaluate_run, measured_split, metrics_table, open_gallery, results_of
 from looking_inside import Exhibit, examine, zero_shot_exhibits
 from runs import Run
@@ -108,7 +109,7 @@ COPIES: Mapping[str, Callable[[Run, Path], Any]] = {
         path, (results_of(run) / "report.html").read_text(encoding="utf-8")
     ),
     ".json": lambda run, path: write_json(path, run.metrics),
-    ".csv": lambda run, path: write_text(path, metrics_table(run.metrics).to_csv()),
+    ".csv": lambda run, path: write_text(path, csv_text(metrics_table(run.metrics))),
     ".md": lambda run, path: write_text(path, markdown_table(metrics_table(run.metrics))),
 }
 
@@ -121,6 +122,10 @@ def run_page(run: Run, exhibits: Mapping[str, Sequence[Exhibit]]) -> Page:
     page = Page(f"Run {run.name}")
     page.table(facts(run))
     page.heading("Results")
+    if not run.metrics:
+        page.text(
+            "There is no test split, so nothing was measured; set test_splits, for example to the val splits."
+        )
     page.table(
         metrics_table(run.metrics),
         f"Recalls in percent; i2t: image-to-text, t2i: text-to-image; brackets: {INTERVALS}.",
@@ -327,11 +332,12 @@ def open_runs(folders: Sequence[str | Path], load: Callable[[Path], Run]) -> lis
     """
     runs = []
     for folder in map(Path, folders):
-        run = load(folder) if (folder / "config.yaml").is_file() else None
-        if run is not None and run.finished:
+        if not (folder / "config.yaml").is_file():
+            print(f"{folder} is left out: it is not a run.")
+        elif (run := opened(folder, load)) is not None and run.finished:
             runs.append(run)
-        else:
-            print(f"{folder} is passed over: {'its training is not finished' if run else 'not a run'}.")
+        elif run is not None:
+            print(f"{folder} is left out: its training is not finished.")
     if not runs:
         raise LabError("there is no finished run to compare; train one first.")
     return runs

@@ -171,6 +171,13 @@ class Run:
         return self.folder.name
 
     @property
+    def test_split(self) -> str:
+        """The first test split, which comparisons and searches are about. Raises: LabError if there is none."""
+        if not self.config.test_splits:
+            raise LabError(f"{self.name} has no test split; set test_splits, for example to its val_splits.")
+        return self.config.test_splits[0]
+
+    @property
     def finished(self) -> bool:
         """Whether training came to its end."""
         return bool(self.training.get("finished"))

@@ -106,7 +106,7 @@ def is_interrupted(folder: str | Path) -> bool:
     if folder.name not in SOURCES:
         return False
     records, work = _records(folder), folder.parent / WORK / folder.name
-    return work.exists() or bool(records) and not records.keys() >= SOURCES[folder.name].parts.keys()
+    return work.exists() or (bool(records) and not records.keys() >= SOURCES[folder.name].parts.keys())
 
 
 def _wanted(name: str, karpathy: bool) -> dict[str, Part]:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import optuna
 import pandas as pd
-import yaml
 from filelock import FileLock, Timeout
 from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -22,7 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from sqlalchemy.exc import SQLAlchemyError
 
-from config import Config
+from config import Config, load_yaml
 from errors import LabError, nearest
 
 # --- Spaces ---
@@ -123,10 +122,7 @@ def _check_field(where: str, field: str) -> None:
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise LabError(f"search space {path} does not exist; give the path of a .yaml file.")
-    try:
-        lines = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LabError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
+    lines = load_yaml(path)
     if not isinstance(lines, dict) or not lines:
         raise LabError(f"{path} must hold `field: {{type: ..., ...}}` lines.")
     return lines

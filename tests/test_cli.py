@@ -1,5 +1,8 @@
 """Command lines: fields are flags, files and presets come first, mistakes end in one sentence."""
 
+import io
+import sys
+
 import pytest
 
 from cli import run_command
@@ -63,3 +66,11 @@ def test_mistakes_end_in_one_sentence(words, message, capsys):
     assert message in said
     assert "Traceback" not in said
     assert stop.value.code != 0
+
+
+def test_a_redirected_stdout_of_another_encoding_stops_nothing(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    run_command(lambda config: print("写真.jpg → 1 Ä \udcff"), "a command", [])
+    sys.stdout.flush()
+    assert written.getvalue().decode("cp1252").strip() == "??.jpg ? 1 Ä ?"

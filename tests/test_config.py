@@ -111,6 +111,15 @@ def test_files_flat_and_sectioned_load_alike(tmp_path):
         ('{"model": {"seed": 1, "seed": 1}}', "'seed' is given twice"),
         ("preset: [a]", "preset .* does not exist"),
         ("seed: 2020-13-45", "cannot be read as YAML or JSON"),
+        ("seed: !!timestamp x", "cannot be read as YAML or JSON"),
+        ("seed: !!int ''", "cannot be read as YAML or JSON"),
+        ("seed: !!bool x", "cannot be read as YAML or JSON"),
+        (
+            "m0: &m0 {k: 1}\n"
+            + "".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}\n" for n in range(1, 12)),
+            "a mapping holds more than 1,000 fields",
+        ),
+        ("# " + "x" * 2**18, "such a file has at most 262,144"),
         ("[" * 1000 + "]" * 1000, "cannot be read as YAML or JSON"),
         (
             "a: &a [x,x,x,x,x,x,x,x,x]\n"

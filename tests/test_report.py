@@ -197,7 +197,7 @@ def test_a_comparison_has_its_own_page(home, run, tmp_path, capsys):
     folders = [str(one.folder) for one in (run, other, unfinished)]
     evaluate.main(["compare", *folders, "--folder", str(tmp_path / "all"), "--baseline", other.name])
     shown = capsys.readouterr().out
-    assert f"{unfinished.folder} is passed over: its training is not finished." in shown
+    assert f"{unfinished.folder} is left out: its training is not finished." in shown
     assert "test sample only" in shown
     page = parsed(tmp_path / "all" / "report.html")
     assert len(page.images) == 2
@@ -205,3 +205,50 @@ def test_a_comparison_has_its_own_page(home, run, tmp_path, capsys):
     table = pd.read_csv(tmp_path / "all" / "comparison.csv", index_col=0)
     assert table["i2t_recall@1_verdict"].iloc[1] == "baseline"
     assert table["i2t_recall@1"].iloc[0] == pytest.approx(measured(run)["test"]["i2t_recall@1"])
+
+
+def test_one_broken_run_does_not_stop_a_comparison(home, run, tmp_path, capsys):
+    broken = write_run(config_of(home, seed=6))
+    (broken.folder / "config.yaml").write_text("batch_size: [")
+    no_split = write_run(config_of(home, seed=7, test_splits=()))
+    folders = [str(one.folder) for one in (broken, no_split, run)]
+    evaluate.main(["compare", *folders, "--folder", str(tmp_path / "all")])
+    shown = capsys.readouterr().out
+    assert f"{broken.folder} is left out: " in shown
+    assert f"{no_split.name} is left out: {no_split.name} has no test split; set test_splits" in shown
+    assert len(pd.read_csv(tmp_path / "all" / "comparison.csv")) == 1
+    names = [one.name for one in evaluate.finished_runs(home / "runs")]
+    assert broken.name not in names
+    assert run.name in names
+    with pytest.raises(LabError, match="has no test split"):
+        run_report.report_comparison([no_split], tmp_path / "none", show=False)
+
+
+def test_a_run_without_a_test_split_has_its_report(home, capsys):
+    run = write_run(config_of(home, seed=8, test_splits=()))
+    evaluate.main([str(run.folder), "--comprehensive"])
+    assert "There is no test split, so nothing was measured" in " ".join(
+        parsed(run.folder / "report.html").texts
+    )
+    assert len(pd.read_csv(run.folder / "tables" / "results.csv")) == 0
+    with pytest.raises(SystemExit, match=f"error: {run.name} has no test split"):
+        evaluate.main(["search", str(run.folder), "a dog"])
+
+
+@pytest.mark.parametrize("table", [pd.DataFrame(), pd.DataFrame(columns=["a"]), pd.DataFrame(index=["x"])])
+def test_a_table_without_rows_or_columns_is_shown(table, tmp_path):
+    page = Page("nothing")
+    page.table(table, "nothing")
+    assert "nothing" in parsed(page.save(tmp_path / "page.html")).texts
+    assert all(path.is_file() for path in save_table(table, tmp_path / "nothing"))
+
+
+def test_no_spreadsheet_runs_what_a_table_holds(tmp_path):
+    texts = ["=HYPERLINK(1)", "+1+1", "-1-1", "@SUM(A1)", "a = b", "-0.5", "+3.1 ± 0.2", "−"]
+    csv, _ = save_table(
+        pd.DataFrame({"=name": texts, "n": range(8)}, index=["-x", *"bcdefgh"]), tmp_path / "t"
+    )
+    read = pd.read_csv(csv, index_col=0)
+    assert read["'=name"].tolist() == [f"'{text}" for text in texts[:4]] + texts[4:]
+    assert read.index[0] == "'-x"
+    assert read["n"].tolist() == list(range(8))

@@ -73,7 +73,7 @@ def test_a_space_draws_what_applies(tmp_path):
         ("head_dropout: {type: float, low: 0, high: 0.5, when: {loss: infonce}}\n"
          "loss: {type: categorical, choices: [infonce]}", "when names 'loss', which must stand above it"),
         ("- a\n- b", "must hold `field: {type: ..., ...}` lines"),
-        ("a: [", "is not YAML"),
+        ("a: [", "cannot be read as YAML"),
     ],
 )  # fmt: skip
 def test_a_wrong_space_is_one_sentence(tmp_path, text, message):
