@@ -265,6 +265,8 @@ def comparison_bars(
     for metric in metrics:
         if metric not in runs:
             raise LabError(f"the table has no column {metric!r}; it has {', '.join(map(str, runs.columns))}.")
+    if not metrics:
+        raise LabError("there is no figure to compare; name at least one in metrics.")
     names = [wrap(name, 1.9) for name in runs.index]
     spreads = [f"{metric}_{end}" for metric in metrics for end in ("low", "std")]
     drawn = [column for column in spreads if column in runs and runs[column].notna().any()]
@@ -329,7 +331,7 @@ def zero_shot_bars(
     Raises: LabError if the shapes do not fit or a true label is not among `labels`.
     """
     table, names = to_numpy(probabilities).astype(float), list(labels)
-    if not len(images) or table.shape != (len(images), len(names)):
+    if not table.size or table.shape != (len(images), len(names)):
         sizes = f"{len(images)} pictures and {len(names)} labels"
         raise LabError(f"probabilities of shape {table.shape} do not fit {sizes}.")
     truths: list[Any] = [None] * len(images) if true_labels is None else list(true_labels)
@@ -385,7 +387,11 @@ def attention_maps(
     Raises: LabError if there are not as many maps as pictures, or one is not (H, W).
     """
     ratios = [to_numpy(weight).astype(float) * to_numpy(weight).size for weight in weights]
-    if not len(images) or len(ratios) != len(images) or any(ratio.ndim != 2 for ratio in ratios):
+    if (
+        not len(images)
+        or len(ratios) != len(images)
+        or any(ratio.ndim != 2 or not ratio.size for ratio in ratios)
+    ):
         shapes = [ratio.shape for ratio in ratios]
         raise LabError(f"{len(images)} pictures need as many weights of shape (H, W); got {shapes}.")
     scale = Normalize(0, max(2.0, float(np.percentile(np.concatenate([r.ravel() for r in ratios]), 99))))

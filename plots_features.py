@@ -156,6 +156,8 @@ def _project(
     """Row -> (2,) place in the plane for the rows kept of each modality, and the axes' labels."""
     kept = [_chosen(len(rows), limit, want, seed) for rows, want in zip(sides, wanted, strict=True)]
     rows = np.concatenate([rows[keep] for rows, keep in zip(sides, kept, strict=True)])
+    if len(np.unique(rows, axis=0)) < 3:
+        raise LabError("a map in the plane needs at least three different features.")
     spots, labels = choose(MAPS, method, "method")(rows, seed)
     parts = np.split(spots, [len(kept[0])])
     return [dict(zip(keep, part, strict=True)) for keep, part in zip(kept, parts, strict=True)], labels

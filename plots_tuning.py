@@ -50,7 +50,7 @@ def fields_of(trials: pd.DataFrame) -> list[str]:
 
 
 def _finished(trials: pd.DataFrame) -> pd.DataFrame:
-    done = trials[trials["state"] == "complete"]
+    done = trials[trials["state"] == "complete"] if len(trials) else trials
     if not len(done):
         raise LabError("no trial has finished yet; there is nothing to draw.")
     return done
@@ -100,7 +100,7 @@ def importances(shares: Mapping[str, float], path: SavePath = None) -> Figure:
     axes = axes_at(figure, 2.3, 0.15, 6.3, 0.32 * len(ordered))
     bars = axes.barh([name for name, _ in ordered], [100 * share for _, share in ordered], 0.62, color=BLUE)
     axes.bar_label(bars, [f"{100 * share:.0f}" for _, share in ordered], padding=4, fontsize=9)
-    axes.set(xlabel="share of the values' variance (%)", xlim=(0, 108 * ordered[-1][1]))
+    axes.set(xlabel="share of the values' variance (%)", xlim=(0, 108 * (ordered[-1][1] or 1)))
     axes.grid(False, axis="y")
     return saved(figure, path)
 
@@ -166,7 +166,7 @@ def parallel_coordinates(
         log: fields drawn over their logarithm.
     """
     done = _finished(trials).sort_values("value")
-    fields = fields_of(trials)
+    fields = _fields(trials)
     axis = {field: _Axis(done[field], field in log) for field in fields}
     heights = np.stack([axis[field].places(done[field]) for field in fields], axis=1)  # (N, F)
     scale = Normalize(done["value"].min(), max(done["value"].max(), done["value"].min() + 1e-9))
@@ -189,6 +189,13 @@ def parallel_coordinates(
     return saved(figure, path)
 
 
+def _fields(trials: pd.DataFrame) -> list[str]:
+    fields = fields_of(trials)
+    if not fields:
+        raise LabError("the study tried no field; there is nothing to draw.")
+    return fields
+
+
 def _tick(axes: Axes, place: float, height: float, text: str) -> None:
     box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8}
     axes.text(place + 0.04, height, text, size=8, va="center", ha="left", bbox=box, zorder=5)
@@ -201,7 +208,7 @@ def slices(trials: pd.DataFrame, metric: str, log: Collection[str] = (), path: S
     Args: as in `parallel_coordinates`.
     """
     _finished(trials)
-    fields, columns = fields_of(trials), 3
+    fields, columns = _fields(trials), 3
     rows = -(-len(fields) // columns)
     figure = new_figure(0.3 + 2.35 * rows)
     for number, field in enumerate(fields):

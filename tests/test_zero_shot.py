@@ -327,7 +327,9 @@ def test_labels_and_names_of_other_kinds_are_refused(tmp_path):
     os.truncate(folder / "test_batch", 0)
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["a"]}))
     os.truncate(folder / "test_batch", 60 * 10**9)  # sparse: no byte of it is on the disk
-    with pytest.raises(LabError, match=r"test_batch has 60,000,000,000 bytes; such a file has at most 1,073,741,824"):
+    with pytest.raises(
+        LabError, match=r"test_batch has 60,000,000,000 bytes; such a file has at most 1,073,741,824"
+    ):
         paired_data.read_cifar(tmp_path)
 
 
