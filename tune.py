@@ -98,6 +98,10 @@ def _train_one(setting: Config, bar: tqdm) -> Run:
 # --- Searches ---
 
 
+DATA_FIELDS = frozenset({"data_dir", "reader", "train_splits", "val_splits", "max_samples", "split_seed"})
+"""Where a space holds one of these, its trials are of different data by intention."""
+
+
 FAILURES = (LabError, RuntimeError, ValueError, ArithmeticError, MemoryError)  # of a trial, not of the study
 Settings = Mapping[str, dict[str, Any]]
 """Name -> fields of the configuration."""
@@ -133,7 +137,7 @@ def tune(
         trial_settings: fields that differ in trials only, such as `train_splits=("tune",)`.
         train: called with a trial's configuration, `show` and `on_epoch`.
     Returns: the Optuna study. Interrupted, it raises KeyboardInterrupt; the next call goes on.
-    Raises: LabError if the folder holds a study of another space or configuration, or no trial finished;
+    Raises: LabError if the folder holds a study of another space, configuration or data, or no trial finished;
         DiskFullError if no space is left, after which the same call resumes.
     """
     folder = Path(folder)
@@ -190,6 +194,25 @@ def _first_reason(study: optuna.Study) -> str:
     return next((reason for reason in reasons if reason), "all were pruned; raise num_trials.")
 
 
+class OtherDataError(LabError):
+    """The data are others than those of a study's earlier trials."""
+
+
+def _check_data(study: optuna.Study, run: Run, space: Space) -> None:
+    """Keep the data's digests in the study. Raises: OtherDataError if earlier trials were trained on other data."""
+    data = {part: about["sha256"] for part, about in run.training.get("data", {}).items()}
+    if not data or DATA_FIELDS & space.keys():
+        return
+    known = study.user_attrs.get("data")
+    if known is None:
+        study.set_user_attr("data", data)
+    elif known != data:
+        raise OtherDataError(
+            f"the trials of study {study.study_name!r} were trained on other images or captions than "
+            f"{run.config.data_dir} holds now; give this search another folder."
+        )
+
+
 def run_trial(
     study: optuna.Study,
     trial: Trial,
@@ -226,6 +249,7 @@ def run_trial(
         run = train(settings, show=False, on_epoch=report)
         if not run.finished:
             raise KeyboardInterrupt  # the trial stays open, and the next worker takes it up
+        _check_data(study, run, space)
         report(run.history)
         value = float(goodness(run.history[metric], metric).max())
         if math.isnan(value):
@@ -234,7 +258,7 @@ def run_trial(
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
     except FAILURES as error:
-        if is_disk_full(error):
+        if is_disk_full(error) or isinstance(error, OtherDataError):
             raise  # not a fault of these values: the trial stays open, and the study stops
         trial.set_user_attr("reason", f"{type(error).__name__}: {error}")
         study.tell(trial, state=TrialState.FAIL)

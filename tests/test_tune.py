@@ -106,7 +106,9 @@ def trained(config: Config, epochs: int = 4, **options):
         options["on_epoch"](pd.DataFrame(rows))
     (config.runs_dir / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
     (config.runs_dir / "run" / "best.safetensors").write_bytes(b"weights")
-    return SimpleNamespace(finished=True, history=pd.DataFrame(rows))
+    return SimpleNamespace(
+        finished=True, history=pd.DataFrame(rows), training=options.get("training", {}), config=config
+    )
 
 
 def test_a_study_finds_a_peak_prunes_and_leaves_its_best(tmp_path):
@@ -249,6 +251,22 @@ def test_a_worker_that_ends_its_trial_and_leaves_is_no_dead_one(tmp_path):
 
         other._lives = ends_first
         assert other.ask(2, lambda trial: None).number == 1
+
+
+def test_a_study_goes_on_over_its_own_data_alone(tmp_path):
+    config, space = make_config("projection_heads"), read_space(write_space(tmp_path, LINE))
+
+    def over(digest):
+        data = {"train": {"sha256": digest}, "val": {"sha256": "v"}}
+        return lambda config, **options: trained(config, training={"data": data}, **options)
+
+    tune.tune(config, space, tmp_path / "study", num_trials=1, show=False, train=over("a"))
+    with pytest.raises(
+        LabError, match=r"'study' were trained on other images or captions than .*another folder"
+    ):
+        tune.tune(config, space, tmp_path / "study", num_trials=2, show=False, train=over("b"))
+    study = tune.tune(config, space, tmp_path / "study", num_trials=2, show=False, train=over("a"))
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
 
 
 def test_an_interrupted_trial_is_taken_up_where_it_was(tmp_path):
