@@ -324,14 +324,20 @@ def test_rows_reach_the_disk_before_their_bits(build, monkeypatch):
 
 
 SLOW_BUILD = """
-import sys, time
+import os, sys, time
 sys.path.insert(0, {root!r})
 import image_cache
 import image_store
 fast, image_cache.CHECKPOINT_SECONDS, image_cache.ROWS_PER_TASK = image_cache.decode_rgb, 0.02, 1
 
+main, rows = os.getpid(), 0
+
 def slow(*arguments):
+    global rows
+    rows += 1
     time.sleep(0.05)
+    while rows > {most} and os.getppid() == main:  # waits to be killed
+        time.sleep(0.01)
     return fast(*arguments)
 
 image_cache.decode_rgb = slow
@@ -342,8 +348,11 @@ image_cache.ImageCache.open_or_build(
 """
 
 
-def start_slow_build(data: Path, folder: Path, jpeg: bool) -> subprocess.Popen:
-    script = SLOW_BUILD.format(root=str(ROOT), data=str(data), size=SIZE, folder=str(folder), jpeg=jpeg)
+def start_slow_build(data: Path, folder: Path, jpeg: bool, most: int = 40) -> subprocess.Popen:
+    """A build by two workers, neither of which finishes more than `most` rows."""
+    script = SLOW_BUILD.format(
+        root=str(ROOT), data=str(data), size=SIZE, folder=str(folder), jpeg=jpeg, most=most
+    )
     return subprocess.Popen([sys.executable, "-c", script])
 
 
@@ -366,7 +375,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for orphans in /proc")
 @pytest.mark.parametrize("jpeg", [False, True])
 def test_a_killed_build_continues(build, data, decoded, tmp_path, jpeg):
-    process = start_slow_build(data[0], tmp_path / "cache", jpeg)
+    process = start_slow_build(data[0], tmp_path / "cache", jpeg, most=10)
     wait_until(lambda: finished_rows(tmp_path / "cache") >= 6)
     workers = children(process.pid)
     process.send_signal(signal.SIGKILL)
