@@ -99,10 +99,18 @@ def load_weights(module: nn.Module, path: str) -> None:
     """Load a file of weights, safetensors or torch's without its code, into a module."""
     if not Path(path).is_file():
         raise LabError(f"image_weights {path!r} is no file; give a weights file, 'pretrained' or 'random'.")
-    state = load_file(path) if path.endswith(".safetensors") else torch.load(path, weights_only=True)
+    try:
+        if path.endswith(".safetensors"):
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes end in whatever the reader met first
+        raise LabError(
+            f"image_weights {path!r} cannot be read: it is damaged, or no file of weights."
+        ) from error
     try:
         module.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         raise LabError(
             f"{path} does not hold this tower's weights: {str(error).splitlines()[-1].strip()}"
         ) from error

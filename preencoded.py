@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from captions import CaptionTable, Strings
 from cli import Parser, one_sentence
 from data_folder import is_below, safe_relative, stamp
 from errors import LabError
-from files import atomic_path, fingerprint, write_text
+from files import atomic_path, fingerprint, read_bytes, write_text
 
 ROWS_AT_ONCE = 65_536
 ROUNDING = 1e-2  # of a row's largest number: two encodings of one picture in half precision differ by less
@@ -247,11 +246,20 @@ def _open_tensor(folder: Path, split: str, kind: str) -> Tensor:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # torch's format before 1.6 cannot be mapped
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # damaged bytes end in whatever torch met first
         raise LabError(
             f"{path} is refused: it is damaged, or holds more than a tensor and would run code; "
             "write it with torch.save(tensor, path)."
         ) from error
+    if isinstance(loaded, Tensor) and (loaded.layout is not torch.strided or loaded.device.type != "cpu"):
+        kind = "no values (device meta)" if loaded.device.type == "meta" else f"layout {loaded.layout}"
+        raise LabError(
+            f"{path} holds a tensor with {kind}; write it with torch.save(tensor.to_dense().cpu(), path)."
+        )
+    if isinstance(loaded, Tensor) and loaded.nbytes > loaded.untyped_storage().nbytes():
+        raise LabError(
+            f"{path} repeats its rows (an expanded tensor); write it with torch.save(tensor.clone(), path)."
+        )
     if not isinstance(loaded, Tensor) or loaded.ndim != 2 or not loaded.is_floating_point():
         what = (
             f"{loaded.dtype} of shape {tuple(loaded.shape)}" if isinstance(loaded, Tensor) else type(loaded)
@@ -268,9 +276,11 @@ def _open_tensor(folder: Path, split: str, kind: str) -> Tensor:
 
 def _read_metadata(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_bytes(path).decode("utf-8-sig"))
+    except LabError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise LabError(f"{path} is not JSON ({error}); write it with json.dump.") from error
+        raise LabError(f"{path} is not JSON ({str(error)[:120]}); write it with json.dump.") from error
     ids = content.get("image_ids") if isinstance(content, dict) else None
     if not isinstance(ids, list) or not ids:
         raise LabError(f"{path} has no list 'image_ids'; it needs one id for each row of the embeddings.")

@@ -1,5 +1,6 @@
 """Towers by folder, `python encode.py`, and embeddings of other makers: what is written, read, refused."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from config import make_config
 from dataset import COCOClipDataset, load_table, make_loader, open_images
 from encode import cached_image_features, cached_text_features, preencode
 from errors import LabError
+from hub import load_weights
 from preencoded import read_pairs, read_splits
 
 SIDE = 32
@@ -348,6 +350,41 @@ def test_bad_input_is_one_sentence(tmp_path, images, texts, metadata, message):
     with pytest.raises(LabError, match=message) as caught:
         read_pairs(_write(tmp_path, images, texts, metadata))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.eye(3, 4).to_sparse(), "layout torch.sparse_coo; write it with"),
+        (torch.eye(3, 4).to_sparse_csr(), "layout torch.sparse_csr; write it with"),
+        (torch.empty(3, 4, device="meta"), r"no values \(device meta\); write it with"),
+        (torch.ones(1, 4).expand(10**12, 4), "repeats its rows"),
+        ({"a": torch.ones(3, 4)}, "must hold one"),
+    ],
+)
+def test_a_tensor_that_is_no_plain_table_is_refused(tmp_path, tensor, message):
+    _write(tmp_path, GOOD, GOOD, {"image_ids": [1, 2, 3]})
+    torch.save(tensor, tmp_path / "train_text_embeddings.pt")
+    with pytest.raises(LabError, match=f"train_text_embeddings.pt .*{message}"):
+        read_pairs(tmp_path)
+
+
+def test_flipped_bytes_of_embeddings_never_end_in_a_traceback(tmp_path):
+    _write(tmp_path, GOOD, GOOD, {"image_ids": [1, 2, 3]})
+    path = tmp_path / "train_text_embeddings.pt"
+    good = path.read_bytes()
+    for place in range(0, len(good), 23):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :])
+        with contextlib.suppress(LabError):
+            read_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04", b"\x80\x02]q\x00."])
+def test_weights_files_that_are_none_are_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LabError, match=rf"{name}.* (cannot be read|does not hold this tower's weights)"):
+        load_weights(torch.nn.Linear(2, 2), str(tmp_path / name))
 
 
 class Trap:
