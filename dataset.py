@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 import data_check
 import plots_data
@@ -30,6 +32,16 @@ from sources import SOURCES, fetch, is_interrupted, is_linked
 
 Batch = dict[str, Any]
 """`image`, `text`, `image_id` (I,), `text_id` (T,); see `COCOClipDataset`."""
+
+
+class WholeBatch(dict[str, Any]):
+    """A batch that torch's own collate function leaves whole: it looks at the first of the items it is given."""
+
+    def __getitem__(self, name: Any) -> Any:
+        return self if isinstance(name, int) else super().__getitem__(name)
+
+
+default_collate_fn_map[WholeBatch] = lambda batch, **options: batch
 
 
 class COCOClipDataset(Dataset):
@@ -164,14 +176,21 @@ class COCOClipDataset(Dataset):
         return rng.permutation(count)[: self.captions_per_image]
 
     def __getitem__(self, item: int) -> Batch:
-        batch = self.__getitems__([item])
+        batch = self.batch([item])
         return {**batch, "image": batch["image"][0]}
+
+    def __getitems__(self, items: list[int]) -> Batch:
+        """What a DataLoader asks for: a whole batch, of a subclass's own items where it makes them itself."""
+        if type(self).__getitem__ is not COCOClipDataset.__getitem__:
+            return WholeBatch(collate([self[item] for item in items]))
+        return WholeBatch(self.batch(items))
 
     def text_rows(self, items: np.ndarray) -> np.ndarray:
         """Rows of the captions that a batch of some items brings."""
         return self.caption_rows(self.rows[items])[0]
 
-    def __getitems__(self, items: list[int]) -> Batch:
+    def batch(self, items: list[int]) -> Batch:
+        """Some items as one batch."""
         rows, texts = self.rows[np.asarray(items)], self.text_rows(np.asarray(items))
         return {
             "image": self._images(rows),
@@ -236,13 +255,51 @@ class EpochBatches(Sampler[list[int]]):
             yield np.array_split(batch, self.world_size)[self.rank].tolist()
 
 
-def _as_is(batch: Any) -> Any:
-    """Batches arrive whole from `__getitems__`."""
-    return batch
+def collate(items: Any) -> Batch:
+    """A batch of single items; a whole batch stays as it is.
+
+    Args: items: dictionaries of `image` (3, S, S) or (width,), `text` (a caption, a list of them, (width,) or
+        (T, width) features) and `image_id`; `text_id` (T,) where it is not the image's. More keys hold tensors.
+    Raises: LabError if an item is something else.
+    """
+    if isinstance(items, dict):
+        return items
+    needed = {"image", "text", "image_id"}
+    for item in items:
+        if not isinstance(item, dict) or not needed <= item.keys():
+            raise LabError(
+                "an item of a data set is a dictionary with image, text and image_id (a whole number that no other "
+                f"image has), not a {type(item).__name__}"
+                + (f" of {', '.join(map(str, item))}." if isinstance(item, dict) else ".")
+            )
+    texts: list[Any] = [
+        [text]
+        if isinstance(text, str)
+        else text[None]
+        if isinstance(text, Tensor) and text.ndim == 1
+        else text
+        for text in (item["text"] for item in items)
+    ]
+    image_id = torch.tensor([int(item["image_id"]) for item in items])
+    text_ids = [
+        torch.as_tensor(item.get("text_id", [number] * len(text)))
+        for item, number, text in zip(items, image_id.tolist(), texts, strict=True)
+    ]
+    return {
+        "image": torch.stack([torch.as_tensor(item["image"]) for item in items]),
+        "text": torch.cat(texts)
+        if isinstance(texts[0], Tensor)
+        else list(itertools.chain.from_iterable(texts)),
+        "image_id": image_id,
+        "text_id": torch.cat(text_ids),
+        **{
+            name: torch.cat([item[name] for item in items]) for name in items[0].keys() - needed - {"text_id"}
+        },
+    }
 
 
 def make_loader(
-    dataset: COCOClipDataset,
+    dataset: Any,
     batch_size: int = 128,
     *,
     shuffle: bool = False,
@@ -252,16 +309,23 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
-    """Batches of images, each with its captions; `loader.batch_sampler.epoch` chooses the order."""
-    items = dataset.items_per_epoch if shuffle else len(dataset)
+    """Batches of images, each with its captions; `loader.batch_sampler.epoch` chooses the order.
+
+    Args: dataset: ours, or any of torch's whose items are as `collate` takes them.
+    """
+    items = getattr(dataset, "items_per_epoch", len(dataset)) if shuffle else len(dataset)
 
     def order(epoch: int) -> np.ndarray:
-        return dataset.epoch_order(epoch, seed) if shuffle else np.arange(items)
+        if not shuffle:
+            return np.arange(items)
+        if hasattr(dataset, "epoch_order"):
+            return dataset.epoch_order(epoch, seed)
+        return np.random.default_rng((seed, epoch)).permutation(items)
 
     return DataLoader(
         dataset,
         batch_sampler=EpochBatches(items, batch_size, order, rank=rank, world_size=world_size),
-        collate_fn=_as_is,
+        collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its own, so that starting an epoch draws nothing from the global one

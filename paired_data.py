@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from cache import as_rows, row_digests
 from config import Config
-from dataset import Batch
+from dataset import Batch, WholeBatch
 from encode import cached_text_features
 from errors import LabError
 from files import fingerprint, read_bytes
@@ -443,13 +443,14 @@ class PairedPictures(Dataset):
         ids = labels[:, 0] * self.num_classes + labels[:, 1]  # (B,)
         rows, text_id = self._told(ids)
         halves = [self.pictures.images[as_rows(side)] for side in pairs.T]
-        return {
+        batch = {
             "image": torch.cat(halves, dim=3),  # (B, 3, S, 2S)
             "text": self._texts(rows),
             "image_id": torch.from_numpy(ids),
             "text_id": torch.from_numpy(text_id),
             "view_id": 2 * torch.tensor(items)[:, None] + torch.arange(2),
         }
+        return WholeBatch(batch)
 
     def _told(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Captions of some pairs, as rows of all captions, and the ids they go by in the batch."""

@@ -197,8 +197,8 @@ class TrainingSet(COCOClipDataset):
         options = {"word_dropout": self.word_dropout, "reorder": self.reorder}
         return vary(self.table.captions[row], number, row, seed=self.seed, **options)
 
-    def __getitems__(self, items: list[int]) -> Batch:
-        batch = super().__getitems__(items)
+    def batch(self, items: list[int]) -> Batch:
+        batch = super().batch(items)
         if not self.flip:
             return batch
         ids = batch["image_id"].numpy()

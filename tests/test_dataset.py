@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from small_data import write_coco
+from torch.utils.data import DataLoader, Dataset
 
 from captions import CaptionTable
 from config import make_config, run_name
@@ -19,6 +20,7 @@ from errors import LabError
 from losses import ContrastiveLoss
 from open_data import open_dataset
 from readers import read_captions
+from train import fit
 
 
 @pytest.fixture
@@ -276,3 +278,62 @@ def test_one_changed_row_of_embeddings_is_other_data():
         parts = {"images": images.clone(), "text_features": texts.clone()}
         prints.append(COCOClipDataset("train", table=table, **parts).describe()["sha256"])
     assert len(set(prints)) == 3
+
+
+def test_a_plain_loader_of_torch_takes_our_data_set(coco):
+    dataset = COCOClipDataset("train", data_dir=coco, cache_dir=coco.parent / "cache", image_size=16)
+    ours, torchs = (list(loader) for loader in (make_loader(dataset, 5), DataLoader(dataset, batch_size=5)))
+    assert len(ours) == len(torchs) == 5
+    for one, other in zip(ours, torchs, strict=True):
+        assert one["text"] == other["text"]
+        assert all(torch.equal(one[name], other[name]) for name in ("image", "image_id", "text_id"))
+
+
+def test_a_subclass_makes_its_own_items(coco):
+    class Dark(COCOClipDataset):
+        def __getitem__(self, item):
+            whole = super().__getitem__(item)
+            return {**whole, "image": whole["image"] // 2}
+
+    places = {"data_dir": coco, "cache_dir": coco.parent / "cache", "image_size": 16}
+    plain = next(iter(make_loader(COCOClipDataset("train", **places), 5)))
+    for loader in (
+        make_loader(Dark("train", **places), 5),
+        DataLoader(Dark("train", **places), batch_size=5),
+    ):
+        dark = next(iter(loader))
+        assert torch.equal(dark["image"], plain["image"] // 2)
+        assert dark["text"] == plain["text"]
+        assert torch.equal(dark["text_id"], plain["text_id"])
+
+
+class Plain(Dataset):
+    """Nothing but what torch asks for."""
+
+    def __init__(self, name="image_id"):
+        self.name = name
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, item):
+        generator = torch.Generator().manual_seed(item)
+        feature = torch.randn(1280, generator=generator)
+        return {"image": feature, "text": [f"caption {item}", f"another {item}"], self.name: item}
+
+
+def test_a_plain_data_set_trains(tmp_path):
+    config = make_config(
+        "quickstart", cache_dir=tmp_path / "cache", runs_dir=tmp_path / "runs", image_tower_mode="cached",
+        text_tower_mode="frozen", num_epochs=1, batch_size=6, warmup_steps=1, device="cpu", recall_ks=(1, 5),
+    )  # fmt: skip
+    batch = next(iter(make_loader(Plain(), 5)))
+    assert batch["text"][:2] == ["caption 0", "another 0"]
+    assert batch["text_id"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert sorted(torch.cat([b["image_id"] for b in make_loader(Plain(), 5, shuffle=True)]).tolist()) == list(
+        range(12)
+    )
+    run = fit(config, train_set=Plain(), val_set=Plain(), show=False)
+    assert run.history["num_texts"].tolist() == [24]
+    with pytest.raises(LabError, match="with image, text and image_id .*, not a dict of image, text, number"):
+        next(iter(make_loader(Plain("number"), 5)))
