@@ -156,6 +156,7 @@ def read_coco(
     *,
     karpathy_file: str | Path | None = None,
     annotations_dir: str | Path = "annotations",
+    year: str | None = None,
 ) -> TableBuilder:
     """COCO 2014 or 2017: `annotations/captions_{split}2014.json` and `{split}2014/` or `images/{split}2014/`.
 
@@ -164,6 +165,7 @@ def read_coco(
     Args:
         karpathy_file: dataset_coco.json, for train/restval/val/test in place of COCO's own splits.
         annotations_dir: folder of the caption files, where they are not below the data folder.
+        year: the year in the names of files and folders; none: the only one there is.
     Raises: LabError if there is no such file, or there are files of two years, which share images.
     """
     top = folder.first("coco2014", "coco2017") or ""
@@ -171,6 +173,7 @@ def read_coco(
         return _read_karpathy(folder, karpathy_file, (top, join(top, "images")))
     place = folder.user_path(annotations_dir, top)
     found = [match for name in sorted(folder.listing(place)) if (match := COCO_FILE.fullmatch(name))]
+    found = [match for match in found if year in (None, match[2])]
     if not found:
         raise LabError(
             f"no captions_*2014.json or captions_*2017.json in {folder.root / place}; take them from COCO's "

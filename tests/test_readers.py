@@ -322,6 +322,7 @@ def test_coco_2017_is_read_by_its_files_years(tmp_path):
     (tmp_path / "annotations" / "captions_train2014.json").write_text(coco_file("train", [1]))
     with pytest.raises(LabError, match="captions of 2014 and 2017, which share images; move the files"):
         read_captions("coco", tmp_path)
+    assert read_captions("coco", tmp_path, year="2017").split_sizes() == {"train": 1, "val": 1}
 
 
 def test_class_folders(tmp_path):
