@@ -20,36 +20,14 @@ from models import CLIPModel
 # --- Optimizer, schedule, average, precision ---
 
 
-def _cosine(progress: float, cycles: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _linear(progress: float, cycles: int) -> float:
-    return 1 - progress
-
-
-def _constant(progress: float, cycles: int) -> float:
-    return 1.0
-
-
-def _step(progress: float, cycles: int) -> float:
-    """A tenth of it after each cycle."""
-    return 0.1 ** min(int(progress * cycles), cycles - 1)
-
-
-def _restarts(progress: float, cycles: int) -> float:
-    """Cosine from the peak in each cycle (SGDR, Loshchilov & Hutter 2017)."""
-    return _cosine((progress * cycles) % 1 if progress < 1 else 1.0, cycles)
-
-
-SCHEDULES: dict[str, Callable[[float, int], float]] = {
-    "cosine": _cosine,
-    "linear": _linear,
-    "constant": _constant,
-    "step": _step,
-    "restarts": _restarts,
+SCHEDULES: dict[str, str | None] = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+    "step": None,  # a tenth of the rate after each cycle
+    "restarts": "cosine_with_restarts",
 }
-"""Share of the peak learning rate by the share of the run after warm-up, both in [0, 1], and the cycles."""
+"""`config.schedule` -> what `transformers.get_scheduler` calls it, or None where it has no such schedule."""
 
 
 def build_optimizer(model: CLIPModel, config: Config) -> torch.optim.AdamW:
@@ -81,20 +59,23 @@ def _rate(name: str, config: Config) -> float:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int) -> LambdaLR:
-    """Linear warm-up, then `config.schedule` to the last step; one call of `step` a batch."""
-    shape = choose(SCHEDULES, config.schedule, "schedule")
-    total = steps_per_epoch * config.num_epochs
-    if config.warmup_epochs is None:
-        warmup = min(config.warmup_steps, max(1, total // 10))
-    else:
+    """Linear warm-up, then `config.schedule` to the last step; one call of `step` per batch.
+
+    The warm-up begins at 1 / warmup of the peak rate; that of `get_scheduler` would waste a step at rate 0.
+    """
+    from transformers import get_scheduler
+
+    total, cycles = steps_per_epoch * config.num_epochs, config.schedule_cycles
+    warmup = min(config.warmup_steps, max(1, total // 10))
+    if config.warmup_epochs is not None:
         warmup = round(config.warmup_epochs * steps_per_epoch)
-
-    def share(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return shape((step - warmup) / max(1, total - warmup), config.schedule_cycles)
-
-    return LambdaLR(optimizer, share)
+    rest, name = max(1, total - warmup), choose(SCHEDULES, config.schedule, "schedule")
+    if name is None:
+        shape: Callable[[int], float] = lambda step: 0.1 ** min(int(step / rest * cycles), cycles - 1)  # noqa: E731
+    else:
+        options = {"num_cycles": cycles} if config.schedule == "restarts" else None
+        shape = get_scheduler(name, optimizer, 0, rest, options).lr_lambdas[0]
+    return LambdaLR(optimizer, lambda step: (step + 1) / warmup if step < warmup else shape(step - warmup))
 
 
 class EMA:

@@ -336,13 +336,26 @@ def test_a_model_that_cannot_be_compiled_runs_as_it_is(small, monkeypatch):
 # --- schedules ---
 
 
-@pytest.mark.parametrize(
-    ("name", "progress", "expected"),
-    [("step", 0.3, 1.0), ("step", 0.5, 0.1), ("step", 1.0, 0.01), ("restarts", 0.0, 1.0), ("restarts", 0.5, 0.5),
-     ("restarts", 1 / 3, 1.0), ("restarts", 1.0, 0.0), ("linear", 0.25, 0.75), ("constant", 0.9, 1.0)],
-)  # fmt: skip
-def test_schedules_by_hand(name, progress, expected):
-    assert SCHEDULES[name](progress, 3) == pytest.approx(expected, abs=1e-9)
+CURVES = {  # share of the peak rate by the share of the run after warm-up, written out
+    "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
+    "linear": lambda x: 1 - x,
+    "constant": lambda x: 1.0,
+    "step": lambda x: 0.1 ** min(int(3 * x), 2),
+    "restarts": lambda x: 0.5 * (1 + math.cos(math.pi * (3 * x % 1))) if x < 1 else 0.0,
+}
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_equal_their_curves_to_float_precision(name, warmup):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    config = Config(schedule=name, warmup_steps=warmup, num_epochs=10)
+    scheduler = build_scheduler(optimizer, config, steps_per_epoch=8)
+    for step in range(81):
+        share = (step + 1) / warmup if step < warmup else CURVES[name]((step - warmup) / (80 - warmup))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3 * share, rel=1e-13, abs=1e-16)
+        optimizer.step()
+        scheduler.step()
 
 
 def test_warm_up_in_epochs(small):
