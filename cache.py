@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from captions import CaptionTable
 from errors import LabError
-from files import atomic_path, locked
+from files import DamagedFileError, locked, sweep
+from tensor_files import load_tensors, save_tensors
 
 # --- Files ---
 
@@ -39,8 +38,7 @@ def write_features(path: str | Path, features: Tensor, header: Header) -> None:
     if not torch.isfinite(features).all():
         row = int((~torch.isfinite(features)).any(dim=1).nonzero()[0])
         raise LabError(f"row {row} of {path} is not finite in half precision; nothing was written.")
-    with atomic_path(path) as beside:
-        save_file({"features": features}, beside, metadata={"header": json.dumps(header, sort_keys=True)})
+    save_tensors(path, {"features": features}, {"header": json.dumps(header, sort_keys=True)})
 
 
 def open_features(path: str | Path, header: Header) -> Tensor:
@@ -49,10 +47,11 @@ def open_features(path: str | Path, header: Header) -> Tensor:
     Raises: StaleCacheError if the file is damaged or its header is another, naming what differs.
     """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get("header", "{}"))
-            features = file.get_tensor("features")
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors, metadata = load_tensors(path, "delete it and run again")
+        found, features = json.loads(metadata.get("header", "{}")), tensors["features"]
+    except DamagedFileError as error:
+        raise StaleCacheError(f"cache {error}") from error
+    except (OSError, ValueError, KeyError) as error:
         raise StaleCacheError(f"cache {path} is damaged ({error}); delete it and run again.") from error
     wrong = [name for name in sorted(header.keys() | found.keys()) if header.get(name) != found.get(name)]
     if wrong:
@@ -75,7 +74,9 @@ def cached_features(
     Returns: (N, width) float16, memory-mapped.
     """
     path = Path(path)
-    with locked(f"{path}.lock"):  # a second process waits, then finds it filled
+    with locked(f"{path}.lock"):
+        sweep(path.parent)
+        # a second process waits, then finds it filled
         if path.exists():
             try:
                 return open_features(path, header)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import numpy as np
 
 from captions import CaptionTable, Strings
 from data_folder import stamp
-from files import atomic_path
+from files import DamagedFileError, atomic_path
+from tensor_files import load_arrays
 
 FORMAT = 2  # raise it when what readers make of the same files changes
 
@@ -47,13 +47,16 @@ def save_table(path: Path, table: CaptionTable, stamps: dict[str, tuple[int, int
 def load_table(path: Path, root: Path) -> CaptionTable | None:
     """The table of `save_table`, or None where it is absent, broken, or older than its sources."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            sources = zip(_unpack(file, "sources"), file["stamps"].tolist(), strict=True)
-            if any(stamp(source) != tuple(then) for source, then in sources):
-                return None
-            return _table(file, root)
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-        return None
+        file = load_arrays(path, "it is read again from its sources")
+        sources = zip(_unpack(file, "sources"), file["stamps"].tolist(), strict=True)
+        if any(stamp(source) != tuple(then) for source, then in sources):
+            return None
+        return _table(file, root)
+    except DamagedFileError as damaged:
+        print(damaged)
+    except (OSError, KeyError, ValueError):
+        pass
+    return None
 
 
 def _table(file: Any, root: Path) -> CaptionTable:

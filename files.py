@@ -14,6 +14,7 @@ import re
 import shutil
 import stat
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,16 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int = 2 * 2**30) -> byte
         raise LabError(
             f"cannot read {path}: {getattr(error, 'strerror', None) or 'out of memory'}"
         ) from error
+
+
+class DamagedFileError(LabError):
+    """A file that is not what was written.
+
+    Args: advice: what to do about it.
+    """
+
+    def __init__(self, path: str | Path, reason: str, advice: str) -> None:
+        super().__init__(f"{path} is damaged ({reason}); {advice}.")
 
 
 def make_folder(path: str | Path) -> Path:
@@ -197,19 +208,51 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
+SEAL, SEAL_PREFIX = "checksum", "crc32:"
+
+
+def sealed(code: int) -> str:
+    """A CRC-32 as files state it."""
+    return f"{SEAL_PREFIX}{code:08x}"
+
+
+def checksum(content: Any) -> int:
+    """CRC-32 of what JSON keeps of the content, whatever its layout."""
+    plain = json.loads(json.dumps(content, default=str))
+    return zlib.crc32(json.dumps(plain, sort_keys=True).encode())
+
+
+def seal_of(content: dict[str, Any]) -> str | None:
+    """Take the checksum out of a file's content; None where it states none.
+
+    It is known by its name and by its value, so that one damaged letter cannot hide it.
+    """
+    stated = [name for name, value in content.items() if name == SEAL or str(value).startswith(SEAL_PREFIX)]
+    values = [content.pop(name) if name == SEAL else "" for name in stated]
+    return str(values[0]) if len(values) == 1 else None if not values else ""
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where there is no file. Raises: LabError if it is damaged or is not an object."""
+    """A JSON object, or {} where there is no file.
+
+    Raises: DamagedFileError if it is not JSON, not an object, or another than its checksum states.
+    """
+    advice = "delete it and run again"
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
-        raise LabError(f"{path} is not JSON ({error}); delete it and run again.") from error
+        raise DamagedFileError(path, f"not JSON: {error}", advice) from error
     if not isinstance(content, dict):
-        raise LabError(f"{path} holds no JSON object; delete it and run again.")
+        raise DamagedFileError(path, "it holds no JSON object", advice)
+    stated = seal_of(content)
+    if stated is not None and stated != sealed(checksum(content)):
+        raise DamagedFileError(path, "its checksum does not match", advice)
     return content
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON whole or not at all."""
+def write_json(path: str | Path, content: dict[str, Any], *, seal: bool = False) -> None:
+    """Write JSON whole or not at all; with `seal`, a checksum is the last entry."""
+    content = {**content, SEAL: sealed(checksum(content))} if seal else content
     write_text(path, json.dumps(content, indent=1, default=str))
 
 

@@ -8,21 +8,22 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
 import plots
+from cache import StaleCacheError
 from dataset import make_loader
 from errors import LabError
-from files import atomic_path, fingerprint, read_json, write_json
+from files import atomic_path, fingerprint, write_json
 from metrics import PROTOCOLS, summarise
 from open_data import open_dataset
 from ranks import QueryRanks, Ranks, match_ranks
 from readers import COCO_2014, FLICKR8K_LISTS
-from runs import Run
+from runs import Run, read_metrics
+from tensor_files import load_arrays
 from training_set import OFF
 from uncertainty import TEST_SAMPLE_ONLY, bootstrap_intervals
 from utils import encode_loader
@@ -260,7 +261,7 @@ def measured_split(
     if run.results is None:
         run.results = results_folder(run, known_gallery(run, split), digest)
     if run.results != run.folder:
-        kept = read_json(run.results / "metrics.json").get(split, {})
+        kept = read_metrics(run.results / "metrics.json").get(split, {})
     same = (kept.get("weights"), kept.get("gallery")) == (run.weights, digest)
     if again or not same or kept.get("recall_ks") != list(run.config.recall_ks):
         return keep_measured(gallery or encoded(run, dataset, show=show))
@@ -274,7 +275,7 @@ def results_of(run: Run) -> Path:
 
 def known_gallery(run: Run, split: str) -> str | None:
     """Digest of the data that the run's own metrics of a split are of."""
-    return read_json(run.folder / "metrics.json").get(split, {}).get("gallery")
+    return read_metrics(run.folder / "metrics.json", show=False).get(split, {}).get("gallery")
 
 
 def results_folder(run: Run, known: str | None, digest: str) -> Path:
@@ -304,9 +305,10 @@ def keep_measured(gallery: Gallery) -> dict[str, Any]:
     found = {**gallery.metrics(), "weights": run.weights}
     if not gallery.measures_itself:
         save_ranks(gallery.ranks, ranks_path(run, gallery.split), origin_of(found))
-    others = {name: of for name, of in read_json(path).items() if of.get("weights") == run.weights}
-    run.results.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**others, gallery.split: found})
+    others = {
+        name: of for name, of in read_metrics(path, show=False).items() if of.get("weights") == run.weights
+    }
+    write_json(path, {**others, gallery.split: found}, seal=True)
     run.metrics[gallery.split] = found
     return found
 
@@ -380,11 +382,14 @@ def origin_of(metrics: dict[str, Any]) -> str:
 
 def ranks_of(run: Run, split: str, *, show: bool = True) -> Ranks:
     """The ranks behind a split's metrics; measured now where they were not kept, or are of something else."""
-    try:
-        return load_ranks(ranks_path(run, split), origin_of(run.metrics[split]))
-    except LabError:
-        keep_measured(open_gallery(run, split, show=show))
-        return load_ranks(ranks_path(run, split), origin_of(run.metrics[split]))
+    path = ranks_path(run, split)
+    if path.is_file() and split in run.metrics:
+        try:
+            return load_ranks(path, origin_of(run.metrics[split]))
+        except StaleCacheError as stale:
+            print(f"{stale} They are measured again.")
+    keep_measured(open_gallery(run, split, show=show))
+    return load_ranks(ranks_path(run, split), origin_of(run.metrics[split]))
 
 
 def save_ranks(ranks: Ranks, path: Path, origin: str) -> None:
@@ -399,15 +404,19 @@ def save_ranks(ranks: Ranks, path: Path, origin: str) -> None:
 
 
 def load_ranks(path: Path, origin: str) -> Ranks:
-    """Read what `save_ranks` wrote. Raises: LabError if it is damaged, or of other weights or another gallery."""
+    """Read what `save_ranks` wrote.
+
+    Raises: StaleCacheError if it is damaged, or of other weights or another gallery.
+    """
     try:
-        with np.load(path) as kept:
-            arrays = {name: kept[name] for name in kept.files}
+        arrays = load_arrays(path, "evaluate the run again (--again)")
         ways, found = [_query_ranks(arrays, way) for way in ("i2t", "t2i")], str(arrays["origin"])
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise LabError(f"{path} cannot be read ({error}); evaluate the run again (--again).") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StaleCacheError(
+            f"{path} cannot be read ({error}); evaluate the run again (--again)."
+        ) from error
     if found != origin:
-        raise LabError(
+        raise StaleCacheError(
             f"{path} holds ranks of other weights or another gallery; evaluate the run again (--again)."
         )
     return Ranks(*ways)

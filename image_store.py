@@ -43,6 +43,15 @@ class BaseStore:
         while left:  # an unbuffered write may stop short
             left = left[self.file.write(left) or 0 :]
 
+    def place(self, row: int) -> tuple[int, int]:
+        """Start and length of a row's bytes."""
+        raise NotImplementedError
+
+    def stored(self, row: int) -> memoryview:
+        """A row's bytes as they are on disk."""
+        start, length = self.place(row)
+        return memoryview(self.map)[start : start + length]
+
     def flush(self) -> None:
         """Everything written so far reaches the disk, whichever process wrote it."""
         os.fsync(self.file.fileno())
@@ -72,9 +81,18 @@ class RawStore(BaseStore):
         with open(self.path, "ab") as file:
             file.truncate(math.prod(self.shape))  # sparse until rows are written
 
-    def pack(self, row: int, picture: np.ndarray) -> bytes:
+    def place(self, row: int) -> tuple[int, int]:
+        each = math.prod(self.shape[1:])
+        return row * each, each
+
+    @staticmethod
+    def encode(picture: np.ndarray) -> bytes:
+        """The bytes that are stored of an image."""
+        return picture.tobytes()
+
+    def pack(self, row: int, data: bytes) -> bytes:
         """In a decoding process: what the parent is to write, here nothing any more."""
-        self.write(row * picture.nbytes, picture.tobytes())
+        self.write(self.place(row)[0], data)
         return b""
 
     def commit(self, row: int, data: bytes) -> None:
@@ -115,8 +133,16 @@ class JpegStore(BaseStore):
         with open(self.path, "ab") as file:
             file.truncate(self.end)  # what came after it has no bit
 
-    def pack(self, row: int, picture: np.ndarray) -> bytes:
+    def place(self, row: int) -> tuple[int, int]:
+        start, length = self.table[row].tolist()
+        return start, length
+
+    @staticmethod
+    def encode(picture: np.ndarray) -> bytes:
         return simplejpeg.encode_jpeg(picture, quality=JPEG_QUALITY, colorsubsampling="420")
+
+    def pack(self, row: int, data: bytes) -> bytes:
+        return data
 
     def commit(self, row: int, data: bytes) -> None:
         self.write(self.end, data)

@@ -19,16 +19,21 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import Timeout
-from safetensors.torch import load_file
+from torch import Tensor
 
 from config import NOT_IN_NAME, Config, load_config
 from errors import LabError
-from files import atomic_path, file_digest, locked, read_json, sweep
+from files import DamagedFileError, file_digest, locked, read_json, sweep
 from image_towers import IMAGE_MODELS
 from metrics import direction
 from models import CLIPModel, build_model
+from tensor_files import load_archive, load_tensors, save_archive
 
 # --- Checkpoint files: whole or not at all, the last two kept, read without executing code ---
+
+
+STATE = {"model", "optimizer", "scheduler", "random", "history", "progress", "steps", "run", "config", "data"}
+"""What every checkpoint holds."""
 
 
 def seed_everything(seed: int) -> None:
@@ -67,26 +72,40 @@ def save_checkpoint(folder: str | Path, state: dict[str, Any], step: int, keep: 
     """
     folder = Path(folder)
     path = folder / f"step_{step:09d}.pt"
-    with atomic_path(path) as beside:
-        torch.save(state, beside)
+    save_archive(path, state)
     for old in sorted(folder.glob("step_*.pt"))[:-keep]:
         old.unlink()
     return path
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A checkpoint's content, without executing pickled code. Raises: LabError if it is damaged."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise LabError(
-            f"checkpoint {path} cannot be read ({error}); delete it to use the one before."
-        ) from error
+    """A checkpoint's content, without executing pickled code.
+
+    Raises: DamagedFileError if it is damaged or no checkpoint.
+    """
+    advice = "give a file step_*.pt of a run's checkpoints"
+    state = load_archive(path, device, advice)
+    if absent := STATE - state.keys():
+        raise DamagedFileError(path, f"it has no {min(absent)!r}", advice)
+    return state
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint of a folder, or None."""
     return max(Path(folder).glob("step_*.pt"), default=None)
+
+
+def load_last_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+    """The newest checkpoint that can be read; damaged ones are deleted with a sentence. None if there is none."""
+    while path := last_checkpoint(folder):
+        try:
+            return load_checkpoint(path, device)
+        except DamagedFileError as damaged:
+            path.unlink()
+            before = last_checkpoint(folder)
+            resumed = f"training resumes from {before.name}" if before else "training starts again"
+            print(f"{str(damaged).split(');')[0]}); it is deleted and {resumed}.")
+    return None
 
 
 # --- One process a run; Ctrl-C finishes the step ---
@@ -139,6 +158,10 @@ def stop_after_step() -> Iterator[threading.Event]:
 # --- Runs ---
 
 
+MEASURED = {"protocol", "gallery", "num_images", "num_texts"}
+"""What the metrics of every split hold."""
+
+
 def goodness(value: Any, metric: str) -> Any:
     """A figure such that higher is better. Raises: LabError if the metric has no direction."""
     return direction(metric) * value
@@ -186,6 +209,8 @@ class Run:
     def best_epoch(self) -> int:
         """The epoch, from 1, whose weights are kept."""
         metric = self.config.best_metric
+        if metric not in self.history:
+            raise LabError(f"{self.folder} has no history of {metric}; train the run to the end first.")
         return int(self.history["epoch"].iloc[goodness(self.history[metric], metric).argmax()])
 
     @functools.cached_property
@@ -202,8 +227,16 @@ class Run:
     def model(self) -> CLIPModel:
         """The best epoch's model, on the configuration's device, in eval mode."""
         self.weights  # noqa: B018  taken before they are loaded: results never carry the digest of newer weights
+        path = self.folder / "best.safetensors"
         model = build_model(self.config.updated(image_weights=own_image_weights(self.config)))
-        model.load_state_dict(load_file(self.folder / "best.safetensors"))
+        weights = load_weights_file(path)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise LabError(
+                f"{path} does not fit {self.folder / 'config.yaml'} ({str(error).splitlines()[-1].strip()}); "
+                "restore the one that belongs to the other."
+            ) from error
         return model.to(get_device(self.config.device)).eval()
 
 
@@ -236,17 +269,61 @@ def load_run(folder: str | Path, **places: Any) -> Run:
         known = sorted(path.parent.name for path in folder.parent.glob("*/config.yaml"))
         hint = f"; runs beside it: {', '.join(known)}" if known else ""
         raise LabError(f"{folder} is not a run's folder (no config.yaml){hint}.")
-    history = folder / "history.csv"
     saved = load_config(folder / "config.yaml")
     config = saved.updated(**places)
+    training = read_kept(folder / "training.json", "the run counts as unfinished")
+    if training and not isinstance(training.get("data"), dict):
+        print(f"{folder / 'training.json'} has no 'data'; the run counts as unfinished.")
+        training = {}
+    history = training.pop("history", None)
     return Run(
         folder=folder,
         config=config,
         own_data=config.data_dir.resolve() == saved.data_dir.resolve(),
-        history=pd.read_csv(history) if history.is_file() else pd.DataFrame(),
-        metrics=read_json(folder / "metrics.json"),
-        training=read_json(folder / "training.json"),
+        history=_read_history(folder / "history.csv") if history is None else pd.DataFrame(history),
+        metrics=read_metrics(folder / "metrics.json"),
+        training=training,
     )
+
+
+def read_kept(path: Path, consequence: str) -> dict[str, Any]:
+    """A JSON file of a run; a damaged one counts as absent, which is printed with its consequence."""
+    try:
+        return read_json(path)
+    except DamagedFileError as damaged:
+        if consequence:
+            print(f"{str(damaged).rpartition(';')[0]}; {consequence}.")
+        return {}
+
+
+def read_metrics(path: Path, *, show: bool = True) -> dict[str, dict[str, Any]]:
+    """Metrics by split, without those that lack what every table shows; `show` prints which."""
+    metrics = read_kept(path, "it is measured again" if show else "")
+    whole = {split: of for split, of in metrics.items() if isinstance(of, dict) and of.keys() >= MEASURED}
+    if show and len(whole) < len(metrics):
+        lacking = ", ".join(metrics.keys() - whole.keys())
+        print(f"{path} lacks figures of {lacking}; they are measured again.")
+    return whole
+
+
+def _read_history(path: Path) -> pd.DataFrame:
+    """history.csv, which a person may have edited; nothing of it where it is not a table of numbers."""
+    try:
+        history = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        print(f"{path} cannot be read ({str(error).splitlines()[0]}); it is left out.")
+        return pd.DataFrame()
+    if "epoch" not in history or not all(pd.api.types.is_numeric_dtype(kind) for kind in history.dtypes):
+        if len(history.columns):
+            print(f"{path} is not a table of numbers with a column 'epoch'; it is left out.")
+        return pd.DataFrame()
+    return history
+
+
+def load_weights_file(path: Path) -> dict[str, Tensor]:
+    """A run's weights by name. Raises: DamagedFileError."""
+    advice = "restore a copy of it, or train the run again with resume='never' (--resume never)"
+    return load_tensors(path, advice)[0]
 
 
 def load_start(model: CLIPModel, folder: str | Path) -> None:
@@ -259,7 +336,7 @@ def load_start(model: CLIPModel, folder: str | Path) -> None:
     path = Path(folder) / "best.safetensors"
     if not path.is_file():
         raise LabError(f"start_from {folder} holds no best.safetensors; train that run first.")
-    theirs, ours = load_file(path), model.state_dict()
+    theirs, ours = load_weights_file(path), model.state_dict()
     own = ("image_encoder.", "text_encoder.", "logit_bias")
     lacking = [name for name in ours if name not in theirs and not name.startswith(own)]
     unlike = [name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape]

@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cache import StaleCacheError
 from errors import LabError, choose
-from files import atomic_path
+from files import DamagedFileError, atomic_path
 from ranks import full_float32
+from tensor_files import file_checksum, load_tensors, save_tensors
 
 FAISS_FROM = 200_000  # rows; below, one product answers a query in about 0.1 s on a CPU
 QUERIES_AT_ONCE = 1024
@@ -376,16 +375,15 @@ KINDS: dict[str, Callable[[int, int, EngineOptions], Any] | None] = {
 
 def save_index(index: Index, folder: str | Path) -> Path:
     """Write an index into a folder, each file whole or not at all; `about` and kind stand in its header."""
-    folder = Path(folder)
+    folder, metadata = Path(folder), dict[str, str]()
     if index.engine is None:
         (folder / ENGINE_FILE).unlink(missing_ok=True)
     else:
         with atomic_path(folder / ENGINE_FILE) as beside:
             _faiss().write_index(index.engine, str(beside))
-    header = json.dumps({"kind": index.kind, "about": dict(index.about)}, sort_keys=True)
-    tensors = {"features": index.features.cpu().contiguous(), "ids": index.ids}
-    with atomic_path(folder / FEATURES_FILE) as beside:
-        save_file(tensors, beside, metadata={"header": header})
+        metadata["engine"] = str(file_checksum(folder / ENGINE_FILE))
+    metadata["header"] = json.dumps({"kind": index.kind, "about": dict(index.about)}, sort_keys=True)
+    save_tensors(folder / FEATURES_FILE, {"features": index.features, "ids": index.ids}, metadata)
     return folder
 
 
@@ -397,26 +395,30 @@ def open_index(folder: str | Path, about: Mapping[str, str] | None = None) -> In
     """
     folder = Path(folder)
     try:
-        with safe_open(str(folder / FEATURES_FILE), framework="pt") as file:
-            header = json.loads(file.metadata()["header"])
-            features, ids = file.get_tensor("features"), file.get_tensor("ids")
+        tensors, metadata = load_tensors(folder / FEATURES_FILE, "rebuild it")
+        header = json.loads(metadata["header"])
+        features, ids = tensors["features"], tensors["ids"]
     except FileNotFoundError as error:
         raise StaleCacheError(f"{folder} holds no index; build one first.") from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except DamagedFileError as error:
+        raise StaleCacheError(f"the index {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise StaleCacheError(f"the index in {folder} is damaged ({error}); rebuild it.") from error
     found, wanted = header["about"], header["about"] if about is None else about
     wrong = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
     if wrong:
         raise StaleCacheError(f"the index in {folder} belongs to another {', '.join(wrong)}; rebuild it.")
-    engine = None if KINDS.get(header["kind"]) is None else _open_engine(folder, features)
+    engine = None if KINDS.get(header["kind"]) is None else _open_engine(folder, features, metadata)
     return Index(features, ids, found, header["kind"], engine)
 
 
-def _open_engine(folder: Path, features: Tensor) -> Any:
+def _open_engine(folder: Path, features: Tensor, metadata: Mapping[str, str]) -> Any:
     faiss = _faiss()
     try:
+        if "engine" in metadata and metadata["engine"] != str(file_checksum(folder / ENGINE_FILE)):
+            raise StaleCacheError(f"the index in {folder} is of two builds; rebuild it.")
         engine = faiss.read_index(str(folder / ENGINE_FILE), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise StaleCacheError(f"the index in {folder} is damaged ({reason}); rebuild it.") from error
     if (engine.ntotal, engine.d) != features.shape:

@@ -18,9 +18,7 @@ from compat import get_device, reuse_freed_memory
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -41,12 +39,14 @@ from runs import (
     goodness,
     last_checkpoint,
     load_checkpoint,
+    load_last_checkpoint,
     load_run,
     load_start,
     random_states,
     save_checkpoint,
     set_random_states,
 )
+from tensor_files import load_tensors, save_tensors
 from training_set import OFF
 from utils import EpochProgress, run_epoch, seed_everything, validate
 from watch import Board, Watch, peak_memory_gb
@@ -118,10 +118,19 @@ class Trainer:
                 )
 
     def finished(self) -> bool:
-        """Whether this run is finished. Raises: LabError if it is of other data or other starting weights."""
+        """Whether this run is finished; one that cannot be opened is finished again from its checkpoint.
+
+        Raises: LabError if it is of other data or other starting weights.
+        """
         if not (self.folder / "training.json").is_file():
             return False
-        run = load_run(self.folder)
+        try:
+            run = load_run(self.folder)
+        except LabError as error:
+            if last_checkpoint(self.checkpoints) is None:
+                raise
+            print(f"{error} It is written again from the last checkpoint.")
+            return False
         self._check_origin(run.training, str(self.folder))
         return run.finished
 
@@ -136,10 +145,12 @@ class Trainer:
     def prepare(self, resume: str) -> None:
         """Build every part, then put a checkpoint's state into them if there is one."""
         direction(self.config.best_metric)  # refused before anything is trained
-        path = last_checkpoint(self.checkpoints) if resume in ("auto", "never") else Path(resume)
-        state = None if path is None else load_checkpoint(path, self.device)
+        if resume in ("auto", "never"):
+            source, state = self.checkpoints, load_last_checkpoint(self.checkpoints, self.device)
+        else:
+            source, state = Path(resume), load_checkpoint(resume, self.device)
         if state is not None:
-            self._check_same(state, path)
+            self._check_same(state, source)
         config = self.config
         seed_everything(config.seed)
         set_algorithms(config)
@@ -228,7 +239,7 @@ class Trainer:
             "starts": self.starts,
         }
 
-    def _check_same(self, state: dict[str, Any], path: Path | None) -> None:
+    def _check_same(self, state: dict[str, Any], path: Path) -> None:
         """Raises: LabError if a checkpoint is another configuration's, with the fields that differ."""
         if state["run"] != self.folder.name:
             theirs = Config(**state["config"])
@@ -407,21 +418,19 @@ class Trainer:
                 self._write_weights(f"epoch_{epoch:03d}", epoch)
 
     def _write_weights(self, name: str, epoch: int, **about: str) -> None:
-        weights = {name: tensor.contiguous().cpu() for name, tensor in self.model.state_dict().items()}
         folders = {self.folder, self.checkpoints} if self.config.checkpoint_dir else {self.folder}
         for folder in folders:
-            with atomic_path(folder / f"{name}.safetensors") as beside:
-                save_file(weights, beside, metadata={"run": self.folder.name, "epoch": str(epoch), **about})
+            metadata = {"run": self.folder.name, "epoch": str(epoch), **about}
+            save_tensors(folder / f"{name}.safetensors", self.model.state_dict(), metadata)
 
     def _mix_weights(self) -> None:
         """WiSE-FT: keep the mixture of starting and best weights that validates best."""
         if not self.config.interpolate_weights or not is_main():
             return
         path = self.folder / "best.safetensors"
-        with safe_open(path, "pt") as file:
-            if "share_of_training" in (file.metadata() or {}):
-                return  # mixed before, and killed just after
-        best: dict[str, Tensor] = load_file(path)
+        best, metadata = load_tensors(path, "train the run again with resume='never'")
+        if "share_of_training" in metadata:
+            return  # mixed before, and killed just after
         metric = self.config.best_metric
 
         def score() -> float:
@@ -452,7 +461,9 @@ class Trainer:
                 "data": self.data,
                 "starts": self.starts,
                 "own": self.own,
+                "history": self.history,
             },
+            seal=True,
         )
 
 
