@@ -302,8 +302,8 @@ def open_search(
             print(f"{stale} It is built anew.")
         made = GallerySearch.of(encoded_gallery(run, dataset, show=show), kind, about)
         save_index(made.images, folder / "images")
-        save_index(made.captions, folder / "captions")
-        return made
+        save_index(made.captions, folder / "captions")  # opened again below: the same bits now and later
+        images, captions = (open_index(folder / side, about) for side in ("images", "captions"))
     features = {"image_features": images.features, "text_features": captions.features}
     gallery = Gallery(run, dataset, **features, image_id=images.ids, text_id=captions.ids)
     return GallerySearch(gallery, images, captions)

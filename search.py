@@ -416,11 +416,11 @@ def _open_engine(folder: Path, features: Tensor, metadata: Mapping[str, str]) ->
     faiss = _faiss()
     try:
         if "engine" in metadata and metadata["engine"] != str(file_checksum(folder / ENGINE_FILE)):
-            raise StaleCacheError(f"the index in {folder} is of two builds; rebuild it.")
+            raise StaleCacheError(f"the index in {folder} is damaged or is of two builds; rebuild it.")
         engine = faiss.read_index(str(folder / ENGINE_FILE), faiss.IO_FLAG_MMAP_IFC)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise StaleCacheError(f"the index in {folder} is damaged ({reason}); rebuild it.") from error
     if (engine.ntotal, engine.d) != features.shape:
-        raise StaleCacheError(f"the index in {folder} is of two builds; rebuild it.")
+        raise StaleCacheError(f"the index in {folder} is damaged or is of two builds; rebuild it.")
     return engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -39,3 +40,17 @@ def write_coco(root: Path, counts: dict[str, int], size: int = 48, captions: int
         content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
         (root / "annotations" / f"captions_{split}2014.json").write_text(json.dumps(content))
     return root
+
+
+def add_results(title: str, table: Any) -> None:
+    """Put a table of what was tried and survived into benchmarks/results/robustness.md, in place of its last one."""
+    from comparison import markdown_table
+
+    path = ROOT / "benchmarks" / "results" / "robustness.md"
+    head = (
+        "# Damaged files and full disks\n\nMade by `make soak`; each row counts places tried and survived.\n"
+    )
+    text = path.read_text(encoding="utf-8") if path.is_file() else head
+    parts = [part for part in text.split("\n## ") if not part.startswith(f"{title}\n")]
+    part = f"{title}\n\n{markdown_table(table)}"
+    path.write_text("\n## ".join([*(p.rstrip("\n") + "\n" for p in parts), part]), encoding="utf-8")

@@ -180,9 +180,11 @@ def test_an_index_of_other_weights_or_another_run_is_built_anew(home, capsys):
     open_search(run, show=False)
     assert capsys.readouterr().out == ""
     run = write_run(home, "second_s0", seed=1)
-    found = open_search(run, show=False).by_text(["a dog"], 3)
+    (found,) = open_search(run, show=False).by_text(["a dog"], 3)
     assert "belongs to another weights; rebuild it. It is built anew." in capsys.readouterr().out
-    assert found == search_text(open_gallery(run, "val", show=False), ["a dog"], 3)
+    (encoded,) = search_text(open_gallery(run, "val", show=False), ["a dog"], 3)
+    assert found.pictures == encoded.pictures
+    assert found.scores == pytest.approx(encoded.scores, abs=1e-6)  # float32 sums over mapped and other memory
     other = write_run(home, "third_s0", seed=1)
     (run.folder / "index").rename(other.folder / "index")
     open_search(other, show=False)
@@ -201,7 +203,7 @@ def test_the_command_writes_a_grid_and_a_table(run, gallery, tmp_path):
     (found,) = search_text(gallery, ["a red picture"], 4)
     assert table["rank"].tolist() == [1, 2, 3, 4]
     assert table["picture"].tolist() == [str(picture) for picture in found.pictures]
-    assert table["score"].tolist() == pytest.approx(found.scores)
+    assert table["score"].tolist() == pytest.approx(found.scores, abs=1e-6)
 
 
 def test_the_command_adds_and_subtracts(run, search, gallery, tmp_path):
