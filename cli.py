@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import io
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -94,3 +95,6 @@ class one_sentence:  # noqa: N801  reads as a statement
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, LabError):
             sys.exit(f"error: {error}")
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\n{error or 'interrupted: run the same command again to continue.'}", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)

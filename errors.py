@@ -30,6 +30,13 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} too long to show"
 
 
+class StoppedAtOnceError(KeyboardInterrupt):
+    """A second Ctrl-C ended the work in the middle; its sentence says what is saved."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
 def nearest(name: str, names: list[str]) -> str:
     """`"; did you mean 'x'?"` for the closest of `names`, or an empty string."""
     by_case = {known.lower(): known for known in names}

@@ -17,10 +17,10 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
-from safetensors.torch import load_file
 from torch import nn
 
 from errors import LabError
+from tensor_files import load_tensors
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -101,7 +101,7 @@ def load_weights(module: nn.Module, path: str) -> None:
         raise LabError(f"image_weights {path!r} is no file; give a weights file, 'pretrained' or 'random'.")
     try:
         if path.endswith(".safetensors"):
-            state = load_file(path)
+            state = load_tensors(path, "give another file")[0]
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes end in whatever the reader met first

@@ -20,11 +20,11 @@ from cli import Parser, one_sentence
 from comparison import markdown_table, save_table, settings_label
 from dataset import make_loader
 from errors import LabError, choose
-from files import csv_text, read_json, write_json, write_text
+from files import csv_text, write_json, write_text
 from gallery import data_digest, results_folder, results_of
 from pair_ranks import PairRanks
 from paired_data import PairedPictures, fixed_pairs
-from runs import Run, load_run
+from runs import Run, load_run, read_kept
 from uncertainty import TEST_SAMPLE_ONLY
 from utils import encode_loader
 
@@ -165,10 +165,9 @@ def report_pairs(
     results = evaluate_pairs(run, list(splits), show=show)
     last = results[(run.config.test_splits or run.config.val_splits)[-1]]
     found = {name: of.metrics for name, of in results.items()}
-    kept = read_json(run.folder / "pair_metrics.json").get(last.pairs.split, {})
+    kept = read_kept(run.folder / "pair_metrics.json", "it is written again").get(last.pairs.split, {})
     folder = run.results = results_folder(run, kept.get("gallery"), found[last.pairs.split]["gallery"])
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "pair_metrics.json", found)
+    write_json(folder / "pair_metrics.json", found, seal=True)
     tables, figures = folder / "tables", folder / "figures"
     save_table(pairs_table(results), tables / "pairs")
     if comprehensive:

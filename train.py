@@ -12,6 +12,7 @@ from cli import run_command
 from config import Config, make_config, run_name
 from distributed import is_main
 from engine import explained_memory_errors
+from errors import StoppedAtOnceError
 from open_data import open_dataset
 from paired_evaluation import report_pairs, save_curves
 from run_report import report_run
@@ -42,7 +43,8 @@ def fit(
         show: progress bars.
         on_epoch: called with the history so far after each epoch, to draw live curves.
     Returns: the run. Interrupted (Ctrl-C, or the notebook's stop button), it finishes the step, saves and
-        returns the unfinished run; the next call continues it.
+        returns the unfinished run; the next call continues it. Interrupted twice, it ends at once with a sentence
+        that says what is saved.
     Raises: LabError if memory runs out for good, or if the run's folder holds another data set's or another
         configuration's run.
     """
@@ -57,8 +59,11 @@ def fit(
         with lock, stop_after_step() as stop:
             if resume == "never":
                 trainer.clear()
-            trainer.prepare(resume)
-            trainer.run(stop, on_epoch)
+            try:
+                trainer.prepare(resume)
+                trainer.run(stop, on_epoch)
+            except KeyboardInterrupt:
+                raise StoppedAtOnceError(trainer.saved()) from None
     return load_run(trainer.folder, **reopened(config))
 
 

@@ -312,6 +312,16 @@ class Trainer:
             save_checkpoint(self.checkpoints, self._state(), self.steps)
         self.saved_at = time.monotonic()
 
+    def saved(self) -> str:
+        """What a run that was stopped in the middle of a step continues from."""
+        path = last_checkpoint(self.checkpoints)
+        kept = (
+            "no checkpoint is saved yet; run again to start"
+            if path is None
+            else f"{path} is saved; run again to continue"
+        )
+        return f"stopped at once: {kept}."
+
     # --- the run ---
 
     def run(self, stop: threading.Event, on_epoch: OnEpoch | None = None) -> None:

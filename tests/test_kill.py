@@ -7,13 +7,15 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_data import write_coco
+from small_data import ROOT, write_coco
 
 import runs
 from config import Config, make_config
@@ -105,3 +107,32 @@ def test_killed_at_a_random_moment(config, whole, tmp_path, number):
     child.join(60)
     print(f"killed after {wait:.3f} s")
     assert_ends_as(whole, mine)
+
+
+@pytest.mark.parametrize(("call", "saved"), [(1, "no checkpoint is saved yet"), (9, ".pt is saved")])
+def test_interrupted_twice_it_ends_with_one_line_that_says_what_is_saved(config, tmp_path, call, saved):
+    """From a shell, with two real signals in one step."""
+    code = f"""
+import os, signal
+from cli import one_sentence
+from config import Config
+from losses import InfoNCELoss
+from train import fit
+
+class Interrupted(InfoNCELoss):
+    calls = 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        for _ in range(2 * (self.calls == {call})):
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().forward(*args, **kwargs)
+
+with one_sentence():
+    fit(Config(**{config.updated(runs_dir=tmp_path).model_dump(mode="json")!r}), criterion=Interrupted(), show=False)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert saved in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("stopped at once: ")

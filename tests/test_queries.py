@@ -184,7 +184,9 @@ def test_an_index_of_other_weights_or_another_run_is_built_anew(home, capsys):
     assert "belongs to another weights; rebuild it. It is built anew." in capsys.readouterr().out
     (encoded,) = search_text(open_gallery(run, "val", show=False), ["a dog"], 3)
     assert found.pictures == encoded.pictures
-    assert found.scores == pytest.approx(encoded.scores, abs=1e-6)  # float32 sums over mapped and other memory
+    assert found.scores == pytest.approx(
+        encoded.scores, abs=1e-6
+    )  # float32 sums over mapped and other memory
     other = write_run(home, "third_s0", seed=1)
     (run.folder / "index").rename(other.folder / "index")
     open_search(other, show=False)
