@@ -38,7 +38,11 @@ def run_notebook(
     executed = folder / notebook.name
     try:
         papermill.execute_notebook(
-            str(notebook), str(executed), parameters=parameters, cwd=str(notebook.parent), progress_bar=True
+            str(notebook),
+            str(executed),
+            parameters=_listed(parameters),
+            cwd=str(notebook.parent),
+            progress_bar=True,
         )
     except papermill.PapermillExecutionError as error:
         raise LabError(f"{notebook} failed: {error.ename}: {error.evalue}; see {executed}.") from error
@@ -53,6 +57,13 @@ def run_notebook(
         "html": page,
         "figures": save_figures(shown, folder / f"{notebook.stem}_figures"),
     }
+
+
+def _listed(value: Any) -> Any:
+    """A parameter with lists for tuples, which would arrive in the notebook as text."""
+    if isinstance(value, dict):
+        return {name: _listed(inner) for name, inner in value.items()}
+    return [_listed(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def widgets_as_shown(notebook: Any) -> Any:

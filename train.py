@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,8 +12,9 @@ from torch import nn
 from cli import run_command
 from config import Config, make_config, run_name
 from distributed import is_main
+from effects import check, check_metric
 from engine import explained_memory_errors
-from errors import StoppedAtOnceError
+from errors import LabError, StoppedAtOnceError, nearest
 from open_data import open_dataset
 from paired_evaluation import report_pairs, save_curves
 from run_report import report_run
@@ -46,8 +48,12 @@ def fit(
         returns the unfinished run; the next call continues it. Interrupted twice, it ends at once with a sentence
         that says what is saved.
     Raises: LabError if memory runs out for good, or if the run's folder holds another data set's or another
-        configuration's run.
+        configuration's run, a setting has no effect, or `resume` is no checkpoint.
     """
+    check(config)
+    if val_set is None:
+        check_metric(config)
+    resume = _checkpoint(resume)
     trainer = Trainer(config, criterion=criterion, train_set=train_set, val_set=val_set, show=show)
     if resume == "auto" and not trainer.is_known:
         print(
@@ -67,6 +73,22 @@ def fit(
     return load_run(trainer.folder, **reopened(config))
 
 
+def _checkpoint(resume: str) -> str:
+    """`auto`, `never` or the path of a checkpoint, looked for before anything is computed."""
+    path = Path(resume).expanduser()
+    if resume in ("auto", "never"):
+        return resume
+    if path.suffix == ".safetensors":
+        raise LabError(
+            f"{path} holds an epoch's weights alone; resume takes a checkpoint, checkpoints/step_*.pt, or 'auto'. To "
+            "start a new run from a run's best weights, set start_from to its folder."
+        )
+    if not path.is_file():
+        hint = nearest(resume, ["auto", "never"]) or "."
+        raise LabError(f"resume is 'auto', 'never' or a checkpoint, but {path} does not exist{hint}")
+    return str(path)
+
+
 def overfit(config: Config, images: int = 128, *, steps: int = 300, show: bool = True) -> pd.DataFrame:
     """The first question to ask of any change: does the model learn a few images by heart?
 
@@ -80,6 +102,7 @@ def overfit(config: Config, images: int = 128, *, steps: int = 300, show: bool =
     batch = min(images, config.batch_size)
     few = config.updated(
         **still,
+        max_caption_variations=1,
         max_samples=images,
         test_splits=(),
         batch_size=batch,

@@ -55,6 +55,7 @@ def test_a_file_comes_before_flags(tmp_path, words):
         (["--batch_size", "many"], "error: configuration field 'batch_size' takes int"),
         (["none.yaml"], "error: configuration file none.yaml does not exist"),
         (["--image_tower_mode", "thawed"], "takes"),
+        (["--resum", "never"], "unrecognized arguments: --resum; did you mean '--resume'?"),
         (["--train_splits", "["], "error: the command line cannot be read: "),
         (["--device", "gpu"], "error: device 'gpu' does not exist"),
     ],

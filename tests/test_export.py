@@ -48,7 +48,7 @@ def pictures(size=32) -> torch.Tensor:
 
 def make_run(folder: Path, **settings) -> Run:
     """A run's folder as training leaves it, with random weights and BatchNorm statistics."""
-    config = make_config(**settings)
+    config = make_config(**{"preset": "coco_resnet50", **settings})
     model = build_model(config)
     torch.manual_seed(7)
     with torch.no_grad():

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+import papermill.translators
 import pytest
 from small_data import ROOT, SHARED
 
 from errors import LabError
-from run_notebook import run_notebook, tables, widgets_as_shown, without_network
+from run_notebook import _listed, run_notebook, tables, widgets_as_shown, without_network
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 STATE = "application/vnd.jupyter.widget-state+json"
@@ -188,3 +189,11 @@ def test_without_a_saved_state_the_fallback_stays():
 def test_pages_lose_scripts_from_elsewhere_only():
     page = '<script src="https://x/y.js"></script><script>1</script><link href="http://x/z.css"><p>kept</p>'
     assert without_network(page) == "<script>1</script><p>kept</p>"
+
+
+def test_tuples_arrive_in_a_notebook_as_lists():
+    given = {"OVERRIDES": {"test_splits": ("val", "test"), "recall_ks": [(1,)], "seed": 3}}
+    told = papermill.translators.PythonTranslator.codify(_listed(given), "")
+    values: dict = {}
+    exec(told, values)
+    assert values["OVERRIDES"] == {"test_splits": ["val", "test"], "recall_ks": [[1]], "seed": 3}

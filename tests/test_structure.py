@@ -14,7 +14,7 @@ FLOORS = [
     "files",
     "augment compat data_folder downloads geometry heads pictures ranks scene_plan tensor_files tower_parts",
     "archives captions colab config hub identity metrics plots_style scenes transformer",
-    "cli controls losses plots plots_data plots_features plots_ranks plots_tuning studies",
+    "cli controls effects losses plots plots_data plots_features plots_ranks plots_tuning studies",
     "cache image_towers plots_demo run_notebook sources table_builder text_towers uncertainty",
     "caption_cache data_check image_store pair_ranks preencoded search towers",
     "image_cache mining models readers",

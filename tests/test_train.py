@@ -319,3 +319,23 @@ def has_direction(metric: str) -> bool:
         return direction(metric) in (1, -1)
     except LabError:
         return False
+
+
+@pytest.mark.parametrize(
+    ("resume", "message"),
+    [
+        ("nevr", "does not exist; did you mean 'never'"),
+        ("runs/x/checkpoints/step_000000004.pt", "'auto', 'never' or a checkpoint"),
+        ("runs/x/epoch_010.safetensors", "holds an epoch's weights alone; resume takes a checkpoint"),
+    ],
+)
+def test_a_wrong_resume_is_noticed_before_anything_is_computed(resume, message, tmp_path):
+    config = make_config(data_dir=tmp_path / "none", runs_dir=tmp_path / "runs")  # data is not looked for
+    with pytest.raises(LabError, match=message):
+        fit(config, resume=resume)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_setting_without_effect_is_refused_before_anything_is_computed(tmp_path):
+    with pytest.raises(LabError, match="queue_size 7 has no effect here: it needs negatives 'queue'"):
+        fit(make_config(data_dir=tmp_path / "none", queue_size=7))

@@ -422,7 +422,7 @@ def test_tuning_trains_on_its_part_and_best_config_trains_on_all(tmp_path, capsy
     small.save(tmp_path / "small.yaml")
     config = load_config(tmp_path / "small.yaml")
     space = write_space(tmp_path, "head_dropout: {type: float, low: 0.0, high: 0.5}\n"
-                        "head_num_heads: {type: int, low: 2, high: 7}\n")  # fmt: skip
+                        "head_hidden_dim: {type: int, low: 8, high: 24}\n")  # fmt: skip
     tune.main(config, space=str(space), num_trials=4, tune_split="tune", folder=str(tmp_path / "study"))
     shown = capsys.readouterr().out
     assert "head_dropout" in shown
