@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: lab picture test browser soak all_heads install jupyter bench clean
 
 lab: install  ## run main.ipynb headless: results, executed notebook, HTML, figures
-	$(BIN)/python run_notebook.py main.ipynb
+	$(BIN)/python -m interface.run_notebook main.ipynb
 
 picture: lab  ## the README's: what the quickstart finds
 	$(BIN)/python evaluate.py search runs/quickstart_s0 "a red star left of a blue circle" --k 5

@@ -15,9 +15,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic import ValidationError as PydanticError
 
-from errors import LabError, choose, nearest, shown
-from files import read_bytes, write_text
-from presets import ALIASES, FAST_RUN, NAMES, PRESETS, START
+from core.errors import LabError, choose, nearest, shown
+from core.files import read_bytes, write_text
+from core.presets import ALIASES, FAST_RUN, NAMES, PRESETS, START
 
 
 def _path(path: Path) -> Path:

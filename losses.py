@@ -13,14 +13,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from core.devices import full_precision
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import Config
-from errors import LabError, choose
-from tower_parts import full_precision
+from core.errors import LabError, choose
+from core.ids import SWAPPED
 
 # --- Matches, told by ids ---
 
@@ -190,13 +192,6 @@ class LabelledLoss(nn.Module):
                 "set captions_per_image to 1 and mining to 'none'."
             )
         return self.loss(image_features, text_features, labels.to(image_features.device))
-
-
-# --- Left and right swapped ---
-
-
-SWAPPED = -2
-"""A text of id `SWAPPED - image_id` is the caption of that image with left and right swapped: it matches nothing."""
 
 
 class SwapMarginLoss(nn.Module):

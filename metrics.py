@@ -8,15 +8,17 @@ whole gallery: recall is then 1, and so is the chance level beside it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from scipy.special import gammaln
 
-from errors import LabError, choose, nearest
-from ranks import IdList, QueryRanks, Ranks, as_ids, match_ranks
+from core.errors import LabError, choose
+from retrieval.figures import summarise
+from retrieval.ranks import IdList, as_ids, match_ranks
 
 
 def retrieval_metrics(
@@ -33,171 +35,6 @@ def retrieval_metrics(
     1.0
     """
     return summarise(match_ranks(image_features, text_features, image_id, text_id), ks)
-
-
-def summarise(ranks: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """All figures of one set of ranks, named `i2t_recall@1`, `t2i_median_rank`, ...
-
-    Returns: for each direction `recall@k` and `chance@k` (expected of a random order) for every k,
-        `ndcg@k` at the largest k, `median_rank`, `mean_rank` and `mrr` of the nearest match, `map`,
-        `r_precision`, `num_queries`, `num_left_out` (queries without a match); and `rsum`, the sum of
-        all recalls in percentage points, `num_images`, `num_texts`, `captions_per_image` (the mean
-        over images that have any).
-    Raises: LabError if a k is not a whole number from 1 on.
-    """
-    figures: dict[str, float] = {}
-    for direction in ("i2t", "t2i"):
-        one_way = _summarise_direction(getattr(ranks, direction), ks)
-        figures.update({f"{direction}_{name}": value for name, value in one_way.items()})
-    recalls = [figures[f"{way}_recall@{k}"] for way in ("i2t", "t2i") for k in dict.fromkeys(ks)]
-    figures["rsum"] = 100 * sum(recalls)
-    figures["num_images"] = ranks.num_images
-    figures["num_texts"] = ranks.num_texts
-    figures["captions_per_image"] = float(ranks.i2t.counts.mean())
-    return figures
-
-
-def _summarise_direction(ranks: QueryRanks, ks: Sequence[int]) -> dict[str, float]:
-    if not ks:
-        raise LabError("ks is empty; name at least one k, such as ks=(1, 5, 10)")
-    names = [f"recall@{k}" for k in ks] + [f"ndcg@{max(ks)}", "mean_rank", "mrr", "map", "r_precision"]
-    figures = {name: float(query_values(ranks, name).mean()) for name in names}
-    figures["median_rank"] = median_rank(ranks)
-    figures.update({f"chance@{k}": chance_at_k(ranks, k) for k in ks})
-    figures.update(num_queries=ranks.num_queries, num_left_out=ranks.num_left_out)
-    return figures
-
-
-# ---- figures from ranks ----------------------------------------------------------------------------
-
-
-def median_rank(ranks: QueryRanks) -> float:
-    """Median over queries of the nearest match's rank; a half where an even number straddles two."""
-    return float(np.median(ranks.best))
-
-
-def chance_at_k(ranks: QueryRanks, k: int) -> float:
-    """Expected Recall@K of a random order of this gallery, given each query's number of matches."""
-    k, size = min(_whole(k), ranks.gallery_size), ranks.gallery_size
-    counts, queries = np.unique(ranks.counts, return_counts=True)
-    drawn = np.arange(k)
-    misses = np.maximum(size - counts[:, None] - drawn, 0) / (size - drawn)  # (counts, k)
-    return float(np.average(1 - misses.prod(1), weights=queries))
-
-
-def query_values(ranks: QueryRanks, name: str) -> np.ndarray:
-    """(Q,) one figure of every query, by name: `recall@5`, `ndcg@10`, `map`, `mrr`, ...
-
-    Raises: LabError if there is no such figure or its k is not a whole number from 1 on.
-    """
-    kind, _, k = name.partition("@")
-    if k:
-        return choose(AT_K, kind, "figure at k")(ranks, _whole(k))
-    return choose(PER_QUERY, kind, "figure")(ranks)
-
-
-def _whole(k: int | str) -> int:
-    try:
-        number = int(str(k))
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise LabError(f"k is {k!r}, but must be a whole number from 1 on")
-    return number
-
-
-def _per_query(ranks: QueryRanks, gains: np.ndarray) -> np.ndarray:
-    """(Q,) sums over each query's matches of (M,) gains."""
-    return np.add.reduceat(gains, ranks.offsets[:-1])
-
-
-def _ndcg(ranks: QueryRanks, k: int) -> np.ndarray:
-    gain = np.where(ranks.values <= k, 1 / np.log2(ranks.values + 1.0), 0.0)
-    ideal = np.cumsum(1 / np.log2(np.arange(2.0, min(k, int(ranks.counts.max())) + 2)))
-    return _per_query(ranks, gain) / ideal[np.minimum(ranks.counts, k) - 1]
-
-
-def _average_precision(ranks: QueryRanks) -> np.ndarray:
-    return _per_query(ranks, ranks.slots / ranks.values) / ranks.counts
-
-
-def _r_precision(ranks: QueryRanks) -> np.ndarray:
-    inside = ranks.values <= np.repeat(ranks.counts, ranks.counts)
-    return _per_query(ranks, inside.astype(float)) / ranks.counts
-
-
-AT_K: Mapping[str, Callable[[QueryRanks, int], np.ndarray]] = {
-    "recall": lambda ranks, k: (ranks.best <= k).astype(float),
-    "ndcg": _ndcg,
-}
-PER_QUERY: Mapping[str, Callable[[QueryRanks], np.ndarray]] = {
-    "mean_rank": lambda ranks: ranks.best.astype(float),
-    "mrr": lambda ranks: 1 / ranks.best,
-    "map": _average_precision,
-    "r_precision": _r_precision,
-}
-
-
-DIRECTIONS: dict[str, int] = {
-    **dict.fromkeys([*AT_K, "mrr", "map", "r_precision", "rsum", "image_spread", "text_spread"], 1),
-    **dict.fromkeys(["top1", "top10", "top100", "top1_same", "top1_different", "order"], 1),
-    **dict.fromkeys(["val_loss", "mean_rank", "median_rank", "swapped"], -1),
-    **dict.fromkeys(["modality_gap", "alignment", "image_uniformity", "text_uniformity"], -1),
-}
-"""Which way is better: 1 higher, -1 lower. Names without `i2t_`, `t2i_` and `@k`; figures that are neither, such as
-counts and chance levels, are not listed."""
-
-
-def direction(metric: str) -> int:
-    """1 where a higher figure is better, -1 where a lower one is. Raises: LabError where neither is."""
-    kind = re.sub(r"^(i2t|t2i)_|@\d+$", "", metric)
-    if kind not in DIRECTIONS:
-        hint = nearest(metric, [metric.replace(kind, known) for known in DIRECTIONS]) or "."
-        raise LabError(
-            f"best_metric {metric!r} cannot choose an epoch: neither higher nor lower is known to be better{hint} "
-            f"Choose one of: {', '.join(DIRECTIONS)}; or add your own figure to metrics.DIRECTIONS."
-        )
-    return DIRECTIONS[kind]
-
-
-# ---- recall as a function of the gallery's size ----------------------------------------------------
-
-
-def recall_by_gallery_size(ranks: Ranks, sizes: Sequence[int]) -> dict[str, np.ndarray]:
-    """Expected Recall@1 if only some images, drawn at random with all their captions, were the gallery.
-
-    Exact both ways and without features: a query of a drawn image hits if none of the r other images
-    that rank before its nearest match (`QueryRanks.closer`) is drawn too. Of n images, that has the
-    probability C(n - 1 - r, size - 1) / C(n - 1, size - 1).
-
-    Args:
-        ranks: of the full gallery, every caption's image in it.
-        sizes: numbers of images, from 1 to the full gallery's.
-    Returns: `sizes`, `i2t` and `t2i`, each (S,).
-    Raises: LabError if a size is out of range, or captions without an image are in the gallery.
-    """
-    others = ranks.num_images - 1
-    if ranks.t2i.num_left_out:
-        raise LabError(
-            f"{ranks.t2i.num_left_out} captions belong to no image of the gallery; "
-            "leave them out before drawing recall over gallery size"
-        )
-    if not len(sizes) or any(not 1 <= size <= others + 1 for size in sizes):
-        raise LabError(f"name gallery sizes between 1 and {others + 1} images; got {list(sizes)}")
-    drawn = np.asarray(sizes)[:, None] - 1  # (S, 1) other images in the gallery
-
-    def mean_hits(closer: np.ndarray) -> np.ndarray:
-        count, queries = np.unique(closer, return_counts=True)
-        hits = np.exp(_log_choose(others - count, drawn) - _log_choose(others, drawn))  # (S, counts)
-        return hits @ queries / len(closer)
-
-    curves = {"i2t": mean_hits(ranks.i2t.closer), "t2i": mean_hits(ranks.t2i.closer)}
-    return {"sizes": np.asarray(sizes), **curves}
-
-
-def _log_choose(total: np.ndarray | int, drawn: np.ndarray) -> np.ndarray:
-    """Logarithm of the binomial coefficient; gammaln's poles make the impossible minus infinity."""
-    return gammaln(total + 1) - gammaln(drawn + 1) - gammaln(total - drawn + 1)
 
 
 # ---- protocols -------------------------------------------------------------------------------------
@@ -325,3 +162,58 @@ def published_points(direction: str = "t2i", k: int = 1) -> list[tuple[str, int,
     place = choose({"1": 0, "5": 1, "10": 2}, str(k), "published k")
     read = choose({"i2t": lambda point: point.i2t, "t2i": lambda point: point.t2i}, direction, "direction")
     return [(p.system, p.num_images, read(p)[place]) for p in PUBLISHED if place < len(read(p))]
+
+
+# --- figures ---
+
+
+def chance(metrics: dict[str, Any]) -> dict[str, float]:
+    """Recalls of a random ranking, by the metric they stand beside."""
+    return {
+        name.replace("_chance@", "_recall@"): value for name, value in metrics.items() if "_chance@" in name
+    }
+
+
+def is_recall(name: str) -> bool:
+    return bool(re.fullmatch(r"(i2t|t2i)_recall@\d+", name))
+
+
+def recalls_of(metrics: dict[str, Any]) -> dict[str, float]:
+    """The recalls among the figures, without their intervals' ends."""
+    return {name: value for name, value in metrics.items() if is_recall(name)}
+
+
+def figures_of(metrics: dict[str, Any]) -> dict[str, float]:
+    """What a table shows: the recalls, or every number where the data set measures itself."""
+    numbers = {
+        name: float(value)
+        for name, value in metrics.items()
+        if isinstance(value, (int, float)) and not re.search(r"^num_|^left_out$|_(low|high)$", name)
+    }
+    return recalls_of(metrics) or numbers
+
+
+def as_text(name: str, value: float) -> str:
+    """A figure as tables show it: recalls and their chance levels in percent, others to three digits."""
+    if "recall@" in name or "chance@" in name:
+        return f"{100 * value:.1f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def told(metrics: dict[str, Any], name: str) -> str:
+    """A figure with its interval where one is known: `27.1 [25.0, 29.3]`."""
+    ends = [as_text(name, metrics[end]) for end in (f"{name}_low", f"{name}_high") if end in metrics]
+    return as_text(name, metrics[name]) + (f" [{', '.join(ends)}]" if ends else "")
+
+
+def metrics_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Figures with intervals and protocol, recalls in percent; a row a split and one for its chance level."""
+    rows = []
+    for split, found in metrics.items():
+        sizes = {"images": found["num_images"], "captions": found["num_texts"]}
+        protocol = {"split": split, "protocol": found["protocol"], **sizes}
+        rows.append({**protocol, "": "model", **{name: told(found, name) for name in figures_of(found)}})
+        by_chance = {name: as_text(name, value) for name, value in chance(found).items()}
+        rows += [{**protocol, "": "chance", **by_chance}] if by_chance else []
+    columns = ["split", "protocol", "images", "captions", ""]
+    return pd.DataFrame(rows, columns=None if rows else columns).fillna("").set_index(columns)

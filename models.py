@@ -1,32 +1,230 @@
-"""The dual encoder, `build_model(config)`, and what a training step of it keeps in memory."""
+"""Heads: what maps a tower's width to the joint space, chosen by name."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pandas as pd
+from core.devices import full_precision
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
-import towers
 from config import Config
-from errors import LabError, choose
-from heads import HEADS, AttentionPooling, HeadOptions
-from losses import InfoNCELoss, build_loss, even_bias, has_bias
-from text_towers import as_text_tower
-from tower_parts import full_precision
-from transformer import Block
-
-# --- Models ---
+from core.errors import LabError, choose
+from losses import even_bias, has_bias
+from towers.base import CachedTower
+from towers.image import build_image_tower, pretrained_temperature, resnet50
+from towers.text import as_text_tower, build_text_tower
 
 
-__all__ = ["CLIPModel", "InfoNCELoss", "build_loss", "build_model"]
+@dataclass(frozen=True)
+class HeadOptions:
+    """What a head may need beside its widths; each reads what concerns it.
+
+    Args:
+        hidden_dim: width of hidden layers; of all tokens of `attention` together.
+        dropout: probability.
+        batch_norm: BatchNorm after each linear layer of `mlp` and `linear`.
+        layer_norm: LayerNorm at the end of `mlp`.
+        num_heads, num_layers, num_tokens: of `attention`.
+    """
+
+    hidden_dim: int = 1024
+    dropout: float = 0.0
+    batch_norm: bool = False
+    layer_norm: bool = False
+    num_heads: int = 8
+    num_layers: int = 2
+    num_tokens: int = 8
+
+
+class AttentionPooling(nn.Module):
+    """Learned softmax over the positions of a feature map, instead of their average.
+
+    Scores are Linear(C -> C/8), tanh, Linear(-> 1). The last layer starts at zero, so that training
+    starts from the average.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.score = nn.Sequential(nn.Linear(width, width // 8), nn.Tanh(), nn.Linear(width // 8, 1))
+        nn.init.zeros_(self.score[2].weight)  # type: ignore[arg-type]
+
+    def weights(self, feature_map: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, h, w), each picture's weights summing to 1."""
+        positions = feature_map.flatten(2).transpose(1, 2)  # (B, hw, C)
+        weights = self.score(positions).squeeze(2).softmax(dim=1)  # (B, hw)
+        return weights.view(len(weights), *feature_map.shape[2:])
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C)."""
+        return torch.einsum("bchw,bhw->bc", feature_map, self.weights(feature_map))
+
+
+class MLPHead(nn.Sequential):
+    """Linear, GELU, dropout, Linear; with BatchNorm after each linear layer, or LayerNorm at the end, if asked."""
+
+    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
+        hidden = options.hidden_dim
+        norms = [nn.BatchNorm1d(hidden)] if options.batch_norm else []
+        last: list[nn.Module] = [nn.BatchNorm1d(embed_dim)] if options.batch_norm else []
+        if options.layer_norm:
+            last.append(nn.LayerNorm(embed_dim))
+        super().__init__(
+            nn.Linear(width, hidden),
+            *norms,
+            nn.GELU(),
+            nn.Dropout(options.dropout),
+            nn.Linear(hidden, embed_dim),
+            *last,
+        )
+
+
+class LinearHead(nn.Sequential):
+    """Dropout and one linear layer; with BatchNorm behind it if asked."""
+
+    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
+        norm = [nn.BatchNorm1d(embed_dim)] if options.batch_norm else []
+        super().__init__(nn.Dropout(options.dropout), nn.Linear(width, embed_dim), *norm)
+
+
+class StandardisedHead(nn.Sequential):
+    """Each number of the tower's output brought to mean 0 and deviation 1 over captions, then one linear layer.
+
+    Captions of one template lie close together (two that differ in the order of two words at a cosine of 0.99), so
+    that what tells them apart is small beside what they share. Raises: LabError where BatchNorm is asked for.
+    """
+
+    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
+        _refuse_batch_norm("standardised", options)
+        super().__init__(
+            nn.BatchNorm1d(width, affine=False), nn.Dropout(options.dropout), nn.Linear(width, embed_dim)
+        )
+
+
+class IdentityHead(nn.Identity):
+    """Keeps a tower's space as the joint space. Raises: LabError where their widths differ."""
+
+    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
+        if width != embed_dim:
+            raise LabError(
+                f"head 'identity' keeps the tower's {width} numbers but embed_dim is {embed_dim}; "
+                f"set embed_dim to {width} or the head to 'linear'."
+            )
+        super().__init__()
+
+
+class ProjectionHead(nn.Sequential):
+    """Dropout and one linear layer without bias, as CLIP's. Raises: LabError where BatchNorm is asked for.
+
+    Source: Radford et al. 2021, figure 3; the start as in openai/CLIP model.py.
+    """
+
+    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
+        _refuse_batch_norm("projection", options)
+        linear = nn.Linear(width, embed_dim, bias=False)
+        nn.init.normal_(linear.weight, std=width**-0.5)
+        super().__init__(nn.Dropout(options.dropout), linear)
+
+
+class SiglipHead(nn.Sequential):
+    """LayerNorm, dropout, and one linear layer without bias. Raises: LabError where BatchNorm is asked for."""
+
+    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
+        _refuse_batch_norm("siglip", options)
+        super().__init__(
+            nn.LayerNorm(width), nn.Dropout(options.dropout), nn.Linear(width, embed_dim, bias=False)
+        )
+
+
+class ClipHead(nn.Sequential):
+    """LayerNorm, then an MLP without a last bias; made for a temperature that is learned.
+
+    CLIP's towers end in a LayerNorm and a linear projection without bias; frozen features cannot adapt to
+    that projection, so an MLP stands in its place. Raises: LabError where BatchNorm is asked for.
+    Source: Radford et al. 2021, section 2.4.
+    """
+
+    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
+        _refuse_batch_norm("clip", options)
+        super().__init__(
+            nn.LayerNorm(width),
+            nn.Linear(width, options.hidden_dim),
+            nn.GELU(),
+            nn.Dropout(options.dropout),
+            nn.Linear(options.hidden_dim, embed_dim, bias=False),
+        )
+
+
+class AttentionHead(nn.Module):
+    """Multi-head self-attention over tokens that the embedding is split into, then one linear layer.
+
+    Attention over a single vector is only a linear map: its one softmax weight is always 1. So a linear layer
+    maps the embedding to `hidden_dim` numbers, which are split into `num_tokens` tokens with learned
+    positions; transformer layers (LayerNorm first, an MLP of four times the token's width) let them look at
+    one another, and the tokens side by side are projected. Tokens share the width, so a layer costs about as
+    much as an MLP's.
+
+    Raises: LabError where `hidden_dim` is no multiple of tokens times heads, or BatchNorm is asked for.
+    """
+
+    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
+        super().__init__()
+        _refuse_batch_norm("attention", options)
+        self.num_tokens, parts = options.num_tokens, options.num_tokens * options.num_heads
+        if options.hidden_dim % parts:
+            raise LabError(
+                f"head 'attention' splits head_hidden_dim {options.hidden_dim} into {options.num_tokens} tokens "
+                f"of {options.num_heads} heads; make it a multiple of {parts}."
+            )
+        token_width = options.hidden_dim // options.num_tokens
+        self.split = nn.Linear(width, options.hidden_dim)
+        self.positions = nn.Parameter(torch.randn(self.num_tokens, token_width) * token_width**-0.5)
+        layers = [_attention_layer(token_width, options) for _ in range(options.num_layers)]
+        self.layers = nn.Sequential(*layers)
+        self.norm = nn.LayerNorm(options.hidden_dim)
+        self.project = nn.Linear(options.hidden_dim, embed_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, width) -> (B, embed_dim)."""
+        tokens = self.split(features).unflatten(1, (self.num_tokens, -1)) + self.positions  # (B, N, w)
+        return self.project(self.norm(self.layers(tokens).flatten(1)))
+
+
+def _attention_layer(token_width: int, options: HeadOptions) -> nn.Module:
+    return nn.TransformerEncoderLayer(
+        token_width,
+        options.num_heads,
+        dim_feedforward=4 * token_width,
+        dropout=options.dropout,
+        activation="gelu",
+        batch_first=True,
+        norm_first=True,
+    )
+
+
+def _refuse_batch_norm(name: str, options: HeadOptions) -> None:
+    if options.batch_norm:
+        raise LabError(
+            f"head {name!r} has LayerNorm and takes no BatchNorm; set use_batch_norm to False, or the head to "
+            "'mlp' or 'linear'."
+        )
+
+
+HEADS: dict[str, type[nn.Module]] = {
+    "mlp": MLPHead,
+    "linear": LinearHead,
+    "standardised": StandardisedHead,
+    "identity": IdentityHead,
+    "projection": ProjectionHead,
+    "siglip": SiglipHead,
+    "clip": ClipHead,
+    "attention": AttentionHead,
+}
+
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp, Radford et al. 2021, section 2.5
 
@@ -69,9 +267,9 @@ class CLIPModel(nn.Module):
         logit_bias: float | None = None,
     ) -> None:
         super().__init__()
-        self.image_encoder: Any = towers.resnet50() if image_encoder is None else image_encoder
+        self.image_encoder: Any = resnet50() if image_encoder is None else image_encoder
         self.text_encoder: Any = as_text_tower(text_encoder)
-        if use_attention_pooling and isinstance(self.image_encoder, towers.CachedTower):
+        if use_attention_pooling and isinstance(self.image_encoder, CachedTower):
             self.image_encoder.feature_map(torch.empty(0))  # raises the one explanation
         self.image_pooling = AttentionPooling(self.image_encoder.width) if use_attention_pooling else None
         options = head_options or HeadOptions(hidden_dim=head_hidden_dim, dropout=head_dropout)
@@ -190,34 +388,10 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
     return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
 
 
-def _taken(make: Callable[..., Any], config: Config) -> dict[str, Any]:
-    """The fields that a tower's function names after its weights, under their own names."""
-    names = list(inspect.signature(make).parameters)[1:]
-    return {name: config[name] for name in names if name in Config.model_fields}
-
-
-def build_image_tower(config: Config) -> nn.Module:
-    """The image tower, or what stands for it where its features are cached."""
-    make = choose(towers.IMAGE_TOWERS, config.image_tower, "image_tower")
-    if config.image_tower_mode == "cached" and config.image_tower != "embeddings":
-        return towers.CachedTower(towers.image_width(config.image_tower, config.image_weights))
-    tower = make(config.image_weights, **_taken(make, config))
-    return towers.freeze_parts(tower, config.image_freeze_layers, config.freeze_projections, "image")
-
-
-def build_text_tower(config: Config) -> nn.Module:
-    """The text tower, or what stands for it where its features are cached."""
-    make = choose(towers.TEXT_TOWERS, config.text_tower, "text_tower")
-    if config.text_tower_mode == "cached" and config.text_tower != "embeddings":
-        return towers.CachedTower(towers.text_width(config.text_tower, config.text_model))
-    tower = make(config.text_model, **_taken(make, config))
-    return towers.freeze_parts(tower, config.text_freeze_layers, config.freeze_projections, "text")
-
-
 def _start_temperature(config: Config) -> float:
     """The configured temperature; a pretrained CLIP whose space is kept by heads `identity` brings its own."""
     if config.image_head == config.text_head == "identity":
-        own = towers.pretrained_temperature(config.image_tower, config.image_weights)
+        own = pretrained_temperature(config.image_tower, config.image_weights)
         return own or config.temperature
     return config.temperature
 
@@ -250,65 +424,3 @@ def build_model(config: Config) -> CLIPModel:
         learn_temperature=config.learn_temperature,
         logit_bias=bias if has_bias(config) else None,
     )
-
-
-# --- Memory ---
-
-
-CAPTION = "a man in a red shirt and a black hat rides a brown horse along the beach beside the sea"
-
-
-def memory_need(config: Config, batch_size: int | None = None) -> pd.DataFrame:
-    """GB that a float32 training step of both towers needs, a row a part.
-
-    Activations are those kept for the backward pass, counted for pictures with their captions, each of the
-    length of `CAPTION`; what a library allocates beside them, and its fragments, come on top. With
-    gradient checkpointing only the blocks' inputs are kept and one block's activations made again.
-
-    Args:
-        batch_size: images; None: the configuration's.
-    Returns: columns `plain` and `checkpointing`, GB; rows weights, gradients, AdamW, activations, total.
-    """
-    batch_size = batch_size or config.batch_size
-    model = build_model(config.updated(gradient_checkpointing=False)).train()
-    two, one = (_kept(model, config, images) for images in (2, 1))
-    kept, inputs = batch_size * (two[0] - one[0]), batch_size * (two[1] - one[1])
-    blocks = sum(isinstance(part, Block) for part in model.modules())
-    weights = sum(p.nbytes for p in model.parameters())
-    learned = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    again = inputs + kept // blocks if blocks else kept
-    shared = {"weights": weights, "gradients": learned, "AdamW": 2 * learned}
-    table = {
-        "plain": {**shared, "activations": kept},
-        "checkpointing": {**shared, "activations": min(kept, again)},
-    }
-    gigabytes = pd.DataFrame(table) / 1e9
-    gigabytes.loc["total"] = gigabytes.sum()
-    return gigabytes
-
-
-def _kept(model: CLIPModel, config: Config, images: int) -> tuple[int, int]:
-    """Bytes of tensors kept for the backward pass, weights apart, and of the blocks' inputs."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
-    inputs: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in weights:
-            kept[place] = tensor  # held, so that no place is used twice
-        return tensor
-
-    def note(block: nn.Module, arguments: tuple[Any, ...]) -> None:
-        inputs.append(arguments[0].nbytes)
-
-    shape = getattr(model.image_encoder, "picture_shape", (config.image_size,) * 2)
-    pictures = torch.zeros(images, 3, *shape, dtype=torch.uint8)
-    captions = [CAPTION] * images * (config.captions_per_image or 5)
-    handles = [part.register_forward_pre_hook(note) for part in model.modules() if isinstance(part, Block)]
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        features = model(pictures, captions)  # its graph keeps what `kept` counts
-    for handle in handles:
-        handle.remove()
-    assert features["image_features"].requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), sum(inputs)

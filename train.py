@@ -1,27 +1,539 @@
-"""`fit(config)` trains, checkpoints and resumes a run; `python train.py` is the same from a shell."""
+"""The parts of one run and how far they are; `train.fit` is the way to use it."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from core.devices import get_device, reuse_freed_memory
+
+import numpy as np
 import pandas as pd
+import torch
 from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
-from cli import run_command
 from config import Config, make_config, run_name
-from distributed import is_main
-from effects import check, check_metric
-from engine import explained_memory_errors
-from errors import LabError, StoppedAtOnceError, nearest
-from open_data import open_dataset
-from paired_evaluation import report_pairs, save_curves
-from run_report import report_run
-from runs import Run, alone, load_run, reopened, stop_after_step
-from trainer import OnEpoch, Trainer
+from core.errors import LabError, StoppedAtOnceError, choose, nearest
+from core.files import atomic_path, file_digest, write_json, write_text
+from core.tensor_files import load_tensors, save_tensors
+from dataset import OFF, make_loader, open_dataset, prepare_data
+from evaluate import report_run
+from interface.cli import run_command
+from losses import build_loss
+from models import build_model
+from reports.side_by_side import report_pairs, save_curves
+from retrieval.figures import direction
+from training.checkpoints import (
+    Stopped,
+    alone,
+    last_checkpoint,
+    load_checkpoint,
+    load_last_checkpoint,
+    random_states,
+    reopened,
+    save_checkpoint,
+    seed_everything,
+    set_random_states,
+    stop_after_step,
+)
+from training.distributed import any_of, barrier, from_main, is_main, join_group, rank, world_size
+from training.effects import check, check_metric
+from training.engine import Engine, explained_memory_errors
+from training.identity import identity
+from training.monitor import Board, Watch, peak_memory_gb
+from training.negatives import build_negatives
+from training.optim import EMA, build_optimizer, build_scheduler, choose_precision, mix_weights
+from utils import EpochProgress, Run, goodness, load_run, load_start, run_epoch, validate
 
-__all__ = ["Trainer", "alone", "fit", "overfit", "stop_after_step"]
+OnEpoch = Callable[[pd.DataFrame], None]
+TRAINED_ON = "trained_on.npy"
+UNKNOWN = "unknown"
+
+
+class Trainer:
+    """One run: its data at once, its model and state after `prepare`.
+
+    Args:
+        criterion, train_set, val_set: instead of the configuration's; the run's name then has their classes and
+            digests of what they do and hold, see `identity.identity`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        criterion: nn.Module | None = None,
+        train_set: Any = None,
+        val_set: Any = None,
+        show: bool = True,
+    ) -> None:
+        self.device = get_device(config.device)
+        join_group(self.device)
+        reuse_freed_memory()
+        self.config, self.given_criterion = config, criterion
+        self.show = show and is_main()
+        given = {"criterion": criterion, "train_set": train_set, "val_set": val_set}
+        self.own = {name: _named(part) for name, part in given.items() if part is not None}
+        self.folder = config.runs_dir / "_".join([run_name(config), *self.own.values()])
+        places = config.checkpoint_dir
+        self.checkpoints = places / self.folder.name if places else self.folder / "checkpoints"
+        if not is_main():
+            barrier()  # the main process fills the caches first
+        if train_set is None or val_set is None:
+            prepare_data(config)
+        self.train_set = train_set or open_dataset(config, config.train_splits, progress=self.show)
+        self.val_set = val_set or open_dataset(config, config.val_splits, progress=self.show)
+        if is_main():
+            barrier()
+        self.data = {"train": _described(self.train_set), "val": _described(self.val_set)}
+        self.starts = _starts(config)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all that was given can be compared with what an earlier run was given."""
+        return not any(name.endswith(UNKNOWN) for name in self.own.values())
+
+    def _check_origin(self, known: dict[str, Any], what: str) -> None:
+        """Raises: LabError if `known`, of a run or checkpoint, names other data or starting weights than this call."""
+        data = known.get("data", {})
+        for part in data.keys() & self.data.keys():
+            if "form" in data[part] and data[part]["sha256"] != self.data[part]["sha256"]:
+                raise LabError(
+                    f"{what} was trained on other images or captions than {self.config.data_dir} holds now "
+                    f"({part}: {data[part]['images']:,} images there, {self.data[part]['images']:,} here); "
+                    "set runs_dir to another folder, or resume to 'never' to train again from the start."
+                )
+        starts = known.get("starts", {})
+        for name in sorted(starts.keys() & self.starts.keys()):
+            if starts[name] != self.starts[name]:
+                raise LabError(
+                    f"{what} started from other weights than {name} {self.config[name]} holds now; "
+                    "set resume to 'never' to train again from the start."
+                )
+
+    def finished(self) -> bool:
+        """Whether this run is finished; one that cannot be opened is finished again from its checkpoint.
+
+        Raises: LabError if it is of other data or other starting weights.
+        """
+        if not (self.folder / "training.json").is_file():
+            return False
+        try:
+            run = load_run(self.folder)
+        except LabError as error:
+            if last_checkpoint(self.checkpoints) is None:
+                raise
+            print(f"{error} It is written again from the last checkpoint.")
+            return False
+        self._check_origin(run.training, str(self.folder))
+        return run.finished
+
+    def clear(self) -> None:
+        """Forget an earlier run of this name, and what was derived from it."""
+        for name in ("figures", "tables", "index", "search"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for path in [*self.checkpoints.glob("*.*"), *self.folder.glob("*.*")]:
+            if path.is_file() and path.name != ".lock":
+                path.unlink()
+
+    def prepare(self, resume: str) -> None:
+        """Build every part, then put a checkpoint's state into them if there is one."""
+        direction(self.config.best_metric)  # refused before anything is trained
+        if resume in ("auto", "never"):
+            source, state = self.checkpoints, load_last_checkpoint(self.checkpoints, self.device)
+        else:
+            source, state = Path(resume), load_checkpoint(resume, self.device)
+        if state is not None:
+            self._check_same(state, source)
+        config = self.config
+        seed_everything(config.seed)
+        set_algorithms(config)
+        self.loader = self._loader(self.train_set, shuffle=True, rank=rank(), world_size=world_size())
+        self.val_loader = self._loader(self.val_set, shuffle=False)
+        self.model = build_model(config).to(self.device)
+        if self.device.type == "cuda" or config.image_tower_mode != "cached":
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.start_from is not None:
+            load_start(self.model, config.start_from)
+            self._check_start(config.start_from)
+        if config.interpolate_weights:
+            self.start = {name: weights.cpu().clone() for name, weights in self.model.state_dict().items()}
+        self.config = config = config.updated(precision=self._precision(state))
+        self.criterion = (self.given_criterion or build_loss(config)).to(self.device)
+        optimizer = build_optimizer(self.model, config)
+        self.engine = Engine(
+            self.model,
+            self.criterion,
+            optimizer,
+            build_scheduler(optimizer, config, len(self.loader)),
+            config,
+            negatives=build_negatives(config, self.model, self.train_set),
+            ema=EMA(self.model, config.ema_decay),
+            scaler=torch.amp.GradScaler(
+                self.device.type, enabled=config.precision == "fp16" and self.device.type == "cuda"
+            ),
+        )
+        if config.compile:
+            compile_model(self.model)
+        self.watch = Watch(config)
+        self.history: list[dict[str, float]] = []
+        self.progress = EpochProgress()
+        self.steps = 0
+        self.saved_at = time.monotonic()
+        torch.manual_seed(config.seed + rank())  # processes drop different units
+        if state is not None:
+            self._restore(state)
+        if is_main():
+            config.save(self.folder / "config.yaml")
+            with atomic_path(self.folder / TRAINED_ON) as beside, open(beside, "wb") as file:
+                np.save(file, self._trained_on())
+        self.board = Board(self.folder if config.tensorboard and is_main() else None, self.steps)
+
+    def _precision(self, state: dict[str, Any] | None) -> str:
+        """A run keeps the precision that it began with."""
+        if state is not None and self.config.precision == "auto":
+            return state["config"]["precision"]
+        return choose_precision(self.config, self.device)
+
+    def _loader(self, dataset: Any, **options: Any) -> DataLoader:
+        return make_loader(
+            dataset,
+            self.config.batch_size,
+            seed=self.config.seed,
+            num_workers=self.config.num_workers,
+            pin_memory=self.device.type == "cuda",
+            **options,
+        )
+
+    # --- state ---
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = {
+            "model": self.model,
+            "optimizer": self.engine.optimizer,
+            "scheduler": self.engine.scheduler,
+            "scaler": self.engine.scaler,
+            "negatives": self.engine.negatives,
+            "ema": self.engine.ema,
+            "dataset": self.train_set,
+        }
+        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            **{name: part.state_dict() for name, part in self._stateful().items()},
+            "random": random_states(),
+            "history": self.history,
+            "progress": asdict(self.progress),
+            "steps": self.steps,
+            "micro_batch_size": self.engine.micro_batch_size,
+            "run": self.folder.name,
+            "config": self.config.model_dump(mode="json"),
+            "data": self.data,
+            "starts": self.starts,
+        }
+
+    def _check_same(self, state: dict[str, Any], path: Path) -> None:
+        """Raises: LabError if a checkpoint is another configuration's, with the fields that differ."""
+        if state["run"] != self.folder.name:
+            theirs = Config(**state["config"])
+            fields = [f"{n} ({b} there, {a} here)" for n, (a, b) in self.config.differences(theirs).items()]
+            raise LabError(
+                f"{path} belongs to another configuration: {', '.join(fields)}; set resume to 'never'."
+            )
+        self._check_origin(state, str(path))
+        for part, about in self.data.items():
+            if (there := state["data"][part].get("form", about["form"])) != about["form"]:
+                raise LabError(
+                    f"{path} was trained on {there} images, and the image cache holds {about['form']} now; build the "
+                    "cache in that form, or set resume to 'never'."
+                )
+
+    def _trained_on(self) -> np.ndarray:
+        """(N,) uint64 digests of the images that the weights have seen: this run's, and those of its start."""
+        start = self.config.start_from
+        before = None if start is None else _read_trained_on(start)
+        own = _image_digests(self.train_set)
+        return np.unique(own if before is None else np.concatenate([own, before]))
+
+    def _check_start(self, start: Path) -> None:
+        """Raises: LabError if the weights of a start have seen images that this run validates or tests on."""
+        seen = _read_trained_on(start)
+        if seen is None:
+            print(
+                f"{start} does not say which images it has seen; none of them should be in val or test here."
+            )
+            return
+        held = {"+".join(self.config.val_splits): self.val_set}
+        for split in self.config.test_splits:
+            with contextlib.suppress(LabError):  # its evaluation will say so
+                plain = self.config.updated(**OFF)
+                held[split] = held.get(split) or open_dataset(plain, (split,), progress=self.show)
+        own = _image_digests(self.train_set)
+        for split, dataset in held.items():
+            shared = np.setdiff1d(np.intersect1d(seen, _image_digests(dataset)), own)
+            if len(shared):
+                raise LabError(
+                    f"start_from {start} was trained on {len(shared):,} of the {len(dataset):,} images of split "
+                    f"{split!r} here; start from a run on the same split, or choose other val_splits and test_splits."
+                )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Put a checkpoint's state into the parts."""
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+        self.engine.micro_batch_size = state["micro_batch_size"]
+        self.history, self.steps = state["history"], state["steps"]
+        self.progress = EpochProgress(**state["progress"])
+        if rank() == 0:
+            set_random_states(state["random"])
+        else:  # the checkpoint holds the main process's
+            torch.manual_seed(hash((self.config.seed, rank(), self.steps)))
+        kept = self.checkpoints / "best.safetensors"
+        if is_main() and kept.is_file() and not (self.folder / "best.safetensors").is_file():
+            with atomic_path(self.folder / "best.safetensors") as beside:
+                shutil.copyfile(kept, beside)  # the run's folder was lost, not this one
+            self._write_history()
+
+    def _write_history(self) -> None:
+        write_text(self.folder / "history.csv", pd.DataFrame(self.history).to_csv(index=False))
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
+
+    def save(self) -> None:
+        if is_main():
+            save_checkpoint(self.checkpoints, self._state(), self.steps)
+        self.saved_at = time.monotonic()
+
+    def saved(self) -> str:
+        """What a run that was stopped in the middle of a step continues from."""
+        path = last_checkpoint(self.checkpoints)
+        kept = (
+            "no checkpoint is saved yet; run again to start"
+            if path is None
+            else f"{path} is saved; run again to continue"
+        )
+        return f"stopped at once: {kept}."
+
+    # --- the run ---
+
+    def run(self, stop: threading.Event, on_epoch: OnEpoch | None = None) -> None:
+        """Train to the end, or to the first step after `stop` is set."""
+        total = self.config.num_epochs * len(self.loader)
+        with tqdm(
+            total=total, initial=self.steps, desc=self.folder.name, unit="step", disable=not self.show
+        ) as bar:
+            for epoch in range(len(self.history), self.config.num_epochs):
+                if self._out_of_patience():
+                    bar.write(
+                        f"no better {self.config.best_metric} in {self.config.patience} validations: done."
+                    )
+                    break
+                try:
+                    self._epoch(epoch, stop, bar)
+                except Stopped:
+                    self.save()
+                    bar.write(
+                        f"stopped at epoch {epoch + 1}, step {self.progress.step}; run again to continue."
+                    )
+                    return
+                if on_epoch is not None and is_main():
+                    on_epoch(pd.DataFrame(self.history))
+        self._mix_weights()
+        self._write_training(finished=True)
+        self.board.close()
+        barrier()
+
+    def _epoch(self, epoch: int, stop: threading.Event, bar: tqdm) -> None:
+        bar.set_description(f"{self.folder.name}, epoch {epoch + 1} of {self.config.num_epochs}")
+        self.model.hold_towers(epoch < self.config.freeze_tower_epochs)
+        if hasattr(self.train_set, "refresh") and self.progress.step == 0:
+            self.train_set.refresh(self.model, epoch, self.config)
+
+        def after_step(read: Callable[[], None]) -> None:
+            self.steps += 1
+            if any_of(stop.is_set(), self.device):
+                read()
+                raise Stopped
+            if self._is_due():
+                read()
+                self.save()
+
+        trained = run_epoch(
+            self.engine, self.loader, epoch, progress=self.progress, after_step=after_step, bar=bar
+        )
+        chance = self.progress.uniform_sum / self.progress.images
+        self.watch.after_epoch(self.model, trained["train_loss"], chance, self.steps)
+        row = {"epoch": epoch + 1, **trained, **self._validated(epoch)}
+        row["peak_memory_gb"] = peak_memory_gb(self.device)
+        if hasattr(self.train_set, "seconds"):
+            row["mining_seconds"] = self.train_set.seconds
+        self.history.append({name: float(value) for name, value in row.items()})
+        self.progress = EpochProgress()
+        if is_main():
+            self._write_history()
+            self.board.add(self.history[-1], self.steps)
+            self._keep_epoch(epoch + 1)
+        if self.config.best_metric in self.history[-1] or self._is_due():
+            self.save()
+        self._write_training(finished=False)
+
+    def _validated(self, epoch: int) -> dict[str, float]:
+        """Validation figures where this epoch has any, measured by the main process; the best weights kept."""
+        last = epoch + 1 == self.config.num_epochs
+        if (epoch + 1) % self.config.eval_every and not last:
+            return {}
+        found: dict[str, float] = {}
+        if is_main():
+            with self.engine.ema.applied(self.model):
+                validated = validate(self.model, self.val_loader, self.criterion, self.config)
+                self._keep_best(validated)
+            self.watch.after_validation(validated, self.steps)
+            found = {k: float(v) for k, v in validated.items() if isinstance(v, (int, float))}
+        return from_main(found)
+
+    def _scores(self) -> list[float]:
+        """Goodness of each validation so far."""
+        metric = self.config.best_metric
+        return [goodness(row[metric], metric) for row in self.history if metric in row]
+
+    def _out_of_patience(self) -> bool:
+        scores, patience = self._scores(), self.config.patience
+        return (
+            patience is not None
+            and len(scores) > patience
+            and max(scores[:-patience]) >= max(scores[-patience:])
+        )
+
+    def _keep_best(self, validated: dict[str, Any]) -> None:
+        """Write best.safetensors, and what it is, if no earlier epoch was better."""
+        metric = self.config.best_metric
+        value = goodness(choose(validated, metric, "best_metric"), metric)
+        if math.isnan(value):
+            raise LabError(f"best_metric {metric!r} is nan on the validation split; choose another.")
+        if value > max(self._scores(), default=-math.inf):
+            self._write_weights("best", len(self.history) + 1)
+
+    def _keep_epoch(self, epoch: int) -> None:
+        every = self.config.keep_every_epochs
+        if every is not None and epoch % every == 0:
+            with self.engine.ema.applied(self.model):
+                self._write_weights(f"epoch_{epoch:03d}", epoch)
+
+    def _write_weights(self, name: str, epoch: int, **about: str) -> None:
+        folders = {self.folder, self.checkpoints} if self.config.checkpoint_dir else {self.folder}
+        for folder in folders:
+            metadata = {"run": self.folder.name, "epoch": str(epoch), **about}
+            save_tensors(folder / f"{name}.safetensors", self.model.state_dict(), metadata)
+
+    def _mix_weights(self) -> None:
+        """WiSE-FT: keep the mixture of starting and best weights that validates best."""
+        if not self.config.interpolate_weights or not is_main():
+            return
+        path = self.folder / "best.safetensors"
+        best, metadata = load_tensors(path, "train the run again with resume='never'")
+        if "share_of_training" in metadata:
+            return  # mixed before, and killed just after
+        metric = self.config.best_metric
+
+        def score() -> float:
+            validated = validate(self.model, self.val_loader, self.criterion, self.config)
+            return goodness(validated[metric], metric)
+
+        share, table = mix_weights(self.model, self.start, best, score)
+        write_text(self.folder / "interpolation.csv", table.to_csv(index=False))
+        self._write_weights(
+            "best", int(pd.DataFrame(self.history)["epoch"].max()), share_of_training=f"{share:g}"
+        )
+
+    def _write_training(self, finished: bool) -> None:
+        if not is_main():
+            return
+        seconds = sum(row["train_seconds"] for row in self.history)
+        write_json(
+            self.folder / "training.json",
+            {
+                "finished": finished,
+                "epochs": len(self.history),
+                "train_seconds": round(seconds, 1),
+                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.device}",
+                "processes": world_size(),
+                "precision": self.config.precision,
+                "micro_batch_size": self.engine.micro_batch_size,
+                "torch": torch.__version__,
+                "data": self.data,
+                "starts": self.starts,
+                "own": self.own,
+                "history": self.history,
+            },
+            seal=True,
+        )
+
+
+def _described(dataset: Any) -> dict[str, Any]:
+    """What a dataset says it holds; of a user's own, its class, length and identity."""
+    if hasattr(dataset, "describe"):
+        return {"form": "own", **dataset.describe()}
+    about = {"splits": type(dataset).__name__, "images": len(dataset), "form": "own"}
+    return {**about, "captions": len(dataset), "sha256": identity(dataset) or f"{len(dataset)}"}
+
+
+def _named(part: Any) -> str:
+    """A given loss or data set in a run's name: its class, and six digits of what it does and holds."""
+    if hasattr(part, "set_epoch"):
+        part.set_epoch(0)  # as it was before an earlier run
+    digest = identity(part)
+    return f"{type(part).__name__}_{digest[:6] if digest else UNKNOWN}"
+
+
+def _starts(config: Config) -> dict[str, str]:
+    """Digests of the files that training starts from, by the field that names them; of those that are there."""
+    files = {
+        "start_from": config.start_from and config.start_from / "best.safetensors",
+        "image_weights": Path(config.image_weights),
+    }
+    return {name: file_digest(path) for name, path in files.items() if path is not None and path.is_file()}
+
+
+def _image_digests(dataset: Any) -> np.ndarray:
+    """(N,) uint64 of a data set's images, none for a user's own that does not say."""
+    return getattr(dataset, "image_digests", np.empty(0, dtype="<u8"))
+
+
+def _read_trained_on(folder: Path) -> np.ndarray | None:
+    """What `Trainer` wrote of the images that a run's weights have seen; None where it is not there."""
+    path = Path(folder) / TRAINED_ON
+    if not path.is_file():
+        return None
+    try:
+        return np.load(path, allow_pickle=False).astype("<u8")
+    except (OSError, ValueError, EOFError) as error:
+        raise LabError(f"{path} is damaged ({error}); train that run again.") from error
+
+
+def set_algorithms(config: Config) -> None:
+    """TensorFloat-32, and whether only algorithms that give the same bits every time may run."""
+    torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.use_deterministic_algorithms(config.deterministic)
+
+
+def compile_model(model: nn.Module) -> None:
+    """Compile in place; what cannot be compiled runs as it is."""
+    torch._dynamo.config.suppress_errors = True
+    model.compile()
 
 
 @explained_memory_errors()

@@ -1,55 +1,165 @@
-"""One epoch of training, and validation; checkpoints and runs under one name with them."""
+"""A run's folder: configuration, history, weights, checkpoints; one process a run, and a Ctrl-C that loses nothing."""
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from core.devices import get_device
+
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from augment import augment, augment_parts
-from config import Config
-from distributed import gather_rows
-from engine import Engine, encode_batch, match_ids
-from errors import LabError
-from geometry import feature_geometry, feature_spread
+from config import Config, load_config
+from core.errors import LabError
+from core.files import file_digest
 from metrics import retrieval_metrics
-from models import CLIPModel
-from runs import (
-    Run,
-    goodness,
-    last_checkpoint,
-    load_checkpoint,
-    load_run,
-    random_states,
-    save_checkpoint,
-    seed_everything,
-    set_random_states,
-)
+from models import CLIPModel, build_model
+from retrieval.figures import direction, feature_geometry, feature_spread
+from training.augment import augment, augment_parts
+from training.checkpoints import _read_history, load_weights_file, own_image_weights, read_kept, read_metrics
+from training.distributed import gather_rows
+from training.engine import Engine, encode_batch, match_ids
 
-__all__ = [
-    "EpochProgress",
-    "Run",
-    "encode_loader",
-    "goodness",
-    "last_checkpoint",
-    "load_checkpoint",
-    "load_run",
-    "random_states",
-    "run_epoch",
-    "save_checkpoint",
-    "seed_everything",
-    "set_random_states",
-    "train_epoch",
-    "validate",
-]
+
+def goodness(value: Any, metric: str) -> Any:
+    """A figure such that higher is better. Raises: LabError if the metric has no direction."""
+    return direction(metric) * value
+
+
+@dataclass
+class Run:
+    """A run's folder: configuration, history, metrics, weights.
+
+    Args:
+        folder: where it lies.
+        config: with `runs_dir` and the other places as they were given to `load_run`, else as saved.
+        history: a row an epoch.
+        metrics: split -> metrics, once evaluated; `gallery.measured` says whether they are still true.
+        training: how it was trained: data, seconds, machine, versions, files left out.
+        own_data: whether `data_dir` is the folder that the run was trained on.
+        results: folder of figures, tables and indexes; another than `folder` where they are of other data.
+    """
+
+    folder: Path
+    config: Config
+    history: pd.DataFrame
+    metrics: dict[str, dict[str, Any]]
+    training: dict[str, Any]
+    own_data: bool = True
+    results: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def test_split(self) -> str:
+        """The first test split, which comparisons and searches are about. Raises: LabError if there is none."""
+        if not self.config.test_splits:
+            raise LabError(f"{self.name} has no test split; set test_splits, for example to its val_splits.")
+        return self.config.test_splits[0]
+
+    @property
+    def finished(self) -> bool:
+        """Whether training came to its end."""
+        return bool(self.training.get("finished"))
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch, from 1, whose weights are kept."""
+        metric = self.config.best_metric
+        if metric not in self.history:
+            raise LabError(f"{self.folder} has no history of {metric}; train the run to the end first.")
+        return int(self.history["epoch"].iloc[goodness(self.history[metric], metric).argmax()])
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """SHA-256 of the best epoch's weights. Raises: LabError if there are none yet."""
+        path = self.folder / "best.safetensors"
+        if not path.is_file():
+            raise LabError(
+                f"{self.folder} holds no best.safetensors: the run has not finished an epoch; train it first."
+            )
+        return file_digest(path)
+
+    @functools.cached_property
+    def model(self) -> CLIPModel:
+        """The best epoch's model, on the configuration's device, in eval mode."""
+        self.weights  # noqa: B018  taken before they are loaded: results never carry the digest of newer weights
+        path = self.folder / "best.safetensors"
+        model = build_model(self.config.updated(image_weights=own_image_weights(self.config)))
+        weights = load_weights_file(path)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise LabError(
+                f"{path} does not fit {self.folder / 'config.yaml'} ({str(error).splitlines()[-1].strip()}); "
+                "restore the one that belongs to the other."
+            ) from error
+        return model.to(get_device(self.config.device)).eval()
+
+
+def load_run(folder: str | Path, **places: Any) -> Run:
+    """Open a run's folder.
+
+    Args:
+        places: configuration fields that are no part of the run's name, such as data_dir, device or recall_ks.
+    Raises: LabError if the folder is missing or is not a run's.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        known = sorted(path.parent.name for path in folder.parent.glob("*/config.yaml"))
+        hint = f"; runs beside it: {', '.join(known)}" if known else ""
+        raise LabError(f"{folder} is not a run's folder (no config.yaml){hint}.")
+    saved = load_config(folder / "config.yaml")
+    config = saved.updated(**places)
+    training = read_kept(folder / "training.json", "the run counts as unfinished")
+    if training and not isinstance(training.get("data"), dict):
+        print(f"{folder / 'training.json'} has no 'data'; the run counts as unfinished.")
+        training = {}
+    history = training.pop("history", None)
+    return Run(
+        folder=folder,
+        config=config,
+        own_data=config.data_dir.resolve() == saved.data_dir.resolve(),
+        history=_read_history(folder / "history.csv") if history is None else pd.DataFrame(history),
+        metrics=read_metrics(folder / "metrics.json"),
+        training=training,
+    )
+
+
+def load_start(model: CLIPModel, folder: str | Path) -> None:
+    """Start from the best weights of a finished run; a tower that is cached on one side only keeps its own.
+
+    A `logit_bias` that the run has not, for it was trained by another loss, starts as configured.
+
+    Raises: LabError where a part is of another shape, or the run holds no weights.
+    """
+    path = Path(folder) / "best.safetensors"
+    if not path.is_file():
+        raise LabError(f"start_from {folder} holds no best.safetensors; train that run first.")
+    theirs, ours = load_weights_file(path), model.state_dict()
+    own = ("image_encoder.", "text_encoder.", "logit_bias")
+    lacking = [name for name in ours if name not in theirs and not name.startswith(own)]
+    unlike = [name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape]
+    if lacking or unlike:
+        first = min([*lacking, *unlike])
+        raise LabError(
+            f"start_from {folder} does not fit: {first} is missing there or of another shape; "
+            "use the same heads and embed_dim."
+        )
+    model.load_state_dict({name: theirs[name] for name in ours.keys() & theirs.keys()}, strict=False)
+
 
 STEPS_BEFORE_READING = {"cpu": 1}
 """Steps whose losses stay on the device until one reading; waiting for each would idle a GPU."""

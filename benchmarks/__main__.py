@@ -22,8 +22,8 @@ from benchmarks import (
     bench_text,
     bench_tuning,
 )
-from cli import one_sentence
-from errors import choose
+from core.errors import choose
+from interface.cli import one_sentence
 
 BENCHMARKS = {
     "lab": bench_lab.main,

@@ -25,15 +25,14 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import compat  # noqa: F401  before torchvision
+import core.devices  # noqa: F401  before torchvision
 
 from torchvision import transforms  # isort: skip
 
-import image_cache
-import image_store
-from augment import augment
-from image_cache import ImageCache
-from readers import read_captions
+from sources import image_cache
+from sources.image_cache import ImageCache
+from sources.readers import read_captions
+from training.augment import augment
 
 BATCH, SIZE, WORKERS = 128, 224, 2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -174,7 +173,7 @@ def lay_out_cache(root: Path, paths: tuple[str, ...], folder: Path) -> None:
     source = image_cache._Source(str(root), paths, SIZE, "crop")
     place = folder / f"images_{SIZE}px_crop_{source.key[:16]}_raw"
     place.mkdir(parents=True)
-    store = image_store.RawStore(place, len(paths), SIZE)
+    store = image_cache.RawStore(place, len(paths), SIZE)
     done = np.ones(len(paths), dtype=bool)
     store.prepare(done)
     image_cache._write_done(store, done)

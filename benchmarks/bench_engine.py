@@ -11,24 +11,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import compat
-
 import numpy as np
 import torch
 from torch import nn
 
 from benchmarks import plain_loop
 from benchmarks.bench_lab import FLICKR8K, ROOT
-from captions import CaptionTable
 from config import Config, make_config
-from dataset import COCOClipDataset, make_loader
-from engine import Engine
-from models import build_loss, build_model
-from open_data import open_dataset
-from optimisation import build_optimizer, build_scheduler
-from runs import save_checkpoint
-from train import fit
-from trainer import Trainer
+from core import devices
+from dataset import COCOClipDataset, make_loader, open_dataset
+from losses import build_loss
+from models import build_model
+from sources.table import CaptionTable
+from train import Trainer, fit
+from training.checkpoints import save_checkpoint
+from training.engine import Engine
+from training.optim import build_optimizer, build_scheduler
 from utils import run_epoch, validate
 
 ROUNDS = 3
@@ -63,7 +61,7 @@ def usual_allocator() -> None:
     """What `compat.reuse_freed_memory` changed, as a process has it at its start."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        for parameter in (compat.M_MMAP_THRESHOLD, compat.M_TRIM_THRESHOLD, compat.M_TOP_PAD):
+        for parameter in (devices.M_MMAP_THRESHOLD, devices.M_TRIM_THRESHOLD, devices.M_TOP_PAD):
             mallopt(parameter, 128 * 1024)
 
 
@@ -89,7 +87,7 @@ def resnet_speed(images: int = 48, precision: str = "bf16") -> None:
     engine = Engine(ours, build_loss(config), optimizer, build_scheduler(optimizer, config, 100), config)
     ratios, rates = [], []
     for _ in range(ROUNDS):
-        compat.reuse_freed_memory.__wrapped__()
+        devices.reuse_freed_memory.__wrapped__()
         rate = run_epoch(engine, loader, 0)["images_per_second"]
         usual_allocator()
         start, passed = time.perf_counter(), 0

@@ -22,10 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.bench_lab import train_seeds
 from config import Config, make_config
-from dataset import make_loader
-from models import build_loss, build_model
-from open_data import open_dataset
-from pairs_data import embeddings_at
+from dataset import embeddings_at, make_loader, open_dataset
+from losses import build_loss
+from models import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES = [place / "flickr8k" for place in (ROOT.parent / "shared", ROOT / "data")]

@@ -15,8 +15,8 @@ import evaluate
 from benchmarks.bench_engine import flickr8k
 from benchmarks.bench_lab import ROOT, SEEDS
 from config import Config
-from runs import Run
 from train import fit
+from utils import Run
 
 CACHED: dict[str, dict[str, Any]] = {
     "preset": {},

@@ -10,8 +10,8 @@ import pandas as pd
 
 import evaluate
 from config import Config, make_config
-from open_data import open_dataset
-from run_notebook import run_notebook, tables
+from dataset import open_dataset
+from interface.run_notebook import run_notebook, tables
 from train import fit
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from metrics import match_ranks, recall_by_gallery_size, retrieval_metrics
-from ranks import TILES
-from uncertainty import bootstrap_intervals, paired_test
+from metrics import retrieval_metrics
+from retrieval.figures import recall_by_gallery_size
+from retrieval.ranks import TILES, match_ranks
+from retrieval.statistics import bootstrap_intervals, paired_test
 
 Features = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 NUM_IMAGES, NUM_TEXTS, WIDTH = 40_504, 202_654, 512

@@ -12,10 +12,10 @@ from typing import Any
 
 from config import make_config
 from dataset import prepare_data
-from paired_evaluation import SHOWN, PairResult, evaluate_pairs, settings_table
-from runs import Run
+from reports.side_by_side import SHOWN, PairResult, evaluate_pairs, settings_table
+from retrieval.statistics import compare_settings
 from train import fit
-from uncertainty import compare_settings
+from utils import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 CIFAR10 = [ROOT.parent / "shared" / "cifar10", ROOT / "data" / "cifar10"]

@@ -20,13 +20,13 @@ from scipy.stats import t as student
 from tqdm.auto import tqdm
 
 from config import Config, make_config
+from core.errors import LabError, choose
 from dataset import prepare_data
-from errors import LabError, choose
-from gallery import evaluate_run, open_gallery
-from retrieval_evaluation import order_margins
-from runs import Run, goodness
+from evaluate import evaluate_run, open_gallery
+from labs.finetune import order_margins
+from retrieval.statistics import compare_settings
 from train import fit
-from uncertainty import compare_settings
+from utils import Run, goodness
 
 ROOT = Path(__file__).resolve().parent.parent
 FLICKR8K = [ROOT.parent / "shared" / "flickr8k", ROOT / "data" / "flickr8k"]

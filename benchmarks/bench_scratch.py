@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import time
 
-from compat import get_device
+from core.devices import get_device
 
 import pandas as pd
 import torch
 
 from config import Config, make_config
-from models import CAPTION, build_loss, build_model, memory_need
-from optimisation import autocast, build_optimizer
+from labs.scratch import CAPTION, memory_need
+from losses import build_loss
+from models import build_model
+from training.optim import autocast, build_optimizer
 
 PAIRS = 1000
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from search import Index, build_index, recall_of
+from retrieval.index import Index, build_index, recall_of
 
 WIDTH, QUERIES, K = 512, 200, 10
 LATENT, CLUSTERS, BLUR = 48, 1000, 0.3

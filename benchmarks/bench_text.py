@@ -14,10 +14,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-import towers
-from encode import encode_texts
-from readers import read_captions
-from scene_plan import describe, plan_split
+from sources.readers import read_captions
+from sources.scenes import describe, plan_split
+from towers import text as towers_text
+from towers.features import encode_texts
 
 FLICKR8K = Path(__file__).resolve().parents[2] / "shared" / "flickr8k"
 CAPTIONS, ROUNDS, BATCH, PADDED = 800, 3, 64, 77
@@ -34,7 +34,7 @@ def captions() -> tuple[str, list[str]]:
 
 
 @torch.inference_mode()
-def encode_padded(tower: towers.TextTower, texts: list[str]) -> Tensor:
+def encode_padded(tower: towers_text.TextTower, texts: list[str]) -> Tensor:
     """(T, width): batches of 64 in the captions' order, every caption padded to 77 tokens."""
     features = []
     for start in range(0, len(texts), BATCH):
@@ -49,7 +49,9 @@ def encode_padded(tower: towers.TextTower, texts: list[str]) -> Tensor:
     return torch.cat(features)
 
 
-def _timed(encode: Callable[..., Tensor], tower: towers.TextTower, texts: list[str]) -> tuple[float, Tensor]:
+def _timed(
+    encode: Callable[..., Tensor], tower: towers_text.TextTower, texts: list[str]
+) -> tuple[float, Tensor]:
     start = time.perf_counter()
     features = encode(tower, texts)
     return time.perf_counter() - start, features
@@ -58,7 +60,7 @@ def _timed(encode: Callable[..., Tensor], tower: towers.TextTower, texts: list[s
 def main() -> None:
     """Both sides in turns, and their ratio beside the wanted one."""
     name, texts = captions()
-    tower = towers.minilm().eval()
+    tower = towers_text.minilm().eval()
     for encode in (encode_texts, encode_padded):
         encode(tower, texts[:BATCH])  # the first batch pays for set-up
     ours, plain = [], []

@@ -14,12 +14,11 @@ from pathlib import Path
 import pandas as pd
 
 import tune
-from comparison import compare_runs, readable
 from config import Config, make_config
-from pairs_data import embeddings_at
-from studies import read_space
-from tune import train_all
-from uncertainty import compare_settings
+from dataset import embeddings_at
+from evaluate import compare_runs, readable
+from retrieval.statistics import compare_settings
+from tune import read_space, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES = [place / "flickr8k" for place in (ROOT.parent / "shared", ROOT / "data")]

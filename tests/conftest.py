@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import compat  # noqa: F401  before any test imports torchvision
+import core.devices  # noqa: F401  before any test imports torchvision
 
 import pytest
 import torch

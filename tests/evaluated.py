@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from config import Config, make_config, run_name
-from files import write_json
-from gallery import Gallery
+from core.files import write_json
 from models import build_model
-from runs import Run, load_run
-from scenes import write_scenes
+from reports.gallery import Gallery
+from sources.drawing import write_scenes
+from utils import Run, load_run
 
 COUNTS = {"num_train": 8, "num_val": 8, "num_test": 20, "num_novel": 12}
 

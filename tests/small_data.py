@@ -9,7 +9,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import compat  # noqa: F401  before any test imports torchvision
+import core.devices  # noqa: F401  before any test imports torchvision
 
 import numpy as np
 from PIL import Image
@@ -44,7 +44,7 @@ def write_coco(root: Path, counts: dict[str, int], size: int = 48, captions: int
 
 def add_results(title: str, table: Any) -> None:
     """Put a table of what was tried and survived into benchmarks/results/robustness.md, in place of its last one."""
-    from comparison import markdown_table
+    from reports.compare import markdown_table
 
     path = ROOT / "benchmarks" / "results" / "robustness.md"
     head = (

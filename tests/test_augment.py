@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-import augment as module
-from augment import ERASE_COLOUR, augment, draw, normalise
-from errors import LabError
+from core.errors import LabError
+from training import augment as module
+from training.augment import ERASE_COLOUR, augment, draw, normalise
 
 SIZE = 40
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

@@ -12,17 +12,13 @@ import torch
 from safetensors.torch import save_file
 from small_data import ROOT
 
-import encode
-import towers
-from cache import (
-    StaleCacheError,
-    as_rows,
-    cached_features,
-    open_features,
-    write_features,
-)
 from config import make_config
-from errors import LabError
+from core.errors import LabError
+from core.files import StaleCacheError
+from sources.embeddings import as_rows
+from towers import features as towers_features
+from towers import text as towers_text
+from towers.features import cached_features, open_features, write_features
 
 HEADER = {"encoder": "tiny", "revision": "1", "captions": "abc"}
 
@@ -131,8 +127,8 @@ def test_parts_of_another_encoder_or_damaged_are_computed_again(tmp_path):
 SLOW = """
 import sys, time
 import torch
-from files import atomic_path, fingerprint
-from cache import cached_features
+from core.files import atomic_path, fingerprint
+from towers.features import cached_features
 
 def compute(rows):
     print(rows[0], flush=True)
@@ -184,7 +180,7 @@ class LetterTower(torch.nn.Module):
 @pytest.fixture
 def letters(monkeypatch):
     tower = LetterTower()
-    monkeypatch.setattr(encode, "frozen_tower", lambda config, side: tower)
+    monkeypatch.setattr(towers_features, "frozen_tower", lambda config, side: tower)
     return tower
 
 
@@ -193,19 +189,19 @@ def text_config(tmp_path, **settings):
 
 
 def test_batches_are_sorted_and_small_and_the_order_is_the_captions(letters, monkeypatch):
-    monkeypatch.setattr(encode, "TOKENS_PER_BATCH", 64)
-    found = encode.encode_texts(letters, CAPTIONS)
+    monkeypatch.setattr(towers_features, "TOKENS_PER_BATCH", 64)
+    found = towers_features.encode_texts(letters, CAPTIONS)
     assert torch.equal(found, LetterTower()(CAPTIONS))
     longest = [max(letters.lengths(batch)) for batch in letters.batches]
     assert longest == sorted(longest, reverse=True)
     assert all(size * len(batch) <= 64 for size, batch in zip(longest, letters.batches, strict=True))
     padded = sum(size * len(batch) for size, batch in zip(longest, letters.batches, strict=True))
     assert padded < 1.15 * sum(letters.lengths(CAPTIONS))
-    assert encode.encode_texts(letters, []).shape == (0, 3)
+    assert towers_features.encode_texts(letters, []).shape == (0, 3)
 
 
 def test_sorted_batches_give_what_batches_padded_to_77_give():
-    tower = towers.minilm().eval()
+    tower = towers_text.minilm().eval()
     expected = []
     with torch.inference_mode():
         for start in range(0, len(CAPTIONS), 64):
@@ -218,11 +214,11 @@ def test_sorted_batches_give_what_batches_padded_to_77_give():
             )
             assert tokens["input_ids"].shape[1] == 77
             expected.append(tower({name: tokens[name] for name in ("input_ids", "attention_mask")}))
-    assert (encode.encode_texts(tower, CAPTIONS) - torch.cat(expected)).abs().max() < 1e-3
+    assert (towers_features.encode_texts(tower, CAPTIONS) - torch.cat(expected)).abs().max() < 1e-3
 
 
 def cached(config, captions) -> torch.Tensor:
-    return encode.cached_text_features(config, captions, progress=False)
+    return towers_features.cached_text_features(config, captions, progress=False)
 
 
 def test_a_changed_caption_or_order_is_encoded_anew(letters, tmp_path):
@@ -253,8 +249,8 @@ def test_a_stale_file_under_the_right_name_is_rebuilt(letters, tmp_path, capsys)
 
 def test_another_encoder_or_revision_has_a_cache_of_its_own(letters, tmp_path, monkeypatch):
     cached(text_config(tmp_path), CAPTIONS)
-    cached(text_config(tmp_path, text_tower="sentence", text_model=towers.packaged_minilm()), CAPTIONS)
-    monkeypatch.setattr(encode, "weights_revision", lambda name: "other weights")
+    cached(text_config(tmp_path, text_tower="sentence", text_model=towers_text.packaged_minilm()), CAPTIONS)
+    monkeypatch.setattr(towers_features, "weights_revision", lambda name: "other weights")
     calls = len(letters.batches)
     cached(text_config(tmp_path), CAPTIONS)
     assert len(letters.batches) > calls
@@ -264,15 +260,15 @@ def test_another_encoder_or_revision_has_a_cache_of_its_own(letters, tmp_path, m
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json", "vocab.txt"])
 def test_a_models_revision_knows_weights_and_tokenizer(tmp_path, file):
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
-    before = encode.model_revision(str(tmp_path))
+    before = towers_features.model_revision(str(tmp_path))
     (tmp_path / file).write_bytes(b"something else")
     os.utime(tmp_path / file, ns=(1, 1))
-    assert encode.model_revision(str(tmp_path)) != before
+    assert towers_features.model_revision(str(tmp_path)) != before
 
 
 def test_interrupted_captions_continue(letters, tmp_path, monkeypatch):
     config, many = text_config(tmp_path), [f"caption {row}" for row in range(5000)]
-    whole = encode.encode_texts
+    whole = towers_features.encode_texts
     calls = []
 
     def fragile(tower, texts, bar=None):
@@ -281,7 +277,7 @@ def test_interrupted_captions_continue(letters, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return whole(tower, texts, bar)
 
-    monkeypatch.setattr(encode, "encode_texts", fragile)
+    monkeypatch.setattr(towers_features, "encode_texts", fragile)
     with pytest.raises(KeyboardInterrupt):
         cached(config, many)
     assert cached(config, many)[:, 2].float().allclose(torch.arange(5000).half().float())

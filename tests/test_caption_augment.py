@@ -5,7 +5,10 @@ import pytest
 import torch
 from small_data import write_coco
 
-from augment import (
+from config import make_config
+from core.errors import LabError
+from dataset import COCOClipDataset, TrainingSet, open_dataset
+from training.augment import (
     augment,
     drop_words,
     reorder_clauses,
@@ -14,11 +17,6 @@ from augment import (
     variation_number,
     vary,
 )
-from config import make_config
-from dataset import COCOClipDataset
-from errors import LabError
-from open_data import open_dataset
-from training_set import TrainingSet
 
 SIDED = "The dog on the LEFT, a cat to its right. Left-hand side, rightmost."
 

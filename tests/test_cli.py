@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from cli import run_command
 from config import Config, make_config
+from interface.cli import run_command
 
 
 def called(*words: str) -> tuple[Config, str]:

@@ -19,13 +19,12 @@ from safetensors.torch import save_file
 from small_data import add_results, write_coco
 
 from config import Config, make_config
-from errors import LabError
-from files import read_json, write_json
-from gallery import evaluate_run, ranks_of
-from queries import open_search
-from runs import Run, load_run
-from tensor_files import load_archive, load_tensors
+from core.errors import LabError
+from core.files import read_json, write_json
+from core.tensor_files import load_archive, load_tensors
+from evaluate import evaluate_run, open_search, ranks_of
 from train import fit
+from utils import Run, load_run
 
 DAMAGES = int(os.environ.get("DAMAGES", "3"))
 TIMINGS = ["images_per_second", "data_share", "train_seconds", "peak_memory_gb"]

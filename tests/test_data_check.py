@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from small_data import SHARED
 
-import data_check
-import plots_data
-from data_check import check, load_report, report_table, save_report, without_bad
-from errors import LabError
-from readers import read_captions
+from core.errors import LabError
+from plots import figures
+from sources import check as sources_check
+from sources.check import check, load_report, report_table, save_report, without_bad
+from sources.readers import read_captions
 
 
 def jpeg(seed: int, size=(24, 18)) -> bytes:
@@ -129,8 +129,8 @@ def test_the_table_shows_every_finding(report):
 
 
 def test_processes_find_the_same(table, report, monkeypatch):
-    monkeypatch.setattr(data_check, "FEW", 2)
-    monkeypatch.setattr(data_check, "CHUNK", 3)
+    monkeypatch.setattr(sources_check, "FEW", 2)
+    monkeypatch.setattr(sources_check, "CHUNK", 3)
     again = check(table, tokenizer=words, max_length=20, num_workers=2, progress=False)
     assert again == report
 
@@ -163,7 +163,7 @@ def test_bad_pictures_are_out_until_they_are_repaired(table, report, planted):
 
 
 def test_the_figure_can_be_drawn(report, tmp_path):
-    plots_data.data_report(report, tmp_path / "report.png")
+    figures.data_report(report, tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 5000
 
 

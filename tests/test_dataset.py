@@ -12,15 +12,23 @@ from PIL import Image
 from small_data import write_coco
 from torch.utils.data import DataLoader, Dataset
 
-from captions import CaptionTable
 from config import make_config, run_name
-from dataset import COCOClipDataset, EpochBatches, load_table, main, make_loader, prepare_data, split_sizes
-from engine import match_ids
-from errors import LabError
+from core.errors import LabError
+from dataset import (
+    COCOClipDataset,
+    EpochBatches,
+    load_table,
+    main,
+    make_loader,
+    open_dataset,
+    prepare_data,
+    split_sizes,
+)
 from losses import ContrastiveLoss
-from open_data import open_dataset
-from readers import read_captions
+from sources.readers import read_captions
+from sources.table import CaptionTable
 from train import fit
+from training.engine import match_ids
 
 
 @pytest.fixture

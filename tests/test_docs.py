@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from small_data import ROOT, write_coco
 
-import heads
 import losses
-import optimisation
-import readers
-import towers
+import models
 from config import Config
-from presets import PRESETS
+from core.presets import PRESETS
+from sources import readers
+from towers import image as towers_image
+from towers import text as towers_text
+from training import optim
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LABS = sorted((ROOT / "docs" / "labs").glob("*.md"))
@@ -45,8 +46,12 @@ def test_links_are_relative_and_lead_somewhere(page):
 WORDS = (
     *Config.model_fields,
     *PRESETS,
-    *(name for table in (heads.HEADS, losses.LOSSES, readers.READERS, towers.IMAGE_TOWERS) for name in table),
-    *(name for table in (towers.TEXT_TOWERS, optimisation.SCHEDULES) for name in table),
+    *(
+        name
+        for table in (models.HEADS, losses.LOSSES, readers.READERS, towers_image.IMAGE_TOWERS)
+        for name in table
+    ),
+    *(name for table in (towers_text.TEXT_TOWERS, optim.SCHEDULES) for name in table),
     *"run_grid semi_hard data_share feature_map quickstart_bn_s0 CHECKPOINT_DIR COMPARE_FLAGS".split(),
     *"KAGGLE_USERNAME KAGGLE_KEY TEXT_TOWERS".split(),
 )

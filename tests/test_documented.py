@@ -4,7 +4,7 @@ import gzip
 import json
 from pathlib import Path
 
-from compat import get_device
+from core.devices import get_device
 
 import huggingface_hub
 import open_clip
@@ -15,10 +15,10 @@ import transformers
 from small_data import write_coco
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-import towers
 from config import DEFAULT_CONFIG, make_config
-from errors import LabError
+from core.errors import LabError
 from models import CLIPModel
+from towers import base, text
 from train import fit
 
 
@@ -58,11 +58,12 @@ def resnet_weights(tmp_path, monkeypatch):
 def test_documented_usage(tmp_path, monkeypatch, clip_folder, resnet_weights):
     write_coco(tmp_path / "data" / "coco2014", {"train": 6, "val": 4})
     monkeypatch.chdir(tmp_path)
-    text_encoder = towers.clip_text(str(clip_folder))
+    text_encoder = text.clip_text(str(clip_folder))
 
     from config import DEFAULT_CONFIG
     from dataset import COCOClipDataset
-    from models import CLIPModel, InfoNCELoss
+    from losses import InfoNCELoss
+    from models import CLIPModel
     from utils import train_epoch, validate
 
     train_dataset = COCOClipDataset(split="train")
@@ -87,7 +88,7 @@ def test_documented_usage(tmp_path, monkeypatch, clip_folder, resnet_weights):
 @pytest.mark.parametrize(("kind", "width"), [("CLIPTextModel", 32), ("CLIPTextModelWithProjection", 512)])
 def test_a_clip_text_model_of_transformers_is_a_text_tower(kind, width, clip_folder):
     encoder = getattr(transformers, kind).from_pretrained(clip_folder)
-    model = CLIPModel(encoder, towers.CachedTower(4), embed_dim=width).eval()
+    model = CLIPModel(encoder, base.CachedTower(4), embed_dim=width).eval()
     captions = ["a dog in the snow", "two cats"]
     features = model.encode_text(captions)
     tokens = CLIPTokenizer.from_pretrained(clip_folder)(captions, padding=True, return_tensors="pt")
@@ -95,20 +96,20 @@ def test_a_clip_text_model_of_transformers_is_a_text_tower(kind, width, clip_fol
     expected = output.pooler_output if kind == "CLIPTextModel" else output.text_embeds
     torch.testing.assert_close(features, torch.nn.functional.normalize(expected))
     if kind == "CLIPTextModelWithProjection":
-        projected = CLIPModel(towers.clip_text(str(clip_folder)), towers.CachedTower(4)).eval()
+        projected = CLIPModel(text.clip_text(str(clip_folder)), base.CachedTower(4)).eval()
         torch.testing.assert_close(projected.encode_text(captions), features)
 
 
 def test_an_encoder_that_is_no_text_tower_says_so():
     with pytest.raises(LabError, match="text_encoder Linear says no width; give a text tower such as"):
-        CLIPModel(torch.nn.Linear(2, 2), towers.CachedTower(4))
+        CLIPModel(torch.nn.Linear(2, 2), base.CachedTower(4))
 
 
 def test_importing_models_leaves_progress_bars_as_they_are(clip_folder):
     hub = huggingface_hub.utils
     assert not hub.are_progress_bars_disabled()
     assert transformers.utils.logging.is_progress_bar_enabled()
-    towers.clip_text(str(clip_folder))
+    text.clip_text(str(clip_folder))
     assert not hub.are_progress_bars_disabled()
     assert transformers.utils.logging.is_progress_bar_enabled()
 
@@ -127,7 +128,7 @@ def test_the_documented_preset_end_to_end(tmp_path, clip_folder, resnet_weights)
 
 
 def test_clip_tokens_are_clips(clip_folder):
-    ids = towers.clip_text(str(clip_folder)).tokenize(["a dog in the snow"])["input_ids"][0].tolist()
+    ids = text.clip_text(str(clip_folder)).tokenize(["a dog in the snow"])["input_ids"][0].tolist()
     assert ids == open_clip.tokenize(["a dog in the snow"])[0, : len(ids)].tolist()
     assert len(ids) == 7
 
@@ -137,7 +138,7 @@ def test_a_half_loaded_tokenizer_is_refused(clip_folder, tmp_path):
         if file.name not in ("vocab.json", "merges.txt", "tokenizer.json"):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(LabError, match=r"knows .* tokens but its model 49408|could not be loaded"):
-        towers.clip_text(str(tmp_path))
+        text.clip_text(str(tmp_path))
 
 
 def test_default_config_is_the_preset():

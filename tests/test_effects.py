@@ -2,10 +2,11 @@
 
 import pytest
 
-from config import FLAGS, NOT_IN_NAME, PRESETS, Config, make_config, run_name
-from effects import ALWAYS, NEEDS, check, check_metric
-from errors import LabError
-from heads import HEADS, MLPHead
+from config import FLAGS, NOT_IN_NAME, Config, make_config, run_name
+from core.errors import LabError
+from core.presets import PRESETS
+from models import HEADS, MLPHead
+from training.effects import ALWAYS, NEEDS, check, check_metric
 
 CONDITIONAL = {field for fields, _, _ in NEEDS for field in fields.split()}
 OUTSIDE = NOT_IN_NAME - {"karpathy_file"}  # where and how fast a run is computed, and what is read again

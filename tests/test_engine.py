@@ -14,15 +14,15 @@ import torch
 from small_data import ROOT
 from torch import nn
 
-import towers
 from config import make_config
-from engine import Engine, encode_batch, is_out_of_memory, split_batch
-from errors import LabError
+from core.errors import LabError
 from losses import InfoNCELoss, SigmoidLoss
 from models import CLIPModel
-from negatives import BankNegatives, QueueNegatives, build_negatives
-from runs import Run, load_run
+from towers import base
 from train import fit
+from training.engine import Engine, encode_batch, is_out_of_memory, split_batch
+from training.negatives import BankNegatives, QueueNegatives, build_negatives
+from utils import Run, load_run
 
 # Equalities are shown in float64. A gradient here is a sum of fewer than 10^5 terms below 10^2, so that two orders
 # of summation differ by less than 10^5 * 10^2 * 2.2e-16 = 2.2e-9, and in practice by some 1e-14.
@@ -50,7 +50,7 @@ class ConvTower(nn.Module):
 def make_model(norm: bool = False, **options) -> CLIPModel:
     torch.manual_seed(0)
     return CLIPModel(
-        towers.CachedTower(7), ConvTower(norm), text_head="mlp", image_head="mlp", embed_dim=4, frozen=(),
+        base.CachedTower(7), ConvTower(norm), text_head="mlp", image_head="mlp", embed_dim=4, frozen=(),
         head_hidden_dim=8, head_dropout=0.1, learn_temperature=True, **options,
     ).double()  # fmt: skip
 
@@ -273,7 +273,7 @@ import sys; sys.path.insert(0, {root!r})
 import os
 import resource
 from config import load_config
-from errors import LabError
+from core.errors import LabError
 from train import fit
 config = load_config(sys.argv[1] + "/config.yaml")
 fit(config.updated(image_tower_mode="cached"), show=False)  # encodes the captions
@@ -424,7 +424,7 @@ def test_nothing_to_train_says_so():
 TWO_PROCESSES = """
 import sys; sys.path[:0] = [{root!r}, {tests!r}]
 import torch
-from distributed import join_group, rank, sum_gradients, world_size
+from training.distributed import join_group, rank, sum_gradients, world_size
 from test_engine import engine_of, make_batch, make_model, still
 join_group(torch.device("cpu"))
 assert world_size() == 2

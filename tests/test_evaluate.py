@@ -12,27 +12,16 @@ import torch
 from evaluated import COUNTS, argsort_recall, config_of, made_gallery, write_home, write_run
 from safetensors.torch import load_file, save_file
 
-import comparison
 import evaluate
-import looking_inside
 from config import make_config
-from errors import LabError
-from gallery import (
-    RANK_FIELDS,
-    fitting_protocols,
-    keep_measured,
-    load_ranks,
-    measured,
-    metrics_table,
-    protocol_of,
-    ranks_of,
-    ranks_path,
-    save_ranks,
-)
-from metrics import retrieval_metrics
-from runs import load_run
-from scenes import write_scenes
-from uncertainty import compare_settings, paired_test
+from core.errors import LabError
+from evaluate import keep_measured, measured, ranks_of
+from metrics import metrics_table, retrieval_metrics
+from reports import compare, search, sections, zero_shot
+from reports.gallery import RANK_FIELDS, fitting_protocols, load_ranks, protocol_of, ranks_path, save_ranks
+from retrieval.statistics import compare_settings, paired_test
+from sources.drawing import write_scenes
+from utils import load_run
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +107,7 @@ def test_a_protocol_is_named_where_it_fits(images, captions, split, source, name
 def test_every_fitting_protocol_has_its_row(tmp_path):
     gallery = made_gallery(40, 3)
     gallery.run.metrics["test"] = gallery.metrics()
-    (exhibit,) = looking_inside.protocols(gallery, tmp_path)
+    (exhibit,) = sections.protocols(gallery, tmp_path)
     first = torch.arange(0, 120, 3)
     alone = retrieval_metrics(
         gallery.image_features, gallery.text_features[first], gallery.image_id, gallery.text_id[first]
@@ -126,13 +115,13 @@ def test_every_fitting_protocol_has_its_row(tmp_path):
     row = exhibit.table.loc[("one_caption", 40, 40, "model")]
     assert row["i2t_recall@1"] == f"{100 * alone['i2t_recall@1']:.1f}"
     assert exhibit.table.loc[("full", 40, 120, "chance"), "t2i_recall@10"] == "25.0"
-    (every,) = looking_inside.every_figure(gallery, tmp_path)
+    (every,) = sections.every_figure(gallery, tmp_path)
     assert every.table.loc["map", "image-to-text"] == f"{gallery.metrics()['i2t_map']:.3g}"
 
 
 def test_recall_by_gallery_size_ends_at_the_full_gallery(tmp_path):
     gallery = made_gallery(60, 2, noise=3.0)
-    *figures, table = looking_inside.by_gallery_size(gallery, tmp_path)
+    *figures, table = sections.by_gallery_size(gallery, tmp_path)
     assert table.table.index[-1] == 60
     expected = [round(100 * gallery.metrics()[f"{way}_recall@1"], 1) for way in ("i2t", "t2i")]
     assert table.table.iloc[-1].tolist() == pytest.approx(expected)
@@ -141,7 +130,7 @@ def test_recall_by_gallery_size_ends_at_the_full_gallery(tmp_path):
 
 
 def test_published_points_are_not_drawn_over_generated_scenes(gallery, tmp_path):
-    first, *_ = looking_inside.by_gallery_size(gallery, tmp_path)
+    first, *_ = sections.by_gallery_size(gallery, tmp_path)
     assert "published" not in first.caption
 
 
@@ -166,7 +155,7 @@ def test_queries_without_a_match_are_counted_and_left_out(tmp_path):
     assert (found["t2i_num_queries"], found["i2t_num_queries"]) == (56, 28)
     assert found["i2t_recall@1"] >= whole - 0.1
     with pytest.raises(LabError, match="4 captions belong to no image"):
-        list(looking_inside.by_gallery_size(gallery, tmp_path))
+        list(sections.by_gallery_size(gallery, tmp_path))
 
 
 def test_nan_features_are_an_error():
@@ -179,12 +168,12 @@ def test_nan_features_are_an_error():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda g: evaluate.search_text(g, ["x"], k=21), "k is 21 but"),
-        (lambda g: evaluate.search_text(g, ["x"], k=0), "k is 0"),
-        (lambda g: evaluate.zero_shot(g, [0], ["a", "a"]), "none given twice"),
-        (lambda g: evaluate.zero_shot(g, [0], ["a", " "]), "none empty"),
-        (lambda g: evaluate.zero_shot(g, [0], ["only one"]), "at least two"),
-        (lambda g: evaluate.zero_shot(g, [0], ["a", "b"], ["no place"]), "needs {}"),
+        (lambda g: search.search_text(g, ["x"], k=21), "k is 21 but"),
+        (lambda g: search.search_text(g, ["x"], k=0), "k is 0"),
+        (lambda g: zero_shot.zero_shot(g, [0], ["a", "a"]), "none given twice"),
+        (lambda g: zero_shot.zero_shot(g, [0], ["a", " "]), "none empty"),
+        (lambda g: zero_shot.zero_shot(g, [0], ["only one"]), "at least two"),
+        (lambda g: zero_shot.zero_shot(g, [0], ["a", "b"], ["no place"]), "needs {}"),
         (lambda g: evaluate.open_gallery(g.run, "nowhere", show=False), "split 'nowhere' holds no image"),
         (lambda g: evaluate.compare_runs([]), "train one first"),
     ],
@@ -210,7 +199,7 @@ def test_a_data_set_may_bring_its_own_metrics(tmp_path):
     assert not list(tmp_path.glob("ranks*"))
     table = metrics_table({"test": found})
     assert table.to_dict("list") == {"top1": ["0.5 [0.4, 0.6]"], "swaps": ["0.3"]}
-    exhibits = {exhibit.name: exhibit for exhibit in looking_inside.examine(gallery, tmp_path, show=False)}
+    exhibits = {exhibit.name: exhibit for exhibit in sections.examine(gallery, tmp_path, show=False)}
     assert list(exhibits) == ["map, principal components", "map, t-SNE", "attention", "zero-shot classes"]
     assert (
         exhibits["attention"].caption == "attention is not shown: this data set has no picture files at hand."
@@ -245,7 +234,7 @@ def test_a_gallery_differs_with_its_data():
 
 def test_ranks_need_no_second_encoding(run, gallery, monkeypatch):
     measured(run)
-    monkeypatch.setattr("gallery.open_gallery", lambda *_, **__: pytest.fail("encoded again"))
+    monkeypatch.setattr("evaluate.open_gallery", lambda *_, **__: pytest.fail("encoded again"))
     assert same(ranks_of(run, "test"), gallery.ranks)
 
 
@@ -356,9 +345,7 @@ BETTER, WORSE, LIKE = (0.6, 0.62, 0.61), (0.4, 0.41, 0.42), (0.6, 0.4, 0.5)
 def settings(tmp_path, monkeypatch):
     """Three seeds each of three settings, one of a single seed, one on another gallery."""
     home = tmp_path
-    monkeypatch.setattr(
-        comparison, "measured", lambda run, **_: run.metrics
-    )  # as told, not as the weights are
+    monkeypatch.setattr(evaluate, "measured", lambda run, **_: run.metrics)  # as told, not as the weights are
     named = {
         "plain": (WORSE, {}),
         "bn": (BETTER, {"use_batch_norm": True}),
@@ -370,30 +357,30 @@ def settings(tmp_path, monkeypatch):
         for seed, recall in enumerate(recalls)
     ]
     runs += [told_run(home, 0.9, num_epochs=3), told_run(home, 0.9, gallery="b", num_epochs=5)]
-    return comparison.group_settings(runs, show=False)
+    return evaluate.group_settings(runs, show=False)
 
 
 def test_settings_stand_side_by_side_and_seeds_are_averaged(settings):
-    table = comparison.comparison_table(settings)
+    table = evaluate.comparison_table(settings)
     assert table["seeds"].tolist() == [3, 3, 3, 1, 1]
     assert table["i2t_recall@1"].iloc[0] == pytest.approx(np.mean(WORSE))
     assert table["i2t_recall@1_std"].iloc[0] == pytest.approx(np.std(WORSE, ddof=1))
     assert pd.isna(table["i2t_recall@1_std"].iloc[3])
     assert table["protocol"].tolist() == ["full"] * 5
     assert table["seconds"].iloc[0] == 750
-    assert comparison.readable(table)["i2t_recall@1"].iloc[0] == "41.0 ± 1.0"
+    assert evaluate.readable(table)["i2t_recall@1"].iloc[0] == "41.0 ± 1.0"
 
 
 def test_a_difference_is_claimed_only_over_seeds(settings):
-    verdicts = comparison.comparison_table(settings)["i2t_recall@1_verdict"].tolist()
+    verdicts = evaluate.comparison_table(settings)["i2t_recall@1_verdict"].tolist()
     assert compare_settings(BETTER, WORSE).is_difference
     assert not compare_settings(LIKE, WORSE).is_difference
     expected = ["baseline", "higher", "no difference shown", "too few seeds", "not compared: another gallery"]
     assert verdicts == expected
-    flipped = comparison.comparison_table(settings, settings[1].runs[0].name)["i2t_recall@1_verdict"]
+    flipped = evaluate.comparison_table(settings, settings[1].runs[0].name)["i2t_recall@1_verdict"]
     assert flipped.tolist()[:2] == ["lower", "baseline"]
     with pytest.raises(LabError, match="baseline 'nobody' does not exist"):
-        comparison.comparison_table(settings, "nobody")
+        evaluate.comparison_table(settings, "nobody")
 
 
 def test_two_single_runs_have_the_paired_test_of_their_kept_ranks(home, run):
@@ -404,11 +391,11 @@ def test_two_single_runs_have_the_paired_test_of_their_kept_ranks(home, run):
         {True: "higher", False: "lower"}[test.difference > 0] if test.is_difference else "no difference shown"
     )
     assert table["t2i_recall@1_verdict"].iloc[1] == f"{word} (test sample only, p = {test.p_value:.3f})"
-    found = comparison.paired_test_of(other, run, "t2i_recall@1")
+    found = evaluate.paired_test_of(other, run, "t2i_recall@1")
     assert found == test
     other.metrics["test"]["gallery"] = "another"
     with pytest.raises(LabError, match="different galleries"):
-        comparison.paired_test_of(other, run)
+        evaluate.paired_test_of(other, run)
 
 
 def test_finished_runs_are_found_by_preset(home, run):
@@ -425,7 +412,7 @@ def test_labels_and_fields_say_what_sets_runs_apart(home):
         evaluate.settings_label(make_config("quickstart", use_batch_norm=True, batch_size=8))
         == "bn, batch_size=8"
     )
-    fields = comparison.differing_fields({"a": config, "b": config.updated(batch_size=8, seed=4)})
+    fields = compare.differing_fields({"a": config, "b": config.updated(batch_size=8, seed=4)})
     assert fields.to_dict("index") == {"batch_size": {"a": "16", "b": "8"}}
 
 
@@ -451,6 +438,6 @@ def test_search_and_export_get_what_the_shell_says(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(evaluate, "search_command", lambda run, *words, **given: (run.name, *words, given))
     evaluate.main(["search", str(tmp_path / "run"), "a dog", "--minus", "snow", "--k", "3"])
     assert capsys.readouterr().out.strip() == "('run', 'a dog', {'image': None, 'minus': 'snow', 'k': 3})"
-    monkeypatch.setattr("export.export_run", lambda run, folder: [folder / run.config.preset])
+    monkeypatch.setattr("evaluate.export_run", lambda run, folder: [folder / run.config.preset])
     evaluate.main(["export", str(tmp_path / "run"), "--folder", str(tmp_path / "out")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "quickstart")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import compat  # noqa: F401
+import core.devices  # noqa: F401
 
 import pytest
 import torch
@@ -15,15 +15,14 @@ from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
 
-import towers
 from config import make_config
-from errors import LabError
-from export import export_run
-from export_clip import fold_batch_norm, linear_map, plain_layers
-from files import file_digest
-from heads import HEADS, HeadOptions
-from models import build_model
-from runs import Run, load_run
+from core.errors import LabError
+from core.files import file_digest
+from evaluate import export_run
+from models import HEADS, HeadOptions, build_model
+from reports.export import fold_batch_norm, linear_map, plain_layers
+from towers import text as towers_text
+from utils import Run, load_run
 
 TEXTS = ["a green triangle", "two dogs, one of them black, run through deep snow", "a"]
 SCRATCH = dict(
@@ -120,7 +119,7 @@ def test_pretrained_towers_and_a_head_on_them_fold_into_one_projection(tmp_path)
         projection_dim=10,
     )
     transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
-    towers.text_tokenizer("transformer").save_pretrained(tmp_path / "clip")
+    towers_text.text_tokenizer("transformer").save_pretrained(tmp_path / "clip")
     run = make_run(
         tmp_path / "run",
         image_tower="clip",
@@ -181,7 +180,7 @@ def test_minilm_and_its_head_load_as_sentence_transformer(tmp_path, head, kinds)
         *kinds,
         "Normalize",
     ]
-    features = towers.minilm().eval()(TEXTS)
+    features = towers_text.minilm().eval()(TEXTS)
     torch.testing.assert_close(
         model.encode(TEXTS, convert_to_tensor=True), run.model.encode_text(features), **CLOSE
     )
@@ -234,7 +233,7 @@ def test_a_cached_text_tower_is_written_along(tmp_path):
     run = make_run(tmp_path / "run", preset="clip_from_scratch", **settings)
     assert [path.name for path in export_run(run, tmp_path / "out")] == ["README.md", "text", "model"]
     theirs = SentenceTransformer(str(tmp_path / "out" / "text"), device="cpu")
-    ours = run.model.encode_text(towers.minilm().eval()(TEXTS))
+    ours = run.model.encode_text(towers_text.minilm().eval()(TEXTS))
     torch.testing.assert_close(theirs.encode(TEXTS, convert_to_tensor=True), ours, **CLOSE)
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from small_data import ROOT
 from small_disk import resize, small_disk
 
-from errors import LabError
-from files import (
+from core.errors import LabError
+from core.files import (
     DiskFullError,
     atomic_path,
     file_digest,
@@ -92,7 +92,7 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk(tmp_path):
     code = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-from files import write_text
+from core.files import write_text
 write_text({str(tmp_path / "a")!r}, "x" * 200_000)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -13,11 +13,10 @@ from small_data import add_results, write_coco
 from small_disk import resize, small_disk
 
 from config import Config, make_config
-from errors import LabError
-from gallery import evaluate_run
-from queries import open_search
-from runs import Run
+from core.errors import LabError
+from evaluate import evaluate_run, open_search
 from train import fit
+from utils import Run
 
 DISKS = int(os.environ.get("DISKS", "6"))
 WHOLE = 900_000  # bytes that a run, its caches, figures and index take

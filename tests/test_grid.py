@@ -5,7 +5,7 @@ from small_data import write_coco
 
 import tune
 from config import make_config, run_name
-from errors import LabError
+from core.errors import LabError
 from train import fit
 from tune import grid_settings, run_grid, train_all
 

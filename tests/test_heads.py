@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from config import make_config
-from errors import LabError
-from heads import HEADS, HeadOptions
-from models import build_model
+from core.errors import LabError
+from models import HEADS, HeadOptions, build_model
 
 pytestmark = pytest.mark.usefixtures("float64")  # sums of fewer than 100 terms: right to 100 * 2.2e-16
 SMALL = HeadOptions(hidden_dim=24, dropout=0.3, num_heads=2, num_layers=2, num_tokens=3)

@@ -11,8 +11,8 @@ from small_data import ROOT
 from torch import nn
 
 import losses
-from identity import identity
 from losses import InfoNCELoss, LabelledLoss
+from training.identity import identity
 
 FACTOR = 2.0
 PAIR = [lambda a, b: a + b, lambda a, b: a - b]
@@ -98,9 +98,7 @@ def test_every_loss_of_the_project_has_one():
 
 
 def test_another_process_finds_the_same():
-    code = (
-        "import compat, test_identity as t; print(t.identity(t.LabelledLoss(t.PAIR[0])), t.identity(t.Own()))"
-    )
+    code = "import test_identity as t, core.devices; print(t.identity(t.LabelledLoss(t.PAIR[0])), t.identity(t.Own()))"
     path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONHASHSEED": "7", "PATH": "/usr/bin:/bin"}
     shown = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, check=True)
     assert shown.stdout.split() == [identity(LabelledLoss(PAIR[0])), identity(Own())]

@@ -20,14 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
-import image_cache
-import image_store
-from errors import LabError
-from image_cache import ImageCache
-from pictures import UndecodableImage
+from core.errors import LabError
+from sources import image_cache
+from sources.decode import UndecodableImage
+from sources.image_cache import ImageCache
 
 SIZE = 16
-ROOT = Path(image_cache.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
@@ -306,7 +305,7 @@ def test_rows_reach_the_disk_before_their_bits(build, monkeypatch):
     events: list[str] = []
     counts: list[int] = []
 
-    def flush(self, original=image_store.RawStore.flush):
+    def flush(self, original=image_cache.RawStore.flush):
         events.append("rows")
         original(self)
 
@@ -316,7 +315,7 @@ def test_rows_reach_the_disk_before_their_bits(build, monkeypatch):
         original(store, done)
 
     monkeypatch.setattr(image_cache, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(image_store.RawStore, "flush", flush)
+    monkeypatch.setattr(image_cache.RawStore, "flush", flush)
     monkeypatch.setattr(image_cache, "_write_done", write_done)
     build()
     assert events == ["bits"] + ["rows", "bits"] * 41  # an empty bitmap first; the last checkpoint at the end
@@ -326,8 +325,8 @@ def test_rows_reach_the_disk_before_their_bits(build, monkeypatch):
 SLOW_BUILD = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-import image_cache
-import image_store
+from sources import image_cache
+
 fast, image_cache.CHECKPOINT_SECONDS, image_cache.ROWS_PER_TASK = image_cache.decode_rgb, 0.02, 1
 
 main, rows = os.getpid(), 0
@@ -440,7 +439,7 @@ def test_a_full_disk_is_an_error_before_the_first_picture(build, decoded, monkey
 
 def test_what_is_written_already_counts(build, data, decoded, monkeypatch):
     """A build that stopped for want of room needs only the rest; what it wrote makes way for JPEGs."""
-    write = image_store.BaseStore.write
+    write = image_cache.BaseStore.write
 
     def full(self, start, data):
         if start >= 30 * SIZE * SIZE * 3:
@@ -449,7 +448,7 @@ def test_what_is_written_already_counts(build, data, decoded, monkeypatch):
 
     monkeypatch.setattr(image_cache, "ROWS_PER_TASK", 1)
     with monkeypatch.context() as patched:
-        patched.setattr(image_store.BaseStore, "write", full)
+        patched.setattr(image_cache.BaseStore, "write", full)
         with pytest.raises(LabError, match=r"cannot be written \(No space left"):
             build()
     decoded.clear()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from errors import LabError
-from optimisation import mix_weights, mixture
+from core.errors import LabError
+from training.optim import mix_weights, mixture
 
 
 def parts() -> tuple[nn.Module, dict, dict]:

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 from small_data import ROOT, write_coco
 
-import runs
 from config import Config, make_config
-from runs import Run
 from train import fit
+from training import checkpoints
+from utils import Run
 
 KILLS = int(os.environ.get("KILLS", "2"))
 TIMINGS = ["images_per_second", "data_share", "train_seconds", "peak_memory_gb"]
@@ -72,7 +72,7 @@ def killed_at_write(config: Config, moment: str, number: int) -> None:
         if count[0] > number and moment == "after":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    runs.torch.save = torn
+    checkpoints.torch.save = torn
     fit(config, show=False)
 
 
@@ -114,7 +114,7 @@ def test_interrupted_twice_it_ends_with_one_line_that_says_what_is_saved(config,
     """From a shell, with two real signals in one step."""
     code = f"""
 import os, signal
-from cli import one_sentence
+from interface.cli import one_sentence
 from config import Config
 from losses import InfoNCELoss
 from train import fit

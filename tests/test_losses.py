@@ -6,16 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from errors import LabError
-from losses import (
-    SWAPPED,
-    ContrastiveLoss,
-    InfoNCELoss,
-    SigmoidLoss,
-    SwapMarginLoss,
-    TripletLoss,
-    chance_level,
-)
+from core.errors import LabError
+from core.ids import SWAPPED
+from losses import ContrastiveLoss, InfoNCELoss, SigmoidLoss, SwapMarginLoss, TripletLoss, chance_level
 
 # In float64: sums of fewer than 100 terms below 100, whose order moves them by 100 * 100 * 2.2e-16.
 SAME = {"rtol": 0, "atol": 2.2e-12}

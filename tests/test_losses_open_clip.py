@@ -2,7 +2,7 @@
 
 import math
 
-import compat  # noqa: F401  before open_clip imports torchvision
+import core.devices  # noqa: F401  before open_clip imports torchvision
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 
 from config import make_config
 from losses import build_loss, even_bias
-from negatives import QueueNegatives
+from training.negatives import QueueNegatives
 
 # In float64: sums of fewer than 100 terms below 100, whose order moves them by 100 * 100 * 2.2e-16.
 SAME = {"rtol": 0, "atol": 2.2e-12}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from config import make_config
-from errors import LabError
+from core.errors import LabError
 from losses import ContrastiveLoss, InfoNCELoss, LabelledLoss, TripletLoss, build_loss
 
 # In float64: sums of fewer than 100 terms below 100, whose order moves them by 100 * 100 * 2.2e-16.

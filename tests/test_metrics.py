@@ -13,9 +13,12 @@ from small_data import SHARED
 from torch.nn import functional as F
 
 import metrics
-import ranks as ranks_module
-from errors import LabError
-from metrics import match_ranks, recall_by_gallery_size, retrieval_metrics
+from core.errors import LabError
+from metrics import retrieval_metrics
+from retrieval import figures as retrieval_figures
+from retrieval import ranks as retrieval_ranks
+from retrieval.figures import recall_by_gallery_size
+from retrieval.ranks import match_ranks
 
 KS = (1, 5, 10)
 
@@ -142,7 +145,7 @@ def test_map_ndcg_and_the_rest_equal_ranx(kind, ranx):
         names = {"map": "map", "ndcg@10": "ndcg@10", "mrr": "mrr", "r_precision": "r-precision"}
         expected = ranx.evaluate(ranx.Qrels(truth), ranx.Run(run), list(names.values()))
         for ours, theirs in names.items():
-            values = metrics.query_values(one_way, ours)[:60]
+            values = retrieval_figures.query_values(one_way, ours)[:60]
             assert values.mean() == pytest.approx(expected[theirs], abs=1e-6)
 
 
@@ -159,7 +162,7 @@ def test_figures_of_a_written_out_matrix():
     assert found.i2t.offsets.tolist() == [0, 3, 4]
     assert found.t2i.values.tolist() == [1, 2, 2, 2]
     assert found.t2i.rows.tolist() == [0, 1, 2, 3]
-    figures = metrics.summarise(found, ks=(1, 2))
+    figures = retrieval_figures.summarise(found, ks=(1, 2))
     assert figures["i2t_recall@1"] == 0.5
     assert figures["t2i_recall@1"] == 0.25
     assert figures["rsum"] == pytest.approx(100 * (0.5 + 0.5 + 0.25 + 1))
@@ -214,7 +217,7 @@ def test_the_tile_changes_nothing(tile):
 def test_tiles_that_are_not_kept_are_made_again_alike(monkeypatch):
     data = random_set(num_images=40)
     kept = match_ranks(*data, tile=(64, 16))
-    monkeypatch.setattr(ranks_module, "KEPT_BYTES", 0)
+    monkeypatch.setattr(retrieval_ranks, "KEPT_BYTES", 0)
     again = match_ranks(*data, tile=(64, 16))
     assert np.array_equal(kept.i2t.values, again.i2t.values)
     assert np.array_equal(kept.t2i.values, again.t2i.values)
@@ -299,7 +302,9 @@ def test_chance_is_what_random_features_reach():
 
 
 def test_k_over_the_gallery_is_everything_and_so_is_chance():
-    figures = metrics.summarise(match_ranks(torch.eye(3), torch.eye(3), range(3), range(3)), ks=(1, 50))
+    figures = retrieval_figures.summarise(
+        match_ranks(torch.eye(3), torch.eye(3), range(3), range(3)), ks=(1, 50)
+    )
     assert figures["i2t_recall@50"] == figures["i2t_chance@50"] == 1
     assert figures["t2i_chance@1"] == pytest.approx(1 / 3)
 
@@ -354,7 +359,7 @@ def test_recall_by_gallery_size_agrees_with_galleries_drawn_at_random():
 
 def test_recall_by_gallery_size_ends_at_the_full_gallery():
     found = match_ranks(*random_set())
-    figures, curve = metrics.summarise(found), recall_by_gallery_size(found, [1, found.num_images])
+    figures, curve = retrieval_figures.summarise(found), recall_by_gallery_size(found, [1, found.num_images])
     assert curve["i2t"] == pytest.approx([1, figures["i2t_recall@1"]])
     assert curve["t2i"] == pytest.approx([1, figures["t2i_recall@1"]])
 
@@ -456,4 +461,4 @@ def test_no_k_and_no_such_figure():
     with pytest.raises(LabError, match="ks is empty"):
         retrieval_metrics(EYE, EYE, IDS, IDS, ks=())
     with pytest.raises(LabError, match="did you mean 'recall'"):
-        metrics.query_values(match_ranks(EYE, EYE, IDS, IDS).i2t, "recal@1")
+        retrieval_figures.query_values(match_ranks(EYE, EYE, IDS, IDS).i2t, "recal@1")

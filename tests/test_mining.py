@@ -11,24 +11,14 @@ from safetensors.torch import load_file
 from small_data import write_coco
 from torch import nn
 
-from captions import CaptionTable
 from config import make_config
-from dataset import COCOClipDataset, make_loader
-from errors import LabError
-from mining import (
-    NONE,
-    best_match,
-    mine_random,
-    mine_semantic,
-    nearest_images,
-    neighbour_order,
-    says_the_same,
-    told,
-)
-from open_data import open_dataset
-from readers import read_captions
+from core.errors import LabError
+from dataset import OFF, COCOClipDataset, TrainingSet, make_loader, open_dataset
+from retrieval.mining import NONE, best_match, mine_random, mine_semantic, says_the_same, told
+from sources.readers import read_captions
+from sources.table import CaptionTable
 from train import Trainer, fit
-from training_set import OFF, Balance, TrainingSet, small_categories
+from training.order import Balance, nearest_images, neighbour_order, small_categories
 
 
 def features(rows: int, width: int = 6, seed: int = 0) -> torch.Tensor:

@@ -8,14 +8,15 @@ import torch
 from small_data import ROOT
 from torch import nn
 
-import towers
 from config import Config, make_config
-from errors import LabError
-from losses import InfoNCELoss
-from models import AttentionPooling, CLIPModel, build_loss, build_model
+from core.errors import LabError
+from losses import InfoNCELoss, build_loss
+from models import AttentionPooling, CLIPModel, build_model
+from towers import base, image
+from towers import text as towers_text
 
 
-class TinyImageTower(towers.ImageTower):
+class TinyImageTower(base.ImageTower):
     """Three convolutions, so that tests are fast."""
 
     def __init__(self, width: int = 16) -> None:
@@ -28,7 +29,7 @@ class TinyImageTower(towers.ImageTower):
 def tiny_model(**settings) -> CLIPModel:
     torch.manual_seed(0)
     return CLIPModel(
-        towers.CachedTower(12), TinyImageTower(), **{"text_head": "linear", "embed_dim": 10, **settings}
+        base.CachedTower(12), TinyImageTower(), **{"text_head": "linear", "embed_dim": 10, **settings}
     )
 
 
@@ -100,9 +101,7 @@ def test_flags_change_the_model_as_they_say():
 
 def test_attention_over_a_cached_tower_is_an_error_that_says_so():
     with pytest.raises(LabError, match="attention pooling needs a feature map"):
-        CLIPModel(
-            towers.CachedTower(4), towers.CachedTower(6), text_head="linear", use_attention_pooling=True
-        )
+        CLIPModel(base.CachedTower(4), base.CachedTower(6), text_head="linear", use_attention_pooling=True)
 
 
 def test_identity_head_asks_for_the_tower_width():
@@ -115,15 +114,13 @@ def test_identity_head_asks_for_the_tower_width():
 )
 def test_a_cached_tower_refuses_what_is_not_its_features(wrong):
     with pytest.raises(LabError, match=r"takes \(batch, 12\) features"):
-        towers.CachedTower(12)(wrong)
+        base.CachedTower(12)(wrong)
 
 
 def test_builder_and_defaults_give_the_same_keys():
     config = Config(image_weights="random", text_tower="minilm", text_head="linear", use_batch_norm=True)
     built = build_model(config)
-    bare = CLIPModel(
-        towers.CachedTower(384), towers.resnet50("random"), text_head="linear", use_batch_norm=True
-    )
+    bare = CLIPModel(base.CachedTower(384), image.resnet50("random"), text_head="linear", use_batch_norm=True)
     assert list(built.state_dict()) == list(bare.state_dict())
     sizes = {name: tuple(p.shape) for name, p in built.image_head.named_parameters() if p.ndim == 2}
     assert sorted(sizes.values()) == [(512, 1024), (1024, 2048)]
@@ -144,7 +141,7 @@ def test_documented_loss_names_are_understood():
 
 
 def test_packaged_image_tower_sees_what_imagenet_taught_it():
-    tower = towers.efficientnet_lite0().eval()
+    tower = image.efficientnet_lite0().eval()
     assert sum(p.numel() for p in tower.parameters()) == pytest.approx(3.37e6, rel=0.01)
     with torch.inference_mode():
         assert tower(pictures(2, 64)).shape == (2, tower.width) == (2, 1280)
@@ -152,12 +149,12 @@ def test_packaged_image_tower_sees_what_imagenet_taught_it():
 
 
 def test_packaged_text_tower_agrees_with_its_model_card():
-    tower = towers.minilm().eval()
+    tower = towers_text.minilm().eval()
     texts = ["A dog runs in the snow.", "A puppy is running through snow.", "The stock market fell."]
     with torch.inference_mode():
         alone = torch.cat([tower([text]) for text in texts])
         together = tower(texts)
-    assert together.shape == (3, towers.text_width("minilm")) == (3, 384)
+    assert together.shape == (3, towers_text.text_width("minilm")) == (3, 384)
     assert torch.allclose(alone, together, atol=1e-5)  # padding changes nothing
     likeness = together @ together.T
     assert likeness[0, 1] > 0.7 > 0.3 > likeness[0, 2]
@@ -165,24 +162,25 @@ def test_packaged_text_tower_agrees_with_its_model_card():
 
 def test_a_missing_hub_or_folder_is_one_sentence(tmp_path):
     with pytest.raises(LabError, match="could not be loaded"):
-        towers.clip_text("nobody/no-such-model")
+        towers_text.clip_text("nobody/no-such-model")
     with pytest.raises(LabError, match="its folder is incomplete"):
-        towers.clip_text(str(tmp_path))
+        towers_text.clip_text(str(tmp_path))
 
 
 def test_weights_of_another_tower_are_refused(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(LabError, match="does not hold this tower's weights"):
-        towers.resnet50(str(tmp_path / "other.pth"))
+        image.resnet50(str(tmp_path / "other.pth"))
     with pytest.raises(LabError, match="is no file"):
-        towers.resnet50(str(tmp_path / "none.pth"))
+        image.resnet50(str(tmp_path / "none.pth"))
 
 
 def test_freed_memory_is_kept_for_reuse():
     """A page fault less for every page of a large tensor that is made again."""
     script = (
-        "import resource, sys, torch, compat\n"
-        "if sys.argv[1] == 'kept': compat.reuse_freed_memory()\n"
+        "import resource, sys, torch\n"
+        "from core import devices\n"
+        "if sys.argv[1] == 'kept': devices.reuse_freed_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "torch.zeros(1 << 24); before = faults()\n"
         "for _ in range(20): torch.ones(1 << 24)\n"

@@ -13,8 +13,8 @@ import papermill.translators
 import pytest
 from small_data import ROOT, SHARED
 
-from errors import LabError
-from run_notebook import _listed, run_notebook, tables, widgets_as_shown, without_network
+from core.errors import LabError
+from interface.run_notebook import _listed, run_notebook, tables, widgets_as_shown, without_network
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 STATE = "application/vnd.jupyter.widget-state+json"
@@ -38,7 +38,7 @@ def git(*words: str, cwd: Path) -> None:
 def bare_repository(folder: Path) -> str:
     """A repository of the lab as it stands here; its address."""
     tree = folder / "tree"
-    for pattern in ("*.py", "*.ipynb", "requirements*.txt", "configs/**/*.*"):
+    for pattern in ("*.py", "[!.]*/*.py", "*.ipynb", "requirements*.txt", "configs/**/*.*"):
         for path in ROOT.glob(pattern):
             target = tree / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import os
 import pickle
 from pathlib import Path
 
-import compat  # noqa: F401
+import core.devices  # noqa: F401
 
 import numpy as np
 import pytest
@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from errors import LabError
-from paired_data import few, open_pictures, pair_caption
-from scenes import PAIR_CLASSES, write_shapes
+from core.errors import LabError
+from sources.drawing import PAIR_CLASSES, write_shapes
+from sources.side_by_side import few, open_pictures, pair_caption
 
 NAMES = ["apple", "aquarium_fish", "bee"]
 

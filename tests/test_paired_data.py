@@ -1,21 +1,20 @@
 """Pairs of pictures: what they show, what they are called, how they are drawn and measured."""
 
-import compat  # noqa: F401
+import core.devices  # noqa: F401
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from augment import augment
 from config import make_config
-from dataset import make_loader
-from errors import LabError
-from heads import HEADS, HeadOptions
+from core.errors import LabError
+from dataset import PairedPictures, fixed_pairs, make_loader, open_dataset, open_paired
 from losses import InfoNCELoss, SwapMarginLoss, build_loss
-from open_data import open_dataset
-from paired_data import PairedPictures, Pictures, fixed_pairs, open_paired, pair_caption
-from scenes import write_shapes
+from models import HEADS, HeadOptions
+from sources.drawing import write_shapes
+from sources.side_by_side import Pictures, pair_caption
+from training.augment import augment
 from utils import _augmented, encode_loader, split_metrics
 
 NAMES = ["apple", "aquarium fish", "bee"]

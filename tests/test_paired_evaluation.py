@@ -4,19 +4,24 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 from scipy.stats import bootstrap
 
-import plots_demo
 from config import load_config, make_config
-from errors import LabError
+from core.errors import LabError
 from models import build_model
-from pair_ranks import PairRanks, rank_pairs, swapped
-from paired_evaluation import evaluate_pairs, guesses, pairs_table, report_pairs, save_curves, settings_table
-from scenes import write_shapes
+from reports.side_by_side import (
+    evaluate_pairs,
+    guesses,
+    pairs_table,
+    report_pairs,
+    save_curves,
+    settings_table,
+)
+from sources.drawing import write_shapes
+from sources.side_by_side import PairRanks, rank_pairs, swapped
 from train import fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,12 +216,3 @@ def test_the_documented_tower_reads_two_pictures_side_by_side():
     assert tower.picture_shape == (32, 64)
     assert tower.grid == (4, 8)
     assert 42e6 < sum(p.numel() for p in tower.parameters()) < 43e6  # 6 * 12 * 768^2 + patches
-
-
-def test_the_demo_draws_curves_without_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["plots.py", "demo", "--file", str(tmp_path / "demo.png")])
-    plots_demo.main()
-    assert (tmp_path / "demo.png").stat().st_size > 10_000
-    assert "demo.png" in capsys.readouterr().out
-    assert isinstance(plots_demo.demo_history(7), pd.DataFrame)
-    assert len(plots_demo.demo_history(7)) == 7

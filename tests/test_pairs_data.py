@@ -10,16 +10,13 @@ import torch
 from safetensors.torch import save_file
 from small_data import SHARED
 
-from cache import Rows, divide, same_rows, stacked
-from captions import CaptionTable
 from config import make_config
-from dataset import make_loader
-from errors import LabError
-from gallery import evaluate_run
-from open_data import open_dataset
-from pairs_data import embeddings_at
-from preencoded import main as preencoded_main
-from preencoded import read_pairs, split_pairs
+from core.errors import LabError
+from dataset import embeddings_at, make_loader, open_dataset
+from encode import split_command as preencoded_main
+from evaluate import evaluate_run
+from sources.embeddings import Rows, divide, read_pairs, same_rows, split_pairs, stacked
+from sources.table import CaptionTable
 from train import fit
 
 WIDTHS = (6, 4)
@@ -73,7 +70,7 @@ def test_equal_rows_get_one_number():
 
 
 def test_a_folder_is_divided_by_image_once(coco2017, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["preencoded.py", "split", str(coco2017)])
+    monkeypatch.setattr(sys, "argv", ["encode.py", "split", str(coco2017)])
     preencoded_main()
     assert "train         480 pairs" in capsys.readouterr().out
     division = json.loads((coco2017 / "splits.json").read_text())

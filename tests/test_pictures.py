@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from small_data import SHARED
 
-from errors import LabError
-from pictures import MAX_BYTES, UndecodableImage, decode, decode_rgb, stored_size
+from core.errors import LabError
+from sources.decode import MAX_BYTES, UndecodableImage, decode, decode_rgb, stored_size
 
 RED, GREEN, BLUE, WHITE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128)
 ORIENTATION = 0x0112

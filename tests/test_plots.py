@@ -13,9 +13,9 @@ from matplotlib.colors import same_color
 from PIL import Image
 from small_data import SHARED
 
-import plots
-from errors import LabError
-from plots_style import COLOURS, DIRECTIONS, GREY, RIGHT, WRONG
+from core.errors import LabError
+from plots import figures
+from plots.style import COLOURS, DIRECTIONS, GREY, RIGHT, WRONG
 
 FLICKR8K = SHARED / "flickr8k"
 
@@ -39,7 +39,7 @@ def history(epochs: int = 4) -> pd.DataFrame:
 
 def test_captions_stand_whole_under_their_pictures():
     captions = ["a red square", "costs $5 or $6", ["one", "two"], "a long caption " * 8]
-    figure = plots.captioned_images(pictures(4), captions, title="Eight of them")
+    figure = figures.captioned_images(pictures(4), captions, title="Eight of them")
     shown = [" ".join(text.split()) for text in texts_of(figure)]
     for caption in (
         "a red square",
@@ -51,13 +51,13 @@ def test_captions_stand_whole_under_their_pictures():
         assert caption in shown
     for axes, picture in zip(picture_axes(figure), pictures(4), strict=True):
         np.testing.assert_array_equal(axes.images[0].get_array(), np.asarray(picture))
-    taller = plots.captioned_images(pictures(4), [*captions[:3], "a long caption " * 12])
-    assert taller.get_figheight() > plots.captioned_images(pictures(4), ["short"] * 4).get_figheight()
+    taller = figures.captioned_images(pictures(4), [*captions[:3], "a long caption " * 12])
+    assert taller.get_figheight() > figures.captioned_images(pictures(4), ["short"] * 4).get_figheight()
 
 
 def test_texts_and_pictures_do_not_overlap():
     captions = ["a dog runs over a wide green meadow behind its owner " * (1 + n % 3) for n in range(8)]
-    figure = plots.captioned_images(pictures(5) + pictures(3, (30, 60)), captions)
+    figure = figures.captioned_images(pictures(5) + pictures(3, (30, 60)), captions)
     boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
     boxes += [axes.images[0].get_window_extent() for axes in picture_axes(figure)]
     assert len(boxes) == 16
@@ -67,15 +67,15 @@ def test_texts_and_pictures_do_not_overlap():
 
 def test_captions_must_match_pictures():
     with pytest.raises(LabError, match="2 pictures and 1 captions; give one caption a picture"):
-        plots.captioned_images(pictures(2), ["one"])
+        figures.captioned_images(pictures(2), ["one"])
     with pytest.raises(LabError, match="no picture to draw"):
-        plots.captioned_images([], [])
+        figures.captioned_images([], [])
 
 
 def test_retrieval_grid_marks_right_and_wrong_by_frame_line_and_symbol():
     correct = [[True, False, False], [False, True, False]]
     scores = [[0.9, 0.5, 0.25], [0.8, 0.4, 0.2]]
-    figure = plots.retrieval_grid(["a dog", "a cat"], [pictures(3), pictures(3)], scores, correct)
+    figure = figures.retrieval_grid(["a dog", "a cat"], [pictures(3), pictures(3)], scores, correct)
     for axes, right in zip(picture_axes(figure), np.ravel(correct), strict=True):
         spine = axes.spines["left"]
         assert same_color(spine.get_edgecolor(), RIGHT if right else WRONG)
@@ -88,11 +88,11 @@ def test_retrieval_grid_marks_right_and_wrong_by_frame_line_and_symbol():
 
 
 def test_retrieval_grid_without_truth_frames_nothing():
-    figure = plots.retrieval_grid(["a dog"], [pictures(2)])
+    figure = figures.retrieval_grid(["a dog"], [pictures(2)])
     assert not any(axes.spines["left"].get_visible() or axes.texts for axes in picture_axes(figure))
-    assert "“nothing”" in texts_of(plots.retrieval_grid(["a dog", "nothing"], [pictures(2), []]))
+    assert "“nothing”" in texts_of(figures.retrieval_grid(["a dog", "nothing"], [pictures(2), []]))
     with pytest.raises(LabError, match="1 queries and 2 lists"):
-        plots.retrieval_grid(["a dog"], [pictures(1), pictures(1)])
+        figures.retrieval_grid(["a dog"], [pictures(1), pictures(1)])
 
 
 def test_real_photographs_and_captions_fit(tmp_path):
@@ -102,14 +102,14 @@ def test_real_photographs_and_captions_fit(tmp_path):
         rows = [row for _, row in zip(range(200), csv.DictReader(lines), strict=False)][::5][:8]
     images = [FLICKR8K / "Images" / row["image"] for row in rows]
     captions = [row["caption"] for row in rows]
-    figure = plots.captioned_images(images, captions)
+    figure = figures.captioned_images(images, captions)
     shown = [" ".join(text.split()) for text in texts_of(figure)]
     assert all(" ".join(caption.split()) in shown for caption in captions)
     boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
     boxes += [axes.images[0].get_window_extent() for axes in picture_axes(figure)]
     assert len(boxes) == 16
     assert overlaps(boxes) == []
-    plots.retrieval_grid(captions[:2], [images[:5], images[3:]], path=tmp_path / "grid.png")
+    figures.retrieval_grid(captions[:2], [images[:5], images[3:]], path=tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").width == 1350
 
 
@@ -118,7 +118,7 @@ def test_real_photographs_and_captions_fit(tmp_path):
 
 def test_learning_curves_draw_the_history_in_percent_with_references():
     table = history()
-    figure = plots.learning_curves({"run": table}, chance=0.001, chance_loss=4.85, best_epoch=3)
+    figure = figures.learning_curves({"run": table}, chance=0.001, chance_loss=4.85, best_epoch=3)
     loss, recall, rate = figure.axes
     np.testing.assert_allclose(loss.lines[0].get_ydata(), table["train_loss"])
     np.testing.assert_allclose(recall.lines[0].get_ydata(), 100 * table["i2t_recall@1"])
@@ -136,7 +136,7 @@ def test_learning_curves_draw_the_history_in_percent_with_references():
 
 def test_several_runs_keep_one_colour_each_and_a_legend():
     runs = {"plain": history(), "bn": history(6), "empty": pd.DataFrame()}
-    figure = plots.learning_curves(runs, best_epoch={"bn": 5})
+    figure = figures.learning_curves(runs, best_epoch={"bn": 5})
     colours = {
         line.get_label(): line.get_color() for line in figure.axes[0].lines if line.get_label() in runs
     }
@@ -148,11 +148,11 @@ def test_several_runs_keep_one_colour_each_and_a_legend():
 
 def test_gaps_in_a_history_are_left_out_and_a_missing_epoch_is_an_error():
     table = history().assign(val_loss=[np.nan, 2.0, np.nan, 1.0]).drop(columns="learning_rate")
-    loss, _, rate = plots.learning_curves(table).axes
+    loss, _, rate = figures.learning_curves(table).axes
     assert loss.lines[1].get_xdata().tolist() == [2, 4]
     assert not rate.lines
     with pytest.raises(LabError, match="history of r has no column 'epoch'"):
-        plots.learning_curves({"r": [{"train_loss": 1.0}]})
+        figures.learning_curves({"r": [{"train_loss": 1.0}]})
 
 
 # --- bars ---
@@ -160,7 +160,7 @@ def test_gaps_in_a_history_are_left_out_and_a_missing_epoch_is_an_error():
 
 def test_recall_bars_equal_the_table():
     chance = {"i2t_recall@1": 0.001, "t2i_recall@5": 0.005}
-    figure = plots.recall_bars(pd.DataFrame(RUNS), chance=chance)
+    figure = figures.recall_bars(pd.DataFrame(RUNS), chance=chance)
     for axes, direction in zip(figure.axes, ("i2t", "t2i"), strict=True):
         assert axes.get_title("left") == DIRECTIONS[direction]
         for bars, run in zip(axes.containers, RUNS, strict=True):
@@ -176,7 +176,7 @@ def test_comparison_bars_have_their_intervals():
         {**run, "i2t_recall@1_low": 0.2, "i2t_recall@1_high": 0.3, "t2i_recall@1_std": 0.02} for run in RUNS
     ]
     rows[1]["i2t_recall@1_low"] = rows[1]["i2t_recall@1_high"] = np.nan
-    figure = plots.comparison_bars(rows, chance=0.001, whiskers="95 % interval")
+    figure = figures.comparison_bars(rows, chance=0.001, whiskers="95 % interval")
     left, right = figure.axes
     np.testing.assert_allclose([bar.get_width() for bar in left.patches], [23.9, 25.0])
     segments = [container[2][0].get_segments() for container in (left.containers[1], right.containers[1])]
@@ -190,17 +190,17 @@ def test_comparison_bars_have_their_intervals():
     assert any("whiskers: 95 % interval" in text for text in texts_of(figure))
     seeds = [{**run, "i2t_recall@1_std": 0.01} for run in RUNS]
     assert "dashed: first row   ·   whiskers: ± 1 standard deviation" in texts_of(
-        plots.comparison_bars(seeds)
+        figures.comparison_bars(seeds)
     )
-    assert "dashed: first row" in texts_of(plots.comparison_bars(RUNS))
+    assert "dashed: first row" in texts_of(figures.comparison_bars(RUNS))
     with pytest.raises(LabError, match="no column 'rsum'; it has"):
-        plots.comparison_bars(RUNS, metrics=["rsum"])
+        figures.comparison_bars(RUNS, metrics=["rsum"])
 
 
 def test_zero_shot_bars_are_sorted_and_judged():
     labels = ["dog", "cat", "car", "boat"]
     table = torch.tensor([[0.1, 0.6, 0.25, 0.05], [0.7, 0.1, 0.15, 0.05]])
-    figure = plots.zero_shot_bars(pictures(2), labels, table, ["boat", 0], top=3)
+    figure = figures.zero_shot_bars(pictures(2), labels, table, ["boat", 0], top=3)
     wrong, right = [axes for axes in figure.axes if not axes.images]
     np.testing.assert_allclose([bar.get_width() for bar in wrong.patches], [60, 25, 5], rtol=1e-5)
     assert [text.get_text() for text in wrong.texts[::2]] == ["✗ cat", "car", "✓ boat (rank 4)"]
@@ -212,9 +212,9 @@ def test_zero_shot_bars_are_sorted_and_judged():
 
 def test_zero_shot_bars_refuse_what_does_not_fit():
     with pytest.raises(LabError, match=r"shape \(1, 2\) do not fit 1 pictures and 3 labels"):
-        plots.zero_shot_bars(pictures(1), ["a", "b", "c"], [[0.5, 0.5]])
+        figures.zero_shot_bars(pictures(1), ["a", "b", "c"], [[0.5, 0.5]])
     with pytest.raises(LabError, match="'x' is not among the labels a, b"):
-        plots.zero_shot_bars(pictures(1), ["a", "b"], [[0.5, 0.5]], ["x"])
+        figures.zero_shot_bars(pictures(1), ["a", "b"], [[0.5, 0.5]], ["x"])
 
 
 # --- attention ---
@@ -224,7 +224,7 @@ def test_attention_is_drawn_in_multiples_of_average_pooling():
     weights = torch.full((2, 7, 7), 1 / 49)
     weights[1] = 0
     weights[1, 2, 3] = 1
-    figure = plots.attention_maps(pictures(2), weights, ["a", "b"])
+    figure = figures.attention_maps(pictures(2), weights, ["a", "b"])
     overlays = [axes.images[1] for axes in picture_axes(figure) if len(axes.images) == 2]
     np.testing.assert_allclose(overlays[0].get_array(), np.ones((7, 7)), rtol=1e-6)
     assert overlays[1].get_array()[2, 3] == pytest.approx(49)
@@ -232,4 +232,4 @@ def test_attention_is_drawn_in_multiples_of_average_pooling():
     assert overlays[0].get_extent() == [-0.5, 39.5, 29.5, -0.5]
     assert any("average pooling gives 1" in text for text in texts_of(figure))
     with pytest.raises(LabError, match=r"2 pictures need as many weights of shape \(H, W\)"):
-        plots.attention_maps(pictures(2), weights[:1])
+        figures.attention_maps(pictures(2), weights[:1])

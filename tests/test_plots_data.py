@@ -10,10 +10,10 @@ from figures import overlaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from small_data import write_coco
 
-import plots_data
-from data_check import check, load_report, save_report
-from errors import LabError
-from readers import read_captions
+from core.errors import LabError
+from plots import figures
+from sources.check import check, load_report, save_report
+from sources.readers import read_captions
 
 
 def test_data_report_draws_a_panel_for_each_finding():
@@ -24,7 +24,7 @@ def test_data_report_draws_a_panel_for_each_finding():
         "caption_lengths": [8, 9, 9, 12],
         "undecodable": {"truncated": 3, "empty": 1},
     }
-    figure = plots_data.data_report(report)
+    figure = figures.data_report(report)
     titles = [axes.get_title("left") for axes in figure.axes]
     assert titles == [
         "7,000 images", "34,998 captions", "2 sizes, most 500×375", "median 9 words", "4 undecodable images",
@@ -34,9 +34,9 @@ def test_data_report_draws_a_panel_for_each_finding():
     assert heights[1] == [2, 6998]
     assert heights[3] == [1, 2, 0, 0, 1]
     assert [patch.get_width() for patch in figure.axes[4].patches] == [3, 1]
-    assert len(plots_data.data_report({"images_per_split": {"train": 1}, "undecodable": {}}).axes) == 1
+    assert len(figures.data_report({"images_per_split": {"train": 1}, "undecodable": {}}).axes) == 1
     with pytest.raises(LabError, match="nothing to draw; it needs one of images_per_split"):
-        plots_data.data_report({})
+        figures.data_report({})
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def report(tmp_path: Path) -> dict:
 
 
 def test_a_real_report_is_drawn_as_it_was_found(report, tmp_path):
-    figure = plots_data.data_report(report, tmp_path / "figures" / "report.png")
+    figure = figures.data_report(report, tmp_path / "figures" / "report.png")
     splits, captions, sizes, lengths, causes = figure.axes
     drawn = {
         label.get_text(): bar.get_height()
@@ -71,7 +71,7 @@ def test_a_real_report_is_drawn_as_it_was_found(report, tmp_path):
 
 def test_a_large_report_stays_within_its_figure():
     report = {"images_per_split": {"train": 113_287, "restval": 30_504, "val": 5000, "test": 5000}}
-    figure = plots_data.data_report({**report, "caption_lengths": [9] * 300_000 + [10] * 100_000})
+    figure = figures.data_report({**report, "caption_lengths": [9] * 300_000 + [10] * 100_000})
     FigureCanvasAgg(figure).draw()
     boxes = [axes.get_tightbbox() for axes in figure.axes]
     assert min(box.x0 for box in boxes) >= 0
@@ -79,7 +79,7 @@ def test_a_large_report_stays_within_its_figure():
 
 
 def test_a_saved_report_gives_the_same_picture(report, tmp_path):
-    plots_data.data_report(report, tmp_path / "found.png")
+    figures.data_report(report, tmp_path / "found.png")
     read = load_report(save_report(report, tmp_path / "report.json"))
-    plots_data.data_report(read, tmp_path / "read.png")
+    figures.data_report(read, tmp_path / "read.png")
     assert (tmp_path / "found.png").read_bytes() == (tmp_path / "read.png").read_bytes()

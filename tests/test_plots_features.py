@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.offsetbox import AnnotationBbox
 from scipy.spatial.distance import cdist, pdist
 
-import geometry
-import plots_features
-from errors import LabError
+from core.errors import LabError
+from plots import features as plots_features
+from retrieval import figures as retrieval_figures
 
 
 def features(seed: int, rows: int, width: int = 8) -> np.ndarray:
@@ -30,7 +30,7 @@ def test_geometry_matches_scipy_s_distances():
     images, texts = features(0, 12), features(1, 30)
     image_id = np.array([*range(10), 10, -1])
     text_id = np.array([*np.repeat(np.arange(9), 3), -1, 77, 10])
-    found = geometry.feature_geometry(torch.tensor(images), texts, image_id, text_id)
+    found = retrieval_figures.feature_geometry(torch.tensor(images), texts, image_id, text_id)
     match = (image_id[:, None] == text_id) & (text_id != -1)
     # float32: 8 products of a unit vector, times 4 in the exponent, and 30 rows: less than 1e-5
     squared = cdist(images, texts, "sqeuclidean")
@@ -40,24 +40,24 @@ def test_geometry_matches_scipy_s_distances():
         assert found[f"{side}_uniformity"] == pytest.approx(expected, abs=1e-5)
     gap = np.linalg.norm(images.mean(axis=0) - texts.mean(axis=0))
     assert found["modality_gap"] == pytest.approx(gap, abs=1e-5)
-    assert geometry.uniformity(images, chunk=5) == pytest.approx(found["image_uniformity"], abs=1e-5)
+    assert retrieval_figures.uniformity(images, chunk=5) == pytest.approx(found["image_uniformity"], abs=1e-5)
 
 
 def test_uniformity_of_many_rows_is_that_of_evenly_spaced_ones():
     images, texts = features(0, 3), features(1, 31)
-    found = geometry.feature_geometry(images, texts, range(3), [0] * 31, most=10)
-    assert found["text_uniformity"] == geometry.uniformity(texts[::4])
-    assert found["image_uniformity"] == geometry.uniformity(images)
-    assert np.isnan(geometry.feature_geometry(images[:1], texts, [0], [0] * 31)["image_uniformity"])
+    found = retrieval_figures.feature_geometry(images, texts, range(3), [0] * 31, most=10)
+    assert found["text_uniformity"] == retrieval_figures.uniformity(texts[::4])
+    assert found["image_uniformity"] == retrieval_figures.uniformity(images)
+    assert np.isnan(retrieval_figures.feature_geometry(images[:1], texts, [0], [0] * 31)["image_uniformity"])
 
 
 def test_geometry_refuses_bad_features():
     with pytest.raises(LabError, match="no image and text share an id"):
-        geometry.alignment(features(0, 2), features(1, 2), [1, -1], [2, -1])
+        retrieval_figures.alignment(features(0, 2), features(1, 2), [1, -1], [2, -1])
     with pytest.raises(LabError, match="text_features must be finite"):
-        geometry.modality_gap_size(features(0, 2), np.full((2, 8), np.nan))
+        retrieval_figures.modality_gap_size(features(0, 2), np.full((2, 8), np.nan))
     with pytest.raises(LabError, match="at least two rows"):
-        geometry.uniformity(features(0, 1))
+        retrieval_figures.uniformity(features(0, 1))
 
 
 def test_modality_gap_draws_its_history():

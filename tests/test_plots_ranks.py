@@ -9,8 +9,8 @@ import torch
 from figures import overlaps, texts_of
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-import plots_ranks
-from errors import LabError
+from core.errors import LabError
+from plots import ranks as plots_ranks
 
 
 def test_confusion_matrix_shows_shares_and_the_commonest_mistakes():
@@ -86,7 +86,7 @@ def test_recall_by_gallery_size_labels_do_not_overlap():
         "high": [1.0] * 3,
     }
     published = [(f"system number {n}", 1000 if n < 5 else 5000, 0.3 + 0.005 * n) for n in range(10)]
-    figure = plots_ranks.recall_by_gallery_size({"run": curve}, published, k=5)
+    figure = plots_ranks.gallery_size_curves({"run": curve}, published, k=5)
     axes = figure.axes[0]
     assert axes.get_xscale() == "log"
     assert axes.lines[0].get_xdata().tolist() == [100, 1000, 5000]

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 from pathlib import Path
 
-import compat  # noqa: F401
+import core.devices  # noqa: F401
 
 import numpy as np
 import pytest
@@ -15,15 +15,18 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import encode
-import towers
-from cache import cached_features, fill_share
-from cli import run_command
 from config import make_config
-from dataset import COCOClipDataset, load_table, make_loader, open_images
-from encode import cached_image_features, cached_text_features, preencode
-from errors import LabError
-from hub import load_weights
-from preencoded import read_pairs, read_splits
+from core.errors import LabError
+from dataset import COCOClipDataset, load_table, make_loader
+from encode import preencode
+from interface.cli import run_command
+from sources.embeddings import read_pairs, read_splits
+from sources.image_cache import open_images
+from towers import features as towers_features
+from towers import image as towers_image
+from towers import text as towers_text
+from towers.base import load_weights
+from towers.features import cached_features, cached_image_features, cached_text_features, fill_share
 
 SIDE = 32
 TINY = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -67,7 +70,7 @@ def mistral_folder(tmp_path_factory) -> str:
 
 
 def test_a_vision_tower_gives_the_models_own_pooled_output(siglip_folder):
-    tower = towers.siglip(siglip_folder).eval()
+    tower = towers_image.siglip(siglip_folder).eval()
     pictures = torch.randint(0, 256, (3, 3, SIDE, SIDE), dtype=torch.uint8)
     whole = transformers.SiglipModel.from_pretrained(siglip_folder).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(siglip_folder)
@@ -78,8 +81,8 @@ def test_a_vision_tower_gives_the_models_own_pooled_output(siglip_folder):
         assert torch.allclose(tower(pictures), expected, atol=1e-5)
         patches = whole.vision_model(pixel_values=pixels).last_hidden_state  # (3, 4, 16), row by row
         assert torch.allclose(tower.feature_map(pictures)[:, :, 1, 0], patches[:, 2], atol=1e-5)
-    assert tower.width == towers.image_width("siglip", siglip_folder) == 16
-    assert towers.image_size("siglip", siglip_folder) == SIDE
+    assert tower.width == towers_image.image_width("siglip", siglip_folder) == 16
+    assert towers_image.image_size("siglip", siglip_folder) == SIDE
     with pytest.raises(LabError, match="set image_size to 32"):
         tower(pictures[:, :, :16, :16])
 
@@ -87,7 +90,7 @@ def test_a_vision_tower_gives_the_models_own_pooled_output(siglip_folder):
 def test_any_vision_model_serves_and_its_class_token_is_no_patch(tmp_path):
     config = transformers.ViTConfig(**TINY, image_size=SIDE, patch_size=8)
     transformers.ViTModel(config).save_pretrained(tmp_path)
-    tower = towers.siglip(str(tmp_path)).eval()
+    tower = towers_image.siglip(str(tmp_path)).eval()
     assert tower.mean.flatten().tolist() == tower.std.flatten().tolist() == [0.5] * 3  # no processor is there
     with torch.inference_mode():
         assert tower.feature_map(torch.zeros(2, 3, SIDE, SIDE)).shape == (2, 16, 4, 4)
@@ -96,17 +99,17 @@ def test_any_vision_model_serves_and_its_class_token_is_no_patch(tmp_path):
 
 def test_what_is_no_whole_vision_model_is_refused(tmp_path, mistral_folder):
     with pytest.raises(LabError, match="has no vision model"):
-        towers.siglip(mistral_folder)
+        towers_image.siglip(mistral_folder)
     config = transformers.ViTConfig(**TINY, image_size=SIDE, patch_size=16)
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
     with pytest.raises(LabError, match=r"lack pooler\.dense"):  # it would be random
-        towers.siglip(str(tmp_path))
+        towers_image.siglip(str(tmp_path))
     with pytest.raises(LabError, match="text_tower 'sentence' needs text_model"):
-        towers.sentence()
+        towers_text.sentence()
 
 
 def test_e5_reads_the_end_mark_whatever_the_padding(mistral_folder):
-    tower = towers.e5(mistral_folder).eval()
+    tower = towers_text.e5(mistral_folder).eval()
     texts = ["a dog", "a picture of a dog number 12", "dog runs"]
     assert tower.tokenize(texts[:1])["input_ids"].tolist() == [[3, 10, 2]]
     assert tower.lengths(texts) == [3, 8, 3]
@@ -122,13 +125,13 @@ def test_e5_reads_the_end_mark_whatever_the_padding(mistral_folder):
             assert torch.allclose(tower(texts), expected, atol=1e-5)
         tower.max_length = 4
         assert tower.tokenize(texts)["input_ids"][1].tolist()[-1] == 2  # a cut text keeps its end mark
-    assert towers.text_width("e5", mistral_folder) == tower.width == 16
+    assert towers_text.text_width("e5", mistral_folder) == tower.width == 16
 
 
 def test_a_sentence_encoder_by_folder():
-    folder = towers.packaged_minilm()
+    folder = towers_text.packaged_minilm()
     with torch.inference_mode():
-        same = towers.sentence(folder).eval()(["a dog"]), towers.minilm().eval()(["a dog"])
+        same = towers_text.sentence(folder).eval()(["a dog"]), towers_text.minilm().eval()(["a dog"])
     assert torch.equal(*same)
 
 
@@ -179,8 +182,8 @@ def _encode_share(config, folder, rank, world):
 
 
 def test_two_processes_encode_half_each(coco, tmp_path, siglip_folder, mistral_folder, monkeypatch):
-    monkeypatch.setattr(encode, "TEXTS_PER_FILE", 10)
-    monkeypatch.setattr(encode, "PICTURES_PER_FILE", 3)
+    monkeypatch.setattr(towers_features, "TEXTS_PER_FILE", 10)
+    monkeypatch.setattr(towers_features, "PICTURES_PER_FILE", 3)
     places = (coco, tmp_path, siglip_folder, mistral_folder)
     alone = _config(*places, image_size=SIDE, cache_dir=tmp_path / "alone")
     preencode(alone, tmp_path / "expected", progress=False)
@@ -203,8 +206,8 @@ def test_two_processes_encode_half_each(coco, tmp_path, siglip_folder, mistral_f
     def refuse(*_):
         raise AssertionError("the shares hold everything already")
 
-    monkeypatch.setattr(encode, "encode_texts", refuse)
-    monkeypatch.setattr(encode, "encode_images", refuse)
+    monkeypatch.setattr(towers_features, "encode_texts", refuse)
+    monkeypatch.setattr(towers_features, "encode_images", refuse)
     preencode(config, tmp_path / "out", progress=False)
     for path in sorted((tmp_path / "expected").iterdir()):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
@@ -250,8 +253,8 @@ def test_features_are_the_towers_of_the_very_pictures_and_captions(
     table = load_table(config, ("val",))
     pixels = open_images(table, config.cache_dir, SIDE, "crop").gather([5])
     with torch.inference_mode():
-        image = towers.siglip(siglip_folder).eval()(pixels)[0]
-        text = towers.e5(mistral_folder).eval()(table.captions_of(5))
+        image = towers_image.siglip(siglip_folder).eval()(pixels)[0]
+        text = towers_text.e5(mistral_folder).eval()(table.captions_of(5))
     assert torch.allclose(pairs.images[[4]][0].float(), image, atol=2e-3)
     assert torch.allclose(pairs.text_features[12:15].float(), text, atol=2e-3)
 
@@ -423,8 +426,12 @@ def test_a_missing_file_names_the_splits_there(tmp_path):
 
 
 def test_random_weights_need_no_hub():
-    assert towers.image_width("siglip", "random") == transformers.SiglipVisionConfig().hidden_size == 768
-    assert np.isclose(transformers.SiglipVisionConfig().image_size, towers.image_size("siglip", "random"))
+    assert (
+        towers_image.image_width("siglip", "random") == transformers.SiglipVisionConfig().hidden_size == 768
+    )
+    assert np.isclose(
+        transformers.SiglipVisionConfig().image_size, towers_image.image_size("siglip", "random")
+    )
 
 
 def test_images_are_shown_from_below_the_folder_or_image_root_alone(tmp_path):

@@ -12,15 +12,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from small_data import write_coco
 
-import queries
+import evaluate
 from config import make_config
-from encode import image_features, text_features
-from errors import LabError
-from gallery import open_gallery
+from core.errors import LabError
+from evaluate import open_gallery, open_search, search_command
 from models import build_model
-from pictures import UndecodableImage, decode_rgb
-from queries import GallerySearch, open_search, search_command, search_text
-from runs import load_run
+from reports import search as reports_search
+from reports.search import GallerySearch, search_text
+from sources.decode import UndecodableImage, decode_rgb
+from towers.features import image_features, text_features
+from utils import load_run
 
 PICTURES, CAPTIONS = 12, 3
 
@@ -134,8 +135,8 @@ def test_a_turned_phone_picture_is_the_upright_one():
     file = io.BytesIO()
     turned.save(file, "PNG", exif=exif)
     with Image.open(io.BytesIO(file.getvalue())) as opened:
-        assert np.array_equal(decode_rgb(queries.encoded(opened), 24), decode_rgb(file.getvalue(), 24))
-    assert np.array_equal(decode_rgb(file.getvalue(), 24), decode_rgb(queries.encoded(pixels), 24))
+        assert np.array_equal(decode_rgb(reports_search.encoded(opened), 24), decode_rgb(file.getvalue(), 24))
+    assert np.array_equal(decode_rgb(file.getvalue(), 24), decode_rgb(reports_search.encoded(pixels), 24))
 
 
 def test_a_picture_finds_captions_and_its_own_are_marked(gallery, search):
@@ -167,7 +168,7 @@ def test_a_combination_is_the_weighted_sum_without_its_own_pictures(gallery, sea
 
 def test_a_split_is_encoded_once_and_then_opened(run, gallery, monkeypatch):
     first = open_search(run, show=False)
-    monkeypatch.setattr(queries, "encoded_gallery", lambda *a, **k: pytest.fail("encoded again"))
+    monkeypatch.setattr(evaluate, "encoded", lambda *a, **k: pytest.fail("encoded again"))
     second = open_search(run, "val", show=False)
     for name, features in gallery.features.items():
         assert torch.equal(getattr(second.gallery, name), features)
@@ -221,7 +222,7 @@ def test_the_command_adds_and_subtracts(run, search, gallery, tmp_path):
 
 
 def test_a_grid_shows_the_queries_pictures_first(search):
-    figure = queries.search_grid([search.combined([("red", 1), (4, 1)], 7)])
+    figure = reports_search.search_grid([search.combined([("red", 1), (4, 1)], 7)])
     texts = [text.get_text() for text in figure.texts]
     assert len(figure.axes) == 8
     shown = [text for text in texts if text]
@@ -230,12 +231,12 @@ def test_a_grid_shows_the_queries_pictures_first(search):
 
 
 def test_long_queries_get_file_names_of_their_own():
-    names = {queries.file_name("a" * 80 + end) for end in "bc"}
+    names = {reports_search.file_name("a" * 80 + end) for end in "bc"}
     assert len(names) == 2
     assert max(map(len, names)) <= 67
-    assert queries.file_name("a dog − grass") == "a-dog-minus-grass"
-    assert queries.file_name("???") == "query"
-    assert queries.file_name("un café") == "un-café"
+    assert reports_search.file_name("a dog − grass") == "a-dog-minus-grass"
+    assert reports_search.file_name("???") == "query"
+    assert reports_search.file_name("un café") == "un-café"
 
 
 # ---- mistakes --------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from small_data import SHARED
 
-from captions import CaptionTable, Strings
-from errors import LabError
-from readers import READERS, official_flickr8k, read_captions
+from core.errors import LabError
+from sources.readers import READERS, official_flickr8k, read_captions
+from sources.table import CaptionTable, Strings
 
 WORDS = "a red dog runs over green grass near the old house".split()
 

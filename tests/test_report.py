@@ -14,10 +14,10 @@ from evaluated import config_of, write_home, write_run
 from PIL import Image
 
 import evaluate
-import run_report
-from comparison import FOLD_ROWS, Page, markdown_table, save_table
-from errors import LabError
-from gallery import measured
+from core.errors import LabError
+from evaluate import measured
+from reports import report
+from reports.compare import FOLD_ROWS, Page, markdown_table, save_table
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -120,7 +120,7 @@ def test_a_report_names_the_data_that_was_read(home, tmp_path):
     run = SimpleNamespace(
         config=config, training={"data": data}, history=pd.DataFrame({"epoch": [1]}), best_epoch=1
     )
-    table = run_report.facts(run)["value"]
+    table = report.facts(run)["value"]
     assert table["data"] == "my_holiday, reader sidecar"
     assert table["split"] == "drawn by image, split_seed 0"
 
@@ -143,7 +143,7 @@ def test_a_report_says_what_was_trained_and_what_was_left_out(run, tmp_path, cap
 
 
 def test_a_comprehensive_report_shows_everything_that_fits(run):
-    run_report.report_run(run, comprehensive=True, show=False)
+    evaluate.report_run(run, comprehensive=True, show=False)
     figures = {path.name for path in (run.folder / "figures").iterdir()}
     names = "recall_by_gallery_size_i2t ranks failures similarity map_pca map_tsne recall confusion_shapes"
     assert {f"{name}_test.png" for name in names.split()} <= figures
@@ -167,7 +167,7 @@ def test_labelled_folders_take_no_splits_place_and_not_each_others(run, tmp_path
             (tmp_path / folder / name).mkdir(parents=True)
             Image.new("RGB", (40, 30), colour).save(tmp_path / folder / name / "1.png")
     given = [tmp_path / "first" / "test", tmp_path / "second" / "test", tmp_path / "second" / "test"]
-    run_report.report_run(run, labelled=given, show=False)
+    evaluate.report_run(run, labelled=given, show=False)
     tables = {path.name for path in (run.folder / "tables").glob("zero_shot_*_test.csv")}
     assert tables == {"zero_shot_first_test.csv", "zero_shot_second_test.csv"}
     assert (run.folder / "figures" / "confusion_second_test_second_test.png").is_file()
@@ -176,19 +176,19 @@ def test_labelled_folders_take_no_splits_place_and_not_each_others(run, tmp_path
 @pytest.mark.parametrize("ending", ["json", "csv", "md"])
 def test_copies_hold_the_results(run, tmp_path, ending):
     path = tmp_path / f"out.{ending}"
-    run_report.report_run(run, output_file=path, show=False)
+    evaluate.report_run(run, output_file=path, show=False)
     content = path.read_text()
     assert json.loads(content) == run.metrics if ending == "json" else "i2t_recall@1" in content
 
 
 def test_another_ending_is_refused_before_anything_is_done(run):
     with pytest.raises(LabError, match=r"output_file ending '.pdf' does not exist"):
-        run_report.report_run(run, output_file="report.pdf")
+        evaluate.report_run(run, output_file="report.pdf")
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(97.2, "97 s"), (750, "12 min 30 s"), (7500, "2 h 5 min")])
 def test_durations_are_readable(seconds, told):
-    assert run_report.duration(seconds) == told
+    assert report.duration(seconds) == told
 
 
 def test_a_comparison_has_its_own_page(home, run, tmp_path, capsys):
@@ -221,7 +221,7 @@ def test_one_broken_run_does_not_stop_a_comparison(home, run, tmp_path, capsys):
     assert broken.name not in names
     assert run.name in names
     with pytest.raises(LabError, match="has no test split"):
-        run_report.report_comparison([no_split], tmp_path / "none", show=False)
+        evaluate.report_comparison([no_split], tmp_path / "none", show=False)
 
 
 def test_a_run_without_a_test_split_has_its_report(home, capsys):

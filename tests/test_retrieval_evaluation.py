@@ -11,15 +11,14 @@ from figures import picture_axes, texts_of
 from PIL import Image
 from small_data import ROOT
 
-import retrieval_evaluation
-import retrieval_evaluation as changed
-import towers
 from config import make_config
-from errors import LabError
-from gallery import open_gallery
-from run_notebook import run_notebook, tables
-from scene_plan import swap_captions
-from scenes import load_scenes, write_scenes
+from core.errors import LabError
+from evaluate import open_gallery
+from interface.run_notebook import run_notebook, tables
+from labs import finetune
+from sources.drawing import load_scenes, write_scenes
+from sources.scenes import swap_captions
+from towers import text
 from train import fit
 
 
@@ -45,11 +44,11 @@ def tuned(home):
 
 @pytest.fixture(scope="module")
 def pair(tuned):
-    return changed.before_and_after(tuned, "test", show=False)
+    return finetune.before_and_after(tuned, "test", show=False)
 
 
 def test_before_is_the_start_and_after_the_result(tuned, pair):
-    start = changed.load_run(tuned.config.start_from)
+    start = finetune.load_run(tuned.config.start_from)
     assert torch.equal(pair[0].text_features, open_gallery(start, "test", show=False).text_features)
     assert torch.equal(pair[1].text_features, open_gallery(tuned, "test", show=False).text_features)
     assert not torch.equal(pair[0].text_features, pair[1].text_features)
@@ -57,11 +56,11 @@ def test_before_is_the_start_and_after_the_result(tuned, pair):
 
 def test_the_mixture_that_validates_best_is_kept(tuned):
     run = fit(tuned.config.updated(interpolate_weights=True), show=False)
-    mixtures = changed.mixtures(run)
+    mixtures = finetune.mixtures(run)
     assert mixtures.index.tolist() == pytest.approx([n / 10 for n in range(11)])
     kept = open_gallery(run, "val", show=False).metrics()["t2i_map"]
     assert kept == pytest.approx(mixtures["score"].max())
-    alone = changed.mixtures(tuned)  # nothing was mixed
+    alone = finetune.mixtures(tuned)  # nothing was mixed
     assert (alone.index.tolist(), alone["score"].tolist()) == ([1.0], [tuned.history["t2i_map"].max()])
 
 
@@ -72,14 +71,14 @@ def test_the_better_of_two_by_the_weights_that_were_kept(tuned):
         return dataclasses.replace(tuned, config=config, history=history)
 
     first, second = with_figure("t2i_map", 0.2, 0.4), with_figure("t2i_map", 0.3, 0.3)
-    assert changed.better_on_validation(first, second) is first
-    assert changed.better_on_validation(second, first) is first
+    assert finetune.better_on_validation(first, second) is first
+    assert finetune.better_on_validation(second, first) is first
     first, second = with_figure("val_loss", 2.0, 3.0), with_figure("val_loss", 1.0, 4.0)
-    assert changed.better_on_validation(first, second) is second  # of a loss the smaller
+    assert finetune.better_on_validation(first, second) is second  # of a loss the smaller
 
 
 def test_changes_are_those_of_the_metrics_with_intervals(pair):
-    table = changed.changes(*pair, ks=(1, 5, 100))
+    table = finetune.changes(*pair, ks=(1, 5, 100))
     assert [name for name in table.index if name.startswith("i2t")] == [
         "i2t_recall@1", "i2t_recall@5", "i2t_map", "i2t_ndcg@5"]  # fmt: skip
     scores = pair[1].text_features @ pair[1].image_features.T
@@ -90,15 +89,15 @@ def test_changes_are_those_of_the_metrics_with_intervals(pair):
     assert (table["before_low"] <= table["before"]).all()
     assert (table["difference_low"] <= table["difference"]).all()
     assert (table["p_value"] <= 1).all()
-    same = changed.changes(pair[0], pair[0], ks=(1,))
+    same = finetune.changes(pair[0], pair[0], ks=(1,))
     assert (same["difference"] == 0).all()
-    shown = changed.in_percent(table).loc["t2i_recall@5"]
+    shown = finetune.in_percent(table).loc["t2i_recall@5"]
     assert shown["after (%)"].startswith(f"{100 * row['after']:.1f} [")
     assert shown["difference (%)"][0] in "+-"
 
 
 def test_every_ranking_is_written(pair, tmp_path):
-    path = changed.save_rankings(pair[1], tmp_path / "deep" / "predictions.csv", k=7)
+    path = finetune.save_rankings(pair[1], tmp_path / "deep" / "predictions.csv", k=7)
     table = pd.read_csv(path)
     assert len(table) == 7 * (24 + 120)
     query = table[(table["direction"] == "t2i")].iloc[7 * 33 : 7 * 34]
@@ -115,19 +114,19 @@ def test_every_ranking_is_written(pair, tmp_path):
 
 
 def test_changed_queries_are_the_largest_gains_and_losses(pair, tmp_path):
-    found = changed.changed_queries(*pair, n=4)
+    found = finetune.changed_queries(*pair, n=4)
     ranks = [gallery.ranks.t2i for gallery in pair]
     gain = 1 / ranks[1].best - 1 / ranks[0].best
     for name, best in (("improved", np.sort(gain)[::-1][:4]), ("worse", np.sort(gain)[:4])):
         table = found[name]
         assert (1 / table["after"] - 1 / table["before"]).to_numpy() == pytest.approx(best)
         assert table["query"].tolist() == [pair[0].dataset.table.captions[row] for row in table["row"]]
-    figure = changed.change_grid(*pair, found["improved"][:2], tmp_path / "grid.png")
+    figure = finetune.change_grid(*pair, found["improved"][:2], tmp_path / "grid.png")
     assert len(picture_axes(figure)) == 2 * 2 * 5
     assert any(f"after: its picture at place {found['improved']['after'][0]}" in t for t in texts_of(figure))
     assert (tmp_path / "grid.png").stat().st_size > 1000
     with pytest.raises(LabError, match="no query changed in this direction"):
-        changed.change_grid(*pair, found["improved"][:0])
+        finetune.change_grid(*pair, found["improved"][:0])
 
 
 def test_forgetting_is_paired_over_pictures(tuned, pair, tmp_path):
@@ -135,8 +134,8 @@ def test_forgetting_is_paired_over_pictures(tuned, pair, tmp_path):
         (tmp_path / name).mkdir()
         for number in range(6):
             Image.new("RGB", (64, 64), name).save(tmp_path / name / f"{number}.png")
-    shots = [changed.zero_shots(gallery, [tmp_path]) for gallery in pair]
-    table = changed.forgetting(*shots)
+    shots = [finetune.zero_shots(gallery, [tmp_path]) for gallery in pair]
+    table = finetune.forgetting(*shots)
     assert len(table) >= 2
     row = table.loc[tmp_path.name]
     hits = [shot[-1].correct for shot in shots]
@@ -146,22 +145,20 @@ def test_forgetting_is_paired_over_pictures(tuned, pair, tmp_path):
     assert row["difference_high"] - row["difference"] == pytest.approx(1.96 * gaps.std(ddof=1) / 12**0.5)
     assert (row["pictures"], row["labels"]) == (12, 2)
     with pytest.raises(LabError, match="same labelled sets"):
-        changed.forgetting(shots[0], shots[1][:1])
+        finetune.forgetting(shots[0], shots[1][:1])
 
 
 def test_the_order_of_words_by_hand(home, pair):
-    margins = retrieval_evaluation.order_margins(pair[0])
+    margins = finetune.order_margins(pair[0])
     scenes = load_scenes(home / "scenes", "test")
     assert len(margins) == sum(len(swap_captions(scene)) for scene in scenes.values())
     first = margins.iloc[0]
     swap = swap_captions(scenes[first["image_id"]])[0]
-    texts = retrieval_evaluation.text_features(
-        pair[0].run.model, pair[0].run.config, [swap.right, swap.wrong]
-    )
+    texts = finetune.text_features(pair[0].run.model, pair[0].run.config, [swap.right, swap.wrong])
     image = pair[0].image_features[pair[0].image_id == int(first["image_id"])][0]
     assert first["margin"] == pytest.approx((image @ (texts[0] - texts[1])).item(), abs=1e-5)
     other = margins.assign(margin=1.0)
-    table = retrieval_evaluation.order_table({"before": margins, "always right": other})
+    table = finetune.order_table({"before": margins, "always right": other})
     share = (margins.loc[margins["kind"] == "colour", "margin"] > 0).mean()
     assert table.loc[("before", "colour"), "accuracy"] == pytest.approx(share)
     assert table.loc[("before", "colour"), "difference"] == 0
@@ -170,7 +167,7 @@ def test_the_order_of_words_by_hand(home, pair):
 
 def test_from_a_shell(tuned, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["retrieval_evaluation.py", str(tuned.folder), "--save_predictions"])
-    changed.main()
+    finetune.main()
     assert "t2i_recall@20" in capsys.readouterr().out
     names = {path.name for path in (tuned.folder / "before_after_test").iterdir()}
     assert {"changes.csv", "forgetting.csv", "predictions_before.csv", "predictions_after.csv"} <= names
@@ -189,7 +186,7 @@ def tiny_clip(tmp_path):
     )
     folder = str(tmp_path / "clip")
     transformers.CLIPModel(config).save_pretrained(folder)
-    towers.text_tokenizer("transformer").save_pretrained(folder)
+    text.text_tokenizer("transformer").save_pretrained(folder)
     return folder
 
 

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import scene_plan
-import scenes
-from errors import LabError
-from scene_plan import COLOURS, HELD_OUT_PAIRS, SHAPES, Scene, SceneObject, describe, swap_captions
-from scenes import write_scenes
+from core.errors import LabError
+from sources import drawing, scenes
+from sources.drawing import write_scenes
+from sources.scenes import COLOURS, HELD_OUT_PAIRS, SHAPES, Scene, SceneObject, describe, swap_captions
 
 SMALL = {"num_train": 70, "num_val": 5, "num_test": 6, "num_novel": 7, "image_size": 64}
 
@@ -104,7 +103,7 @@ def fits(told: Told, scene: Scene, closed: bool) -> bool:
 
 
 def planned(split: str, count: int, seed: int = 0) -> list[tuple[Scene, list[str]]]:
-    plan = scene_plan.plan_split(split, count, seed)
+    plan = scenes.plan_split(split, count, seed)
     return [(scene, describe(scene, random.Random(k))) for k, scene in enumerate(plan)]
 
 
@@ -169,8 +168,8 @@ def test_a_perfect_reader_finds_the_picture(split, count):
 
 
 def test_crowded_split_still_has_distinct_full_descriptions():
-    plan = scene_plan.plan_split("novel", 2500, 0)
-    assert len({scene_plan.wording(scene) for scene in plan}) == 2500
+    plan = scenes.plan_split("novel", 2500, 0)
+    assert len({scenes.wording(scene) for scene in plan}) == 2500
 
 
 def test_swaps_are_true_and_false():
@@ -199,18 +198,18 @@ def test_held_out_pairs_are_seen_in_novel_alone():
     assert set(Counter(colour for colour, _ in HELD_OUT_PAIRS).values()) == {2}
     assert set(Counter(shape for _, shape in HELD_OUT_PAIRS).values()) == {2}
     shown = {
-        split: [{o.pair for o in scene.objects} for scene in scene_plan.plan_split(split, 500, 0)]
-        for split in scene_plan.SPLITS
+        split: [{o.pair for o in scene.objects} for scene in scenes.plan_split(split, 500, 0)]
+        for split in scenes.SPLITS
     }
     for split in ("train", "val", "test"):
         assert not set().union(*shown[split]) & set(HELD_OUT_PAIRS)
     assert all(pairs & set(HELD_OUT_PAIRS) for pairs in shown["novel"])
-    assert set().union(*shown["train"]) == set(scene_plan.KNOWN_PAIRS)
+    assert set().union(*shown["train"]) == set(scenes.KNOWN_PAIRS)
     assert set().union(*shown["novel"]) >= set(HELD_OUT_PAIRS)
 
 
 def test_objects_lie_inside_and_apart():
-    for scene in scene_plan.plan_split("train", 500, 0):
+    for scene in scenes.plan_split("train", 500, 0):
         assert 1 <= len(scene.objects) <= 3
         for o in scene.objects:
             assert o.radius <= min(o.x, o.y, 1 - o.x, 1 - o.y)
@@ -220,8 +219,8 @@ def test_objects_lie_inside_and_apart():
 
 
 def test_a_longer_split_begins_with_the_shorter_one():
-    assert scene_plan.plan_split("test", 40, 3) == scene_plan.plan_split("test", 80, 3)[:40]
-    assert scene_plan.plan_split("test", 40, 3) != scene_plan.plan_split("test", 40, 4)
+    assert scenes.plan_split("test", 40, 3) == scenes.plan_split("test", 80, 3)[:40]
+    assert scenes.plan_split("test", 40, 3) != scenes.plan_split("test", 40, 4)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +235,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_layout_is_cocos(written):
     image_ids, caption_ids = [], []
-    for split, count in zip(scene_plan.SPLITS, (70, 5, 6, 7), strict=True):
+    for split, count in zip(scenes.SPLITS, (70, 5, 6, 7), strict=True):
         captions = json.loads((written / "annotations" / f"captions_{split}2014.json").read_text())
         assert captions.keys() == {"info", "licenses", "images", "annotations"}
         assert len(captions["images"]) == count
@@ -254,7 +253,7 @@ def test_layout_is_cocos(written):
 
 
 def test_instances_say_what_the_scenes_say(written):
-    found = scenes.load_scenes(written, "train")
+    found = drawing.load_scenes(written, "train")
     instances = json.loads((written / "annotations" / "instances_train2014.json").read_text())
     names = {row["id"]: row["name"] for row in instances["categories"]}
     assert tuple(names.values()) == SHAPES
@@ -262,7 +261,7 @@ def test_instances_say_what_the_scenes_say(written):
     for row in instances["annotations"]:
         shapes.setdefault(row["image_id"], []).append(names[row["category_id"]])
     assert shapes == {image_id: [o.shape for o in scene.objects] for image_id, scene in found.items()}
-    assert list(found.values()) == scene_plan.plan_split("train", 70, 0)
+    assert list(found.values()) == scenes.plan_split("train", 70, 0)
 
 
 def test_same_bytes_whatever_the_number_of_workers(written, tmp_path):
@@ -282,7 +281,7 @@ def test_a_finished_set_is_left_alone_and_others_refused(written):
 
 def test_an_unfinished_set_is_made_anew(written, tmp_path, monkeypatch):
     folder = tmp_path / "set"
-    monkeypatch.setattr(scenes, "_draw_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(drawing, "_draw_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         write_scenes(folder, **(SMALL | {"num_train": 90}))
     (folder / "train2014" / "COCO_train2014_000001000085.jpg").write_bytes(b"left over")
@@ -308,7 +307,7 @@ def test_bad_input_is_told(tmp_path):
     with pytest.raises(LabError, match="image_size is 8; set it between 48 and 1024"):
         write_scenes(tmp_path, image_size=8)
     with pytest.raises(LabError, match="make the set with write_scenes"):
-        scenes.load_scenes(tmp_path, "train")
+        drawing.load_scenes(tmp_path, "train")
 
 
 # ---- pictures ----
@@ -321,10 +320,10 @@ def make(shape: str, colour: str = "blue", surface: str = "plain", background: s
 @pytest.mark.parametrize("shape", SHAPES)
 def test_box_is_where_the_pixels_change(shape):
     scene = make(shape)
-    with_it = np.asarray(scenes.draw(scene, random.Random(0), 224)).astype(int)
-    without = np.asarray(scenes.draw(replace(scene, objects=()), random.Random(0), 224)).astype(int)
+    with_it = np.asarray(drawing.draw(scene, random.Random(0), 224)).astype(int)
+    without = np.asarray(drawing.draw(replace(scene, objects=()), random.Random(0), 224)).astype(int)
     ys, xs = np.nonzero(np.abs(with_it - without).max(axis=-1) > 110)
-    row = scenes._instance(1, 0, scene.objects[0], 224)
+    row = drawing._instance(1, 0, scene.objects[0], 224)
     left, top, width, height = row["bbox"]
     drawn = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
     assert drawn == pytest.approx((left, top, left + width, top + height), abs=2.5)
@@ -334,32 +333,32 @@ def test_box_is_where_the_pixels_change(shape):
 
 @pytest.mark.parametrize("colour", COLOURS)
 def test_middle_of_a_plain_square_has_its_colour(colour):
-    picture = np.asarray(scenes.draw(make("square", colour), random.Random(0)))
-    distances = {c: np.linalg.norm(picture[61, 50] - np.array(rgb)) for c, rgb in scene_plan.PAINTS.items()}
+    picture = np.asarray(drawing.draw(make("square", colour), random.Random(0)))
+    distances = {c: np.linalg.norm(picture[61, 50] - np.array(rgb)) for c, rgb in scenes.PAINTS.items()}
     assert min(distances, key=lambda c: distances[c]) == colour
 
 
 def test_colours_are_far_apart():
-    every = [np.array(rgb) for rgb in scene_plan.PAINTS.values()]
+    every = [np.array(rgb) for rgb in scenes.PAINTS.values()]
     assert min(np.linalg.norm(a - b) for a, b in combinations(every, 2)) > 90
-    tints = [np.array(rgb) * share for rgb in scene_plan.TINT_PAINTS.values() for share in (1, 0.8)]
+    tints = [np.array(rgb) * share for rgb in scenes.TINT_PAINTS.values() for share in (1, 0.8)]
     assert min(np.linalg.norm(a - b) for a in every for b in tints) > 90
 
 
 def test_surfaces_and_backgrounds_look_different():
     squares = {
-        s: np.asarray(scenes.draw(make("square", surface=s), random.Random(0))) for s in scene_plan.SURFACES
+        s: np.asarray(drawing.draw(make("square", surface=s), random.Random(0))) for s in scenes.SURFACES
     }
     spread = {surface: picture[50:73, 40:61].std(axis=(0, 1)).max() for surface, picture in squares.items()}
     assert spread["plain"] == 0
     assert min(spread["striped"], spread["dotted"]) > 40
     pictures = [
-        scenes.draw(make("star", background=b), random.Random(0)).tobytes() for b in scene_plan.BACKGROUNDS
+        drawing.draw(make("star", background=b), random.Random(0)).tobytes() for b in scenes.BACKGROUNDS
     ]
-    assert len(set(pictures)) == len(scene_plan.BACKGROUNDS)
+    assert len(set(pictures)) == len(scenes.BACKGROUNDS)
 
 
 def test_edges_are_anti_aliased():
-    picture = np.asarray(scenes.draw(make("circle", "black"), random.Random(0))).astype(int)
+    picture = np.asarray(drawing.draw(make("circle", "black"), random.Random(0))).astype(int)
     edge = picture[61, 24:36, 0]  # the circle's left edge, cream to black
     assert ((edge > 60) & (edge < 220)).any()

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import search
-from errors import LabError
-from search import (
+from core.errors import LabError
+from retrieval import index as retrieval_index
+from retrieval.index import (
     EngineOptions,
     Hits,
     Index,
@@ -62,8 +62,8 @@ def assert_best(hits, gallery, queries, banned=None):
 @pytest.fixture
 def tiny_tiles(monkeypatch):
     """Tiles that cut 500 rows and 50 queries into uneven pieces."""
-    monkeypatch.setattr(search, "QUERIES_AT_ONCE", 7)
-    monkeypatch.setattr(search, "SCORES_AT_ONCE", 7 * 33)
+    monkeypatch.setattr(retrieval_index, "QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(retrieval_index, "SCORES_AT_ONCE", 7 * 33)
 
 
 # ---- queries ---------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_half_precision_halves_the_memory_and_hardly_moves_a_score():
 
 def test_small_galleries_are_exact_and_large_ones_faiss(monkeypatch):
     assert build_index(features(100)).kind == "exact"
-    monkeypatch.setattr(search, "FAISS_FROM", 50)
+    monkeypatch.setattr(retrieval_index, "FAISS_FROM", 50)
     assert build_index(features(100)).kind == "ivf"
 
 
@@ -268,13 +268,13 @@ def test_missing_damaged_and_mixed_files_are_refused(tmp_path):
         open_index(tmp_path / "none")
     folder = save_index(build_index(features(300), kind="flat"), tmp_path / "flat")
     smaller = save_index(build_index(features(200), kind="flat"), tmp_path / "smaller")
-    (folder / search.ENGINE_FILE).write_bytes((smaller / search.ENGINE_FILE).read_bytes())
+    (folder / retrieval_index.ENGINE_FILE).write_bytes((smaller / retrieval_index.ENGINE_FILE).read_bytes())
     with pytest.raises(LabError, match="is of two builds; rebuild it"):
         open_index(folder)
-    (folder / search.ENGINE_FILE).write_bytes(b"nothing")
+    (folder / retrieval_index.ENGINE_FILE).write_bytes(b"nothing")
     with pytest.raises(LabError, match="is damaged .*rebuild it"):
         open_index(folder)
-    (folder / search.FEATURES_FILE).write_bytes(b"nothing")
+    (folder / retrieval_index.FEATURES_FILE).write_bytes(b"nothing")
     with pytest.raises(LabError, match="is damaged .*rebuild it"):
         open_index(folder)
 
@@ -282,15 +282,15 @@ def test_missing_damaged_and_mixed_files_are_refused(tmp_path):
 def test_saving_an_exact_index_takes_an_old_engine_away(tmp_path):
     save_index(build_index(features(300), kind="flat"), tmp_path)
     save_index(build_index(features(300)), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [search.FEATURES_FILE]
-    assert set(load_file(tmp_path / search.FEATURES_FILE)) == {"features", "ids"}
+    assert [path.name for path in tmp_path.iterdir()] == [retrieval_index.FEATURES_FILE]
+    assert set(load_file(tmp_path / retrieval_index.FEATURES_FILE)) == {"features", "ids"}
 
 
 def test_the_header_says_what_the_index_is_of(tmp_path):
     from safetensors import safe_open
 
     save_index(build_index(features(10), about=RUN), tmp_path)
-    with safe_open(tmp_path / search.FEATURES_FILE, framework="pt") as file:
+    with safe_open(tmp_path / retrieval_index.FEATURES_FILE, framework="pt") as file:
         assert json.loads(file.metadata()["header"]) == {"kind": "exact", "about": RUN}
 
 

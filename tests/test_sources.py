@@ -25,12 +25,11 @@ from kagglesdk import kaggle_env
 from PIL import Image
 from servers import Fault, Server, goog_hash, serve
 
-import archives
-import downloads
-import sources
 from config import Config
+from core.errors import LabError
 from dataset import prepare_data
-from errors import LabError
+from sources import archives, downloads
+from sources import fetch as sources_fetch
 
 ROOT = Path(__file__).resolve().parent.parent
 FLICKR = ROOT.parent / "shared" / "flickr8k"
@@ -88,7 +87,7 @@ ARCHIVE = zipped(FLICKR_FILES)
 SIZE = len(ARCHIVE)
 
 
-def small(part: sources.Part, archive: bytes, **expects: int) -> sources.Part:
+def small(part: sources_fetch.Part, archive: bytes, **expects: int) -> sources_fetch.Part:
     return replace(part, download_bytes=len(archive), unpacked_bytes=2 * len(archive), expects=expects)
 
 
@@ -116,8 +115,8 @@ def kaggle(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> I
     monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "kagglehub"))
     monkeypatch.setattr(downloads, "RETRY_WAIT", 0.001)
     monkeypatch.setattr(downloads, "TRIES", 3)
-    part = small(sources.SOURCES["flickr8k"].parts["images"], ARCHIVE, **{"Images/*.jpg": PICTURES})
-    monkeypatch.setitem(sources.SOURCES, "flickr8k", sources.Source({"images": part}))
+    part = small(sources_fetch.SOURCES["flickr8k"].parts["images"], ARCHIVE, **{"Images/*.jpg": PICTURES})
+    monkeypatch.setitem(sources_fetch.SOURCES, "flickr8k", sources_fetch.Source({"images": part}))
     with serve() as started:
         monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.PROD, started.url)
         started.archives[HANDLE] = f"{server.url}/storage/archive.zip"
@@ -125,11 +124,11 @@ def kaggle(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> I
 
 
 def fetch(tmp_path: Path, name: str = "flickr8k", timeout: float = 5, **options: bool) -> Path:
-    return sources.fetch(name, tmp_path / "data", timeout=timeout, progress=False, **options)
+    return sources_fetch.fetch(name, tmp_path / "data", timeout=timeout, progress=False, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != sources.MARKER)
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != sources_fetch.MARKER)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
@@ -153,15 +152,15 @@ def test_fetch_brings_the_set_and_then_asks_nobody(kaggle: Server, server: Serve
         "DownloadDataset",
     ]
     assert [(request.method, request.sent) for request in server.requests] == [("GET", SIZE)]
-    record = json.loads((folder / sources.MARKER).read_text())["images"]
+    record = json.loads((folder / sources_fetch.MARKER).read_text())["images"]
     assert record["files"] == {name: len(content) for name, content in FLICKR_FILES.items()}
-    assert not (tmp_path / "data" / sources.WORK / "flickr8k").exists()
+    assert not (tmp_path / "data" / sources_fetch.WORK / "flickr8k").exists()
     fetch(tmp_path)
     assert len(kaggle.requests) + len(server.requests) == 3
 
 
 def test_fetch_says_what_it_takes(kaggle: Server, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    sources.fetch("flickr8k", tmp_path / "data", timeout=5)
+    sources_fetch.fetch("flickr8k", tmp_path / "data", timeout=5)
     told = capsys.readouterr().out
     assert f"flickr8k: about {downloads.human_size(SIZE)} to download and" in told
     assert "free in" in told
@@ -188,8 +187,10 @@ def test_files_put_there_by_hand_are_taken(kaggle: Server, server: Server, tmp_p
 def test_too_small_a_disk_is_told_before_the_first_byte(
     kaggle: Server, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    part = replace(sources.SOURCES["flickr8k"].parts["images"], download_bytes=4e15, unpacked_bytes=5e15)
-    monkeypatch.setitem(sources.SOURCES, "flickr8k", sources.Source({"images": part}))
+    part = replace(
+        sources_fetch.SOURCES["flickr8k"].parts["images"], download_bytes=4e15, unpacked_bytes=5e15
+    )
+    monkeypatch.setitem(sources_fetch.SOURCES, "flickr8k", sources_fetch.Source({"images": part}))
     assert "flickr8k needs 9000000.0 GB and" in refused(tmp_path)
     assert kaggle.requests == server.requests == []
 
@@ -276,12 +277,12 @@ import sys
 sys.path.insert(0, {root!r})
 from dataclasses import replace
 from kagglesdk import kaggle_env
-import sources
+from sources import fetch
 kaggle_env._env_to_endpoint[kaggle_env.KaggleEnv.PROD] = {api!r}
-part = sources.SOURCES["flickr8k"].parts["images"]
+part = fetch.SOURCES["flickr8k"].parts["images"]
 part = replace(part, download_bytes=1, unpacked_bytes={size}, expects={{"Images/*.jpg": {pictures}}})
-sources.SOURCES["flickr8k"] = sources.Source({{"images": part}})
-print("fetched", sources.fetch("flickr8k", {data!r}, timeout=20, progress=False), flush=True)
+fetch.SOURCES["flickr8k"] = fetch.Source({{"images": part}})
+print("fetched", fetch.fetch("flickr8k", {data!r}, timeout=20, progress=False), flush=True)
 """
 
 
@@ -302,7 +303,7 @@ def until(condition: Callable[[], bool], seconds: float = 300) -> None:
 
 
 def test_a_killed_fetch_goes_on(kaggle: Server, server: Server, tmp_path: Path) -> None:
-    part = tmp_path / "data" / sources.WORK / "flickr8k" / "images.part"
+    part = tmp_path / "data" / sources_fetch.WORK / "flickr8k" / "images.part"
     server.faults["/storage"] = [Fault(after=SIZE - 1000, silent=True)]
     process = start(kaggle, tmp_path)
     try:
@@ -317,7 +318,7 @@ def test_a_killed_fetch_goes_on(kaggle: Server, server: Server, tmp_path: Path) 
 
 
 def test_a_second_process_waits_and_asks_nobody(kaggle: Server, server: Server, tmp_path: Path) -> None:
-    holder = tmp_path / "data" / sources.WORK / "flickr8k.holder"
+    holder = tmp_path / "data" / sources_fetch.WORK / "flickr8k.holder"
     second: list[subprocess.Popen[str]] = []
 
     def start_second() -> None:  # while the first one holds the lock and waits for its bytes
@@ -345,7 +346,7 @@ def test_killed_while_unpacking_or_moving(
 
     for name in ("_merge", "_record"):
         with monkeypatch.context() as patch:
-            patch.setattr(sources, name, die)
+            patch.setattr(sources_fetch, name, die)
             with pytest.raises(KeyboardInterrupt):
                 fetch(tmp_path)
     assert contents(fetch(tmp_path)) == FLICKR_FILES
@@ -446,7 +447,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_the_disk_fills_up_during_the_download(kaggle: Server, server: Server, tiny_disk: Path) -> None:
     filler = tiny_disk / "filler"
-    part = tiny_disk / "data" / sources.WORK / "flickr8k" / "images.part"
+    part = tiny_disk / "data" / sources_fetch.WORK / "flickr8k" / "images.part"
 
     def fill() -> None:  # by somebody else, after the space was checked
         until(part.exists)
@@ -467,11 +468,13 @@ def test_the_disk_fills_up_during_the_download(kaggle: Server, server: Server, t
 def test_the_disk_fills_up_while_unpacking(kaggle: Server, server: Server, tiny_disk: Path) -> None:
     swollen = zipped({**FLICKR_FILES, "Images/zero.jpg": bytes(3_000_000)}, zipfile.ZIP_DEFLATED)
     server.files["/storage/archive.zip"] = swollen
-    part = sources.SOURCES["flickr8k"].parts["images"]
-    sources.SOURCES["flickr8k"] = sources.Source({"images": replace(part, unpacked_bytes=1_600_000)})
+    part = sources_fetch.SOURCES["flickr8k"].parts["images"]
+    sources_fetch.SOURCES["flickr8k"] = sources_fetch.Source(
+        {"images": replace(part, unpacked_bytes=1_600_000)}
+    )
     for _ in range(2):
         assert "is full; the archive is kept: free some space" in refused(tiny_disk)
-    work = tiny_disk / "data" / sources.WORK / "flickr8k"
+    work = tiny_disk / "data" / sources_fetch.WORK / "flickr8k"
     assert [path.name for path in work.iterdir()] == ["images"]
     assert len(server.requests) == 1
 
@@ -650,13 +653,13 @@ def test_what_is_kept_of_an_archive(tmp_path: Path) -> None:
 
 
 def test_the_table_of_sets() -> None:
-    import compat  # noqa: F401  before torchvision
+    import core.devices  # noqa: F401  before torchvision
 
     from torchvision.datasets import CIFAR100
 
-    cifar = sources.SOURCES["cifar100"].parts["images"]
+    cifar = sources_fetch.SOURCES["cifar100"].parts["images"]
     assert (cifar.url, cifar.checksum) == (CIFAR100.url, f"md5:{CIFAR100.tgz_md5}")
-    urls = {name: source.parts["images"].url for name, source in sources.SOURCES.items()}
+    urls = {name: source.parts["images"].url for name, source in sources_fetch.SOURCES.items()}
     assert urls["coco2014"] == "kaggle://jeffaudi/coco-2014-dataset-for-yolov3"
     assert urls["coco2017"] == "http://images.cocodataset.org/zips/train2017.zip"
     assert urls["flickr30k"] == "kaggle://hsankesara/flickr-image-dataset"
@@ -683,7 +686,7 @@ def coco(kaggle: Server, server: Server, monkeypatch: pytest.MonkeyPatch) -> dic
     }
     server.files |= {f"/{name}.zip": content for name, content in files.items()}
     kaggle.archives["jeffaudi/coco-2014-dataset-for-yolov3"] = f"{server.url}/images.zip"
-    real = sources.SOURCES["coco2014"]
+    real = sources_fetch.SOURCES["coco2014"]
     assert real.karpathy is not None
     captions_part, images_part, karpathy_part = (
         replace(part, download_bytes=1, unpacked_bytes=1e6)
@@ -695,7 +698,7 @@ def coco(kaggle: Server, server: Server, monkeypatch: pytest.MonkeyPatch) -> dic
         "images": replace(images_part, expects=dict.fromkeys(images_part.expects, 1)),
     }
     karpathy = replace(karpathy_part, url=f"{server.url}/karpathy.zip")
-    monkeypatch.setitem(sources.SOURCES, "coco2014", sources.Source(parts, karpathy))
+    monkeypatch.setitem(sources_fetch.SOURCES, "coco2014", sources_fetch.Source(parts, karpathy))
     return {**coco_files(), **captions}
 
 
@@ -778,13 +781,13 @@ def test_what_kagglehub_has_already_is_linked(
     (have / "4.complete").touch()
     folder = fetch(tmp_path, "coco2014")
     assert (folder / "images").resolve() == have / "versions" / "4" / "coco2014" / "images"
-    assert sources.is_linked(folder)
+    assert sources_fetch.is_linked(folder)
     assert {name: (folder / name).read_bytes() for name in coco} == coco
     assert not server.asked("/images.zip")
     assert kaggle.requests == []
     shutil.rmtree(have)
     assert contents(fetch(tmp_path, "coco2014")) == coco
-    assert not sources.is_linked(folder)
+    assert not sources_fetch.is_linked(folder)
 
 
 def test_a_mount_of_colab_is_linked(
@@ -809,7 +812,7 @@ def test_a_mount_of_colab_is_linked(
 def test_torchvision_reads_what_was_fetched(
     kaggle: Server, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import compat  # noqa: F401  before torchvision
+    import core.devices  # noqa: F401  before torchvision
 
     from torchvision.datasets import CIFAR100
 
@@ -824,13 +827,13 @@ def test_torchvision_reads_what_was_fetched(
     )
     server.files["/cifar.tar.gz"] = content
     part = replace(
-        sources.SOURCES["cifar100"].parts["images"],
+        sources_fetch.SOURCES["cifar100"].parts["images"],
         url=f"{server.url}/cifar.tar.gz",
         checksum=f"md5:{hashlib.md5(content).hexdigest()}",
         download_bytes=len(content),
         unpacked_bytes=20_000,
     )
-    monkeypatch.setitem(sources.SOURCES, "cifar100", sources.Source({"images": part}))
+    monkeypatch.setitem(sources_fetch.SOURCES, "cifar100", sources_fetch.Source({"images": part}))
 
     class Small(CIFAR100):
         train_list, test_list = [["train", None]], [["test", None]]

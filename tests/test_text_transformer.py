@@ -1,6 +1,6 @@
 """CLIP's text transformer against transformers', its tokenizer against open_clip's, and the tower of both."""
 
-import compat  # noqa: F401
+import core.devices  # noqa: F401
 
 import numpy as np
 import pytest
@@ -9,13 +9,13 @@ import transformers
 from open_clip import SimpleTokenizer
 from small_data import SHARED, write_coco
 
-import towers
 from config import make_config
+from core.errors import LabError
 from dataset import check_data
-from errors import LabError
-from export_clip import text_config
-from text_towers import clean, clip_tokenizer
-from transformer import TextTransformer
+from reports.export import text_config
+from towers import text as towers_text
+from towers.text import clean, clip_tokenizer
+from towers.transformer import TextTransformer
 
 CAPTIONS = [
     "a dog runs through the snow",
@@ -50,7 +50,7 @@ def test_ids_equal_open_clips():
 
 def test_cut_ids_equal_open_clips():
     other = SimpleTokenizer()(CAPTIONS)
-    ours = towers.transformer(text_width=8, text_num_layers=1, text_num_heads=1).tokenize(CAPTIONS)
+    ours = towers_text.transformer(text_width=8, text_num_layers=1, text_num_heads=1).tokenize(CAPTIONS)
     for row, mask, expected in zip(ours["input_ids"], ours["attention_mask"], other, strict=True):
         assert row[mask.bool()].tolist() == expected[: mask.sum()].tolist()
         assert not expected[mask.sum() :].any()
@@ -130,8 +130,8 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_the_tower_takes_captions_or_tokens_and_learns():
-    tower = towers.transformer(text_width=16, text_num_layers=1, text_num_heads=2)
-    assert (tower.width, tower.max_length) == (16, towers.TEXT_SETTINGS["transformer"][1])
+    tower = towers_text.transformer(text_width=16, text_num_layers=1, text_num_heads=2)
+    assert (tower.width, tower.max_length) == (16, towers_text.TEXT_SETTINGS["transformer"][1])
     assert tower.lengths(CAPTIONS)[:2] == [8, 2]
     assert max(tower.lengths(CAPTIONS)) == 77
     features = tower(CAPTIONS)
@@ -144,13 +144,13 @@ def test_the_tower_takes_captions_or_tokens_and_learns():
 
 def test_it_has_nothing_to_cache():
     with pytest.raises(LabError, match="set text_tower_mode to 'trainable'"):
-        towers.text_width("transformer")
+        towers_text.text_width("transformer")
     with pytest.raises(LabError, match="leave text_model empty"):
-        towers.transformer("some/model")
+        towers_text.transformer("some/model")
 
 
 def test_the_projection_head_and_its_refusal():
-    from heads import HEADS, HeadOptions
+    from models import HEADS, HeadOptions
 
     head = HEADS["projection"](6, 4, HeadOptions(dropout=0.5)).eval()
     x = torch.randn(3, 6)

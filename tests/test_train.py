@@ -14,25 +14,26 @@ import torch
 from safetensors.torch import load_file
 from small_data import ROOT, write_coco
 
-import towers
 from config import make_config
-from errors import LabError
+from core.errors import LabError
 from losses import InfoNCELoss
-from metrics import direction
 from models import CLIPModel
-from optimisation import EMA, build_optimizer, build_scheduler
-from pair_ranks import PairRanks
-from runs import Run
-from train import Trainer, alone, fit, stop_after_step
-from utils import (
+from retrieval.figures import direction
+from sources.side_by_side import PairRanks
+from towers import base, image
+from train import Trainer, fit
+from training.checkpoints import (
+    alone,
     last_checkpoint,
     load_checkpoint,
-    load_run,
     random_states,
     save_checkpoint,
     seed_everything,
     set_random_states,
+    stop_after_step,
 )
+from training.optim import EMA, build_optimizer, build_scheduler
+from utils import Run, load_run
 
 
 @pytest.fixture
@@ -197,7 +198,7 @@ def test_random_states_come_back():
 
 def test_schedule_warms_up_and_ends():
     config = make_config("flickr8k", num_epochs=10, warmup_steps=10, learning_rate=0.5)
-    model = CLIPModel(towers.CachedTower(4), towers.CachedTower(4), text_head="linear")
+    model = CLIPModel(base.CachedTower(4), base.CachedTower(4), text_head="linear")
     optimizer = build_optimizer(model, config)
     scheduler = build_scheduler(optimizer, config, steps_per_epoch=20)
     rates = []
@@ -213,9 +214,9 @@ def test_schedule_warms_up_and_ends():
 
 def test_norms_and_biases_have_no_decay_and_towers_their_own_rate():
     config = make_config("quickstart", image_tower_learning_rate=1e-5)
-    tower = towers.efficientnet_lite0("random")
+    tower = image.efficientnet_lite0("random")
     model = CLIPModel(
-        towers.CachedTower(4), tower, text_head="linear", use_batch_norm=True, learn_temperature=True
+        base.CachedTower(4), tower, text_head="linear", use_batch_norm=True, learn_temperature=True
     )
     groups = build_optimizer(model, config).param_groups
     assert sorted((g["lr"], g["weight_decay"]) for g in groups) == [

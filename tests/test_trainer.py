@@ -16,20 +16,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import comparison
+import evaluate
 import train
-from cli import run_command
 from config import Config, make_config
-from errors import LabError
-from export import whole_model
-from gallery import evaluate_run, recalls_of
-from geometry import feature_spread
+from core.errors import LabError
+from dataset import open_dataset
+from evaluate import evaluate_run
+from interface.cli import run_command
 from losses import InfoNCELoss, LabelledLoss
+from metrics import recalls_of
 from models import MAX_LOGIT_SCALE
-from open_data import open_dataset
-from optimisation import SCHEDULES, build_optimizer, build_scheduler, choose_precision
+from reports.export import whole_model
+from retrieval.figures import feature_spread
 from train import Trainer, fit, overfit
-from watch import TrainingWarning, Watch
+from training.monitor import TrainingWarning, Watch
+from training.optim import SCHEDULES, build_optimizer, build_scheduler, choose_precision
 
 
 @pytest.fixture
@@ -169,7 +170,7 @@ def test_two_losses_of_ones_own_are_two_runs(small):
     stamp = (first.folder / "best.safetensors").stat().st_mtime_ns
     again = fit(one_caption, criterion=own_loss(1.0), show=False)  # equal source and values: the finished run
     assert (again.folder, (again.folder / "best.safetensors").stat().st_mtime_ns) == (first.folder, stamp)
-    labels = [setting.label for setting in comparison.group_settings([first, second], show=False)]
+    labels = [setting.label for setting in evaluate.group_settings([first, second], show=False)]
     assert len(set(labels)) == 2
 
 

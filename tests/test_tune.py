@@ -20,12 +20,12 @@ from test_pairs_data import write_split
 
 import tune
 from config import Config, load_config, make_config
-from errors import LabError
-from files import DiskFullError, write_json
-from pairs_data import embeddings_at
-from plots_tuning import _Axis, fields_of, importances, parallel_coordinates, slices, study_history
-from studies import Worker, draw, expand, is_behind, read_space, trials_table
+from core.errors import LabError
+from core.files import DiskFullError, write_json
+from dataset import embeddings_at
+from plots.tuning import _Axis, fields_of, importances, parallel_coordinates, slices, study_history
 from train import fit
+from tune import Worker, draw, expand, is_behind, read_space, trials_table
 
 
 def write_space(folder, text):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from scipy import stats
 
-from errors import LabError
-from metrics import QueryRanks, Ranks, match_ranks, query_values, summarise
-from uncertainty import CHUNK_BYTES, bootstrap_intervals, compare_settings, paired_test
+from core.errors import LabError
+from retrieval.figures import query_values, summarise
+from retrieval.ranks import QueryRanks, Ranks, match_ranks
+from retrieval.statistics import CHUNK_BYTES, bootstrap_intervals, compare_settings, paired_test
 
 
 def make_ranks(noise=3.0, seed=0, num_images=300, captions=5):

@@ -3,19 +3,23 @@
 import math
 from pathlib import Path
 
-import compat  # noqa: F401
+import core.devices  # noqa: F401
 
 import pytest
 import torch
 import transformers
 from torch.nn import functional as F
 
-import towers
 from config import make_config
-from errors import LabError
-from models import CAPTION, build_loss, build_model, memory_need
-from optimisation import build_optimizer
-from transformer import Encoder, VisionTransformer, initialise
+from core.errors import LabError
+from labs.scratch import CAPTION, memory_need
+from losses import build_loss
+from models import build_model
+from towers import image as towers_image
+from towers import text as towers_text
+from towers import transformer
+from towers.transformer import Encoder, VisionTransformer, initialise
+from training.optim import build_optimizer
 
 TINY = dict(hidden_size=24, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
 
@@ -104,8 +108,8 @@ def test_the_feature_map_keeps_places():
         (lambda: tiny(activation="relu"), "Choose one of: gelu, quick_gelu"),
         (lambda: tiny(initialisation="zeros"), "choose one of clip, xavier"),
         (lambda: tiny()(pictures(64, 64)), "takes 32 x 32 pictures, not 64 x 64"),
-        (lambda: towers.vit("pretrained"), "set image_weights to 'random'"),
-        (lambda: towers.image_width("vit"), "no fixed features"),
+        (lambda: towers_image.vit("pretrained"), "set image_weights to 'random'"),
+        (lambda: towers_image.image_width("vit"), "no fixed features"),
     ],
 )
 def test_what_cannot_be_built_is_said(make, words):
@@ -188,7 +192,7 @@ def test_the_memory_a_step_needs():
     assert need.loc[["weights", "gradients", "AdamW"], "plain"].tolist() == pytest.approx(
         [weights / 1e9, weights / 1e9, 2 * weights / 1e9]
     )
-    words = len(towers.text_tokenizer("transformer")([CAPTION])["input_ids"][0])
+    words = len(towers_text.text_tokenizer("transformer")([CAPTION])["input_ids"][0])
     numbers = 16 * (65 * 128 * 4 + words * 128 * 2)  # a block keeps 16 numbers a token and channel
     assert need.loc["activations", "plain"] == pytest.approx(10 * 4 * numbers / 1e9, rel=0.15)
     assert twice.loc["activations", "plain"] == pytest.approx(2 * need.loc["activations", "plain"])
@@ -213,7 +217,7 @@ def clip_folder(tmp_path_factory) -> Path:
     transformers.CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(
         folder
     )
-    towers.text_tokenizer("transformer").save_pretrained(folder)
+    towers_text.text_tokenizer("transformer").save_pretrained(folder)
     return folder
 
 
@@ -249,8 +253,8 @@ def test_a_pretrained_clip_keeps_its_space_and_its_temperature(clip_folder):
     torch.testing.assert_close(ours["image_features"], image, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours["text_features"], text, atol=1e-5, rtol=0)
     assert ours["logit_scale"].item() == pytest.approx(math.exp(3), rel=1e-5)
-    assert towers.image_width("clip", str(clip_folder)) == model.image_encoder.width == 20
-    assert towers.image_size("clip", str(clip_folder)) == 32
+    assert towers_image.image_width("clip", str(clip_folder)) == model.image_encoder.width == 20
+    assert towers_image.image_size("clip", str(clip_folder)) == 32
 
 
 def test_other_heads_start_from_the_configured_temperature(clip_folder):
@@ -259,7 +263,7 @@ def test_other_heads_start_from_the_configured_temperature(clip_folder):
 
 
 def test_the_projected_map_averages_nothing_away(clip_folder):
-    tower = towers.clip_vision(str(clip_folder)).eval()
+    tower = towers_image.clip_vision(str(clip_folder)).eval()
     body = tower.body
     with torch.no_grad():
         hidden = body(pixel_values=tower.normalise(pictures())).last_hidden_state
@@ -294,7 +298,7 @@ def test_freezing_layers_and_projections(clip_folder):
 
 
 def test_freezing_the_transformers_built_here():
-    tower = towers.freeze_parts(tiny(), 1, False, "image")
+    tower = transformer.freeze_parts(tiny(), 1, False, "image")
     frozen = {name for name, p in tower.named_parameters() if not p.requires_grad}
     assert {"embeddings.class_embedding", "pre_layrnorm.weight", "encoder.layers.0.mlp.fc2.bias"} <= frozen
     assert not any("layers.1." in name or "layers.2." in name or "post" in name for name in frozen)
@@ -303,8 +307,8 @@ def test_freezing_the_transformers_built_here():
 def test_what_is_no_clip_is_refused(tmp_path, clip_folder):
     transformers.BertModel(transformers.BertConfig(**TINY, vocab_size=30)).save_pretrained(tmp_path)
     with pytest.raises(LabError, match="is no CLIP: it has no joint space"):
-        towers.clip_vision(str(tmp_path))
+        towers_image.clip_vision(str(tmp_path))
     with pytest.raises(LabError, match="there is no such folder, and the hub does not"):
-        towers.clip_vision("/nowhere/at/all")
+        towers_image.clip_vision("/nowhere/at/all")
     with pytest.raises(LabError, match="takes 32 x 32 pictures"):
-        towers.clip_vision(str(clip_folder))(pictures(64, 64))
+        towers_image.clip_vision(str(clip_folder))(pictures(64, 64))

@@ -13,21 +13,19 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-import colab
-import controls
-import explorers
 import widgets
 from config import Config, make_config
-from controls import WIDGET_VIEW, Control, after_pause
-from data_check import check
+from core.errors import LabError
 from dataset import load_table
-from errors import LabError
-from gallery import open_gallery
-from live import Interrupted, LiveView
-from queries import GallerySearch
-from scenes import write_scenes
+from evaluate import open_gallery
+from interface import colab, controls
+from interface.controls import WIDGET_VIEW, Control, after_pause
+from reports.search import GallerySearch
+from sources.check import check
+from sources.drawing import write_scenes
 from train import fit
 from utils import load_run
+from widgets import Interrupted, LiveView
 
 
 @pytest.fixture(scope="module")
@@ -196,9 +194,9 @@ def test_search_is_the_exact_ranking(gallery):
 def test_search_takes_words_away_and_adds_a_picture(gallery):
     search = GallerySearch.of(gallery)
     path = gallery.dataset.pictures([2])[0]
-    plain = explorers.search_figure(search, "a red circle", k=3)
-    without = explorers.search_figure(search, "a red circle", minus="a circle", k=3)
-    like = explorers.search_figure(search, "", k=3, picture=path)
+    plain = widgets.search_figure(search, "a red circle", k=3)
+    without = widgets.search_figure(search, "a red circle", minus="a circle", k=3)
+    like = widgets.search_figure(search, "", k=3, picture=path)
     assert len(plain.axes) == len(without.axes) == 3
     assert len(like.axes) == 4  # the picture asked with stands before its answers
 
@@ -218,18 +216,18 @@ def test_zero_shot_follows_labels_and_an_upload(gallery):
 
 def test_failures_begin_with_the_worst(gallery):
     ranks = gallery.ranks.t2i
-    worst = explorers.worst_captions(ranks)
+    worst = widgets.worst_captions(ranks)
     assert ranks.best[worst[0]] == ranks.best.max()
     assert len(set(ranks.image_id[worst])) == len(worst)  # one a picture
     expected = {int(i) for i in ranks.image_id[ranks.best > 1]}
     assert {int(i) for i in ranks.image_id[worst]} == expected
-    figure = explorers.failure_figure(gallery, first=0, count=1)
+    figure = widgets.failure_figure(gallery, first=0, count=1)
     texts = [text.get_text() for text in figure.texts]
     assert any(f"rank {ranks.best.max()} of 20" in text for text in texts)
     caption = gallery.captions[int(ranks.rows[worst[0]])]
     assert any(caption.split()[0] in text for text in texts)
     with pytest.raises(LabError, match="no failure to show"):
-        explorers.failure_figure(gallery, first=10**6)
+        widgets.failure_figure(gallery, first=10**6)
 
 
 def test_attention_needs_its_pooling(gallery):
@@ -263,7 +261,7 @@ def test_no_run_no_browser(tmp_path):
 
 def test_captions_are_filtered(home):
     table = load_table(config_of(home), ("train",))
-    rows = explorers.find_rows(table, "RED circle")
+    rows = widgets.find_rows(table, "RED circle")
     assert rows == [
         row for row in range(len(table))
         if any("red" in text.lower() and "circle" in text.lower() for text in table.captions_of(row))
@@ -279,14 +277,14 @@ def test_flags_are_what_the_check_found(home, tmp_path):
     table = load_table(config_of(home), ("train",))
     report = check(table, num_workers=0, progress=False)
     report["bad_images"] = {table.paths[0]: "not a picture"}
-    flags = explorers.check_flags(report)
+    flags = widgets.check_flags(report)
     assert flags.loc[table.paths[0], "detail"] == "not a picture"
-    _, about = explorers.browse_figure(table, "", bad=report["bad_images"])
+    _, about = widgets.browse_figure(table, "", bad=report["bad_images"])
     assert about["pictures found"].tolist() == [len(table) - 1]
     control = widgets.data_browser(table, report)
-    control.inputs["show"].value = explorers.FLAGS
+    control.inputs["show"].value = widgets.FLAGS
     assert control.result.index.tolist() == [table.paths[0]]
-    assert explorers.check_flags(report, "no such word").empty
+    assert widgets.check_flags(report, "no such word").empty
 
 
 # --- the training view ---
@@ -297,7 +295,7 @@ class Page:
 
     def __init__(self, monkeypatch):
         self.shown, self.updates = [], []
-        monkeypatch.setattr("live.display", self.display)
+        monkeypatch.setattr("widgets.display", self.display)
 
     def display(self, part, display_id):
         self.shown.append(part)
@@ -312,7 +310,7 @@ def history_of(epochs: int) -> pd.DataFrame:
 
 def test_a_long_run_leaves_one_figure_and_one_line(monkeypatch):
     page, clock = Page(monkeypatch), iter(range(0, 10**6, 5))
-    monkeypatch.setattr("live.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("widgets.time.monotonic", lambda: next(clock))
     view = LiveView("a run", num_epochs=6)
     for epochs in range(1, 7):
         view(history_of(epochs))
@@ -328,7 +326,7 @@ def test_a_long_run_leaves_one_figure_and_one_line(monkeypatch):
 
 def test_quick_epochs_are_drawn_now_and_then_and_the_last_always(monkeypatch):
     page = Page(monkeypatch)
-    monkeypatch.setattr("live.time.monotonic", lambda: 0.0)
+    monkeypatch.setattr("widgets.time.monotonic", lambda: 0.0)
     view = LiveView("a run", num_epochs=5)
     for epochs in range(1, 6):
         view(history_of(epochs))

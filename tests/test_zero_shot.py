@@ -14,13 +14,14 @@ import torch
 from evaluated import config_of, made_gallery, write_home, write_run
 from PIL import Image
 
-import paired_data
-import zero_shot
-from errors import LabError
-from gallery import open_gallery
-from pictures import UndecodableImage
-from scenes import load_scenes
-from zero_shot import Labelled, known_labels, labelled_of, open_labelled
+import evaluate
+from core.errors import LabError
+from evaluate import open_gallery
+from reports import zero_shot
+from reports.zero_shot import Labelled, known_labels, labelled_of, open_labelled
+from sources import side_by_side
+from sources.decode import UndecodableImage
+from sources.drawing import load_scenes
 
 LABELS = ["red circle", "blue star", "green heart"]
 
@@ -156,7 +157,7 @@ def test_scenes_know_shapes_colours_and_single_objects(home, gallery):
     assert sorted(known_labels(gallery)) == alone
     assert sets["single objects"].left_out == 20 - len(alone)
     assert torch.equal(sets["single objects"].features, gallery.image_features[alone])
-    accuracy = zero_shot.zero_shot_accuracy(gallery)
+    accuracy = evaluate.zero_shot_accuracy(gallery)
     assert accuracy["pictures"] == len(alone)
     assert 0 <= accuracy["top1"] <= accuracy["top5"] <= 1
 
@@ -204,7 +205,7 @@ def test_class_folders_leave_out_what_cannot_be_decoded(run, tmp_path):
 
 def write_cifar(folder, name):
     """Files of CIFAR's form: six pictures of two classes in each."""
-    layout = paired_data.LAYOUTS[name]
+    layout = side_by_side.LAYOUTS[name]
     (folder / layout.folder).mkdir(parents=True)
     rng = np.random.default_rng(0)
     for file in [file for files in layout.files.values() for file in files]:
@@ -222,7 +223,7 @@ def write_cifar(folder, name):
 def test_cifar_is_read_as_torchvision_reads_it(name, tmp_path):
     from torchvision import datasets
 
-    pictures = paired_data.read_cifar(write_cifar(tmp_path, name))
+    pictures = side_by_side.read_cifar(write_cifar(tmp_path, name))
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     unchecked = type(
         "Unchecked", (kind,), {"_check_integrity": lambda self: True, "_load_meta": lambda self: None}
@@ -231,14 +232,14 @@ def test_cifar_is_read_as_torchvision_reads_it(name, tmp_path):
     np.testing.assert_array_equal(pictures.images.permute(0, 2, 3, 1).numpy(), theirs.data)
     assert pictures.labels.tolist() == theirs.targets
     assert pictures.names == ["maple tree", "cat"]
-    count = len(paired_data.read_cifar(tmp_path, "train").labels)
-    assert count == 6 * len(paired_data.LAYOUTS[name].files["train"])
+    count = len(side_by_side.read_cifar(tmp_path, "train").labels)
+    assert count == 6 * len(side_by_side.LAYOUTS[name].files["train"])
 
 
 def test_cifar_is_classified(run, tmp_path):
     made = open_labelled(run, write_cifar(tmp_path, "cifar10"), show=False)
     assert made.truth.tolist() == np.eye(2, dtype=bool)[[0, 1, 1, 0, 1, 0]].tolist()
-    pixels = paired_data.read_cifar(tmp_path).images[2].permute(1, 2, 0).numpy()
+    pixels = side_by_side.read_cifar(tmp_path).images[2].permute(1, 2, 0).numpy()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     alone = zero_shot.classify(run, file.getvalue(), made.labels)
@@ -290,7 +291,7 @@ def test_no_cifar_file_harms_the_process(name, tmp_path):
     data, cause = HOSTILE[name]
     (folder / "test_batch").write_bytes(pickle.dumps({"data": data, "labels": [0, 1]}))
     with pytest.raises(LabError, match=f"test_batch is none of CIFAR's files .*({cause}).*; fetch the set"):
-        paired_data.read_cifar(tmp_path)
+        side_by_side.read_cifar(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +311,7 @@ def test_a_crafted_pickle_costs_no_more_than_its_bytes(content, cause, tmp_path)
     folder = write_cifar(tmp_path, "cifar10") / "cifar-10-batches-py"
     (folder / "test_batch").write_bytes(content)
     with pytest.raises(LabError, match=f"test_batch is none of CIFAR's files .*{cause}"):
-        paired_data.read_cifar(tmp_path)
+        side_by_side.read_cifar(tmp_path)
 
 
 def test_labels_and_names_of_other_kinds_are_refused(tmp_path):
@@ -319,30 +320,30 @@ def test_labels_and_names_of_other_kinds_are_refused(tmp_path):
     for labels in (shared(list, 60), [2**70], [True], [0.0], {"a": 1}):
         (folder / "test_batch").write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
         with pytest.raises(LabError, match="labels without pictures or names|asks for the operation"):
-            paired_data.read_cifar(tmp_path)
+            side_by_side.read_cifar(tmp_path)
     with open(folder / "batches.meta", "wb") as file:
         file.write(pickle.dumps({"label_names": shared(list, 60)}))
     with pytest.raises(LabError, match=r"batches.meta is none of CIFAR's files \(its class names"):
-        paired_data.read_cifar(tmp_path)
+        side_by_side.read_cifar(tmp_path)
     os.truncate(folder / "test_batch", 0)
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["a"]}))
     os.truncate(folder / "test_batch", 60 * 10**9)  # sparse: no byte of it is on the disk
     with pytest.raises(
         LabError, match=r"test_batch has 60,000,000,000 bytes; such a file has at most 1,073,741,824"
     ):
-        paired_data.read_cifar(tmp_path)
+        side_by_side.read_cifar(tmp_path)
 
 
 def test_cifar_files_run_no_code_and_damage_is_named(tmp_path, capsys):
     folder = write_cifar(tmp_path, "cifar10") / "cifar-10-batches-py"
     (folder / "test_batch").write_bytes(pickle.dumps(Harm()))
     with pytest.raises(LabError, match="it asks for builtins.print"):
-        paired_data.read_cifar(tmp_path)
+        side_by_side.read_cifar(tmp_path)
     assert capsys.readouterr().out == ""
     (folder / "test_batch").write_bytes(pickle.dumps({"data": np.zeros((2, 3072), "u1"), "labels": [0, 7]}))
     with pytest.raises(LabError, match="labels without pictures or names"):
-        paired_data.read_cifar(tmp_path)
+        side_by_side.read_cifar(tmp_path)
     with pytest.raises(LabError, match="split 'val' does not exist"):
-        paired_data.read_cifar(tmp_path, "val")
+        side_by_side.read_cifar(tmp_path, "val")
     with pytest.raises(LabError, match="holds no cifar-10-batches-py or cifar-100-python"):
-        paired_data.read_cifar(folder / "nowhere")
+        side_by_side.read_cifar(folder / "nowhere")

@@ -1,0 +1,127 @@
+"""Tensor files that are checked when they are read: safetensors, torch's archive, NumPy's archive.
+
+The checksum is a CRC-32 of the content (3.7 GB/s on one core, measured; SHA-256 makes 0.8): it finds damage, not
+forgery. Files written before there was one are read as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from core.errors import LabError
+from core.files import SEAL, DamagedFileError, atomic_path, checksum, seal_of, sealed
+
+ZIP_END, ZIP_END_BYTES = b"PK\5\6", 22  # the last record of an archive without a comment
+COMMENT_BYTES = len(sealed(0))
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write safetensors with its checksum among the metadata. Raises: LabError if it cannot be written."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as beside:
+        save_file(dict(tensors), beside, metadata={**metadata, SEAL: _tensors_seal(tensors, metadata)})
+
+
+def load_tensors(path: str | Path, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, memory-mapped, and the metadata of a safetensors file; all of it is read once.
+
+    Args: advice: what to do where the file is damaged, for the message.
+    Raises: DamagedFileError if it is not what was written; FileNotFoundError.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise DamagedFileError(path, str(error).splitlines()[0], advice) from error
+    stated = seal_of(metadata)
+    if stated is not None and stated != _tensors_seal(tensors, metadata):
+        raise DamagedFileError(path, "its checksum does not match", advice)
+    return tensors, metadata
+
+
+def _tensors_seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    code = checksum(metadata)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        code = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), code)
+        code = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, code)
+    return sealed(code)
+
+
+def save_archive(path: str | Path, content: dict[str, Any]) -> None:
+    """`torch.save` with a checksum as the archive's comment, where zip tools and torch pass over it."""
+    with atomic_path(path) as beside:
+        torch.save(content, beside)
+        with open(beside, "rb+") as file:
+            file.seek(-2, os.SEEK_END)
+            file.write(COMMENT_BYTES.to_bytes(2, "little"))
+        code = file_checksum(beside)
+        with open(beside, "ab") as file:
+            file.write(sealed(code).encode())
+
+
+def load_archive(path: str | Path, device: torch.device | str, advice: str) -> dict[str, Any]:
+    """What `save_archive` wrote, without executing pickled code.
+
+    Raises: DamagedFileError if it is not what was written, or holds anything else than a dict.
+    """
+    try:
+        _check_archive(Path(path))
+        content = torch.load(path, map_location=device, weights_only=True)
+    except LabError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DamagedFileError(path, reason, advice) from error
+    if not isinstance(content, dict):
+        raise DamagedFileError(path, f"it holds a {type(content).__name__}", advice)
+    return content
+
+
+def _check_archive(path: Path) -> None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - ZIP_END_BYTES - COMMENT_BYTES))
+        tail = file.read()
+    if tail[-ZIP_END_BYTES:].startswith(ZIP_END):
+        return  # written before there was a checksum
+    if not tail.startswith(ZIP_END):
+        raise ValueError("it is cut off or no archive of torch")
+    if tail[ZIP_END_BYTES:] != sealed(file_checksum(path, size - COMMENT_BYTES)).encode():
+        raise ValueError("its checksum does not match")
+
+
+def load_arrays(path: str | Path, advice: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, whose members carry a CRC-32 each.
+
+    Raises: DamagedFileError if one does not match; FileNotFoundError.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise DamagedFileError(path, str(error) or type(error).__name__, advice) from error
+
+
+def file_checksum(path: Path, size: int | None = None) -> int:
+    """CRC-32 of a file's first `size` bytes; None: of all."""
+    left, code = path.stat().st_size if size is None else size, 0
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            code, left = zlib.crc32(block, code), left - len(block)
+    return code

@@ -1,0 +1,99 @@
+"""What a notebook needs on Colab: the packages, the account's secrets, a Drive folder, and which runtime to choose.
+
+Everything here does nothing elsewhere, and needs only what every notebook kernel brings.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+SECRETS = ("KAGGLE_USERNAME", "KAGGLE_KEY", "HF_TOKEN")
+DRIVE = Path("/content/drive")
+
+
+def on_colab() -> bool:
+    """Whether this is a Colab runtime."""
+    return "google.colab" in sys.modules or bool(os.environ.get("COLAB_RELEASE_TAG"))
+
+
+def missing_packages(requirements: str | Path = "requirements.txt") -> list[str]:
+    """The requirements that are not met; what meets its range, such as Colab's own torch, is left as it is."""
+    lines = [
+        line.split("#")[0].strip() for line in Path(requirements).read_text(encoding="utf-8").splitlines()
+    ]
+    return [line for line in lines if line and not line.startswith("-") and not _is_met(Requirement(line))]
+
+
+def _is_met(wanted: Requirement) -> bool:
+    try:
+        return wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def install(requirements: str | Path = "requirements.txt") -> list[str]:
+    """Install what is missing with this kernel's own pip, and return it; asks no server where nothing is."""
+    missing = missing_packages(requirements)
+    if missing:
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
+        importlib.invalidate_caches()
+    return missing
+
+
+def prepare() -> str:
+    """Install what is missing and read the secrets; what was done, in one line."""
+    installed, secrets = install(), read_secrets()
+    return f"packages installed: {len(installed) or 'none missing'}; secrets read: {', '.join(secrets) or 'none'}"
+
+
+def read_secrets(names: tuple[str, ...] = SECRETS) -> list[str]:
+    """Put the account's secrets where downloads look for them, and return the names of those found.
+
+    A secret that is not there, or that the notebook may not read, is passed over: public data needs none.
+    """
+    if not on_colab():
+        return []
+    userdata: Any = importlib.import_module("google.colab.userdata")
+    found = []
+    for name in names:
+        try:
+            os.environ[name] = userdata.get(name)
+            found.append(name)
+        except (userdata.SecretNotFoundError, userdata.NotebookAccessError, userdata.TimeoutException):
+            continue
+    return found
+
+
+def checkpoint_folder(folder: str) -> Path | None:
+    """The folder for checkpoints, with Drive mounted where it lies there; none where none is given.
+
+    A Drive folder is `/content/drive/MyDrive/...`. After a dropped session, running all cells again
+    mounts it and continues from what lies in it.
+    """
+    if not folder.strip():
+        return None
+    path = Path(folder.strip()).expanduser()
+    if on_colab() and path.is_relative_to(DRIVE) and not DRIVE.joinpath("MyDrive").is_dir():
+        importlib.import_module("google.colab.drive").mount(str(DRIVE))
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def runtime_advice(config: Any) -> str:
+    """Which runtime a configuration wants, in one sentence."""
+    from core.devices import get_device  # torch may only be installed by `install`
+
+    if config.image_tower_mode == "cached":
+        return "a CPU runtime is enough: the image tower's features are cached and only heads train."
+    if get_device(config.device).type != "cpu":
+        return "this runtime has a GPU, as training an image tower wants."
+    where = "choose Runtime > Change runtime type > T4 GPU" if on_colab() else "use a machine that has one"
+    return f"no GPU here, which is enough for quickstart; to train on photographs, {where}."

@@ -1,0 +1,273 @@
+"""A split encoded by a finished run's model: exact ranks, protocol, figures; a run measured once on its test splits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from core.errors import LabError
+from core.files import StaleCacheError, atomic_path, fingerprint
+from core.tensor_files import load_arrays
+from dataset import OFF, make_loader, open_dataset
+from metrics import PROTOCOLS
+from retrieval.figures import summarise
+from retrieval.ranks import QueryRanks, Ranks, match_ranks
+from retrieval.statistics import TEST_SAMPLE_ONLY, bootstrap_intervals
+from sources.readers import COCO_2014, FLICKR8K_LISTS
+from training.checkpoints import read_metrics
+from utils import Run, encode_loader
+
+# --- Encoded splits ---
+
+
+INTERVALS = f"95 %, bootstrap over images, {TEST_SAMPLE_ONLY}"
+OWN_PROTOCOL = "the data set's own"
+VAL2014_IMAGES = 40_504
+
+
+@dataclass
+class Gallery:
+    """One split, encoded by a run's model.
+
+    Args:
+        dataset: as `open_dataset` gives it; one with `validation_metrics(model, features, config)` is measured
+            by that instead of by retrieval.
+        image_features: (I, D); text_features: (T, D); image_id: (I,); text_id: (T,).
+    """
+
+    run: Run
+    dataset: Any
+    image_features: Tensor
+    text_features: Tensor
+    image_id: Tensor
+    text_id: Tensor
+
+    @property
+    def split(self) -> str:
+        return self.dataset.split
+
+    @property
+    def features(self) -> dict[str, Tensor]:
+        """Features and ids by name, as metrics and losses take them."""
+        names = ("image_features", "text_features", "image_id", "text_id")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def measures_itself(self) -> bool:
+        """Whether its data set brings metrics of its own in place of retrieval's."""
+        return hasattr(self.dataset, "validation_metrics")
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        """The exact rank of every match, from which all retrieval figures follow."""
+        return match_ranks(self.image_features, self.text_features, self.image_id, self.text_id)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this gallery from any other: images, captions, and which of them are in use."""
+        return data_digest(self.dataset)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether its items have picture files and captions to show."""
+        return hasattr(self.dataset, "table") and self.dataset.pictures([0])[0].is_file()
+
+    @cached_property
+    def captions(self) -> Sequence[str]:
+        """(T,) the captions, in the order of `text_features`."""
+        table = self.dataset.table
+        rows, _ = self.dataset.caption_rows(self.dataset.rows)
+        return [table.captions[row] for row in rows.tolist()]
+
+    def metrics(self) -> dict[str, Any]:
+        """Its figures with their protocol; of retrieval also 95 % intervals of the recalls.
+
+        A K of `recall_ks` over the number of images is left out: it would count every query as answered.
+        Raises: LabError if no K is left, if nothing matches, or if features hold NaN.
+        """
+        about = {"split": self.split, "protocol": protocol_of(self), "gallery": self.fingerprint}
+        files = getattr(self.dataset, "left_out", {})
+        left_out = {
+            "left_out": len(files),
+            "left_out_files": files,
+            "recall_ks": list(self.run.config.recall_ks),
+        }
+        if self.measures_itself:
+            sizes = {"num_images": len(self.image_id), "num_texts": len(self.text_id)}
+            found = self.dataset.validation_metrics(self.run.model, self.features, self.run.config)
+            return {**about, **sizes, **found, **left_out}
+        found = summarise(self.ranks, self._ks())
+        intervals = bootstrap_intervals(self.ranks, [name for name in found if "_recall@" in name])
+        ends = {
+            f"{name}_{end}": getattr(of, end) for name, of in intervals.items() for end in ("low", "high")
+        }
+        return {**about, **found, **ends, **left_out, "intervals": INTERVALS}
+
+    def _ks(self) -> tuple[int, ...]:
+        wanted = self.run.config.recall_ks
+        ks = tuple(k for k in wanted if k <= self.ranks.num_images)
+        if not ks:
+            raise LabError(
+                f"every K of recall_ks {wanted} is over the {self.ranks.num_images} images of split "
+                f"{self.split!r}; set recall_ks to smaller numbers."
+            )
+        return ks
+
+
+def open_split(run: Run, split: str, *, show: bool = True) -> Any:
+    """A split's data set as an evaluation reads it. Raises: LabError if the split does not exist."""
+    return open_dataset(run.config.updated(**OFF), (split,), progress=show)
+
+
+def encoded(run: Run, dataset: Any, *, show: bool = True) -> Gallery:
+    """A data set encoded by a run's best model. Raises: LabError if the run has no weights yet."""
+    loader = make_loader(dataset, run.config.batch_size)
+    features, _ = encode_loader(run.model, loader, run.config, show=show)
+    return Gallery(run, dataset, **features)
+
+
+def data_digest(dataset: Any) -> str:
+    """Tells what is measured on a data set from what is measured on another."""
+    about = dataset.describe()
+    return fingerprint([about["sha256"], about.get("form", "")])
+
+
+# --- protocols ---
+
+
+DEFINED_ON: Mapping[str, str] = {
+    "coco_5k": "Karpathy's split of coco",
+    "coco_1k_fivefold": "Karpathy's split of coco",
+    "flickr_1k": "Karpathy's split of flickr30k",
+    "flickr8k_1k": FLICKR8K_LISTS,
+}
+"""Protocols of `metrics.PROTOCOLS` that belong to the test split of one source: `CaptionTable.split_source`. A split
+drawn by seed may have as many images and is another one."""
+
+
+def fitting_protocols(gallery: Gallery) -> list[str]:
+    """Names in `metrics.PROTOCOLS` that this gallery can be measured under."""
+    return [name for name in PROTOCOLS if _fits(gallery, name)]
+
+
+def _fits(gallery: Gallery, name: str) -> bool:
+    protocol = PROTOCOLS[name]
+    if name in DEFINED_ON and (gallery.split, _split_source(gallery)) != ("test", DEFINED_ON[name]):
+        return False
+    counts = _captions_each(gallery)
+    enough = len(counts) == len(gallery.image_id) and counts.min() >= (protocol.captions or 1)
+    return protocol.num_images is None or bool(enough and len(gallery.image_id) == protocol.num_images)
+
+
+def _split_source(gallery: Gallery) -> str:
+    table = getattr(gallery.dataset, "table", None)
+    return "" if table is None else table.split_source
+
+
+def _captions_each(gallery: Gallery) -> np.ndarray:
+    """Captions of each image that has any."""
+    ids = gallery.text_id.numpy()
+    return np.unique(ids[np.isin(ids, gallery.image_id.numpy())], return_counts=True)[1]
+
+
+def protocol_of(gallery: Gallery) -> str:
+    """What measuring the whole gallery with all its captions is called.
+
+    One of `metrics.PROTOCOLS` where it is that exactly, `full val2014` for all of COCO's val2014, else `full`.
+    """
+    counts = _captions_each(gallery)
+    if gallery.measures_itself:
+        return OWN_PROTOCOL
+    for name in fitting_protocols(gallery):
+        protocol = PROTOCOLS[name]
+        if protocol.num_images and protocol.folds == 1 and counts.max() == protocol.captions:
+            return name
+    val2014 = (COCO_2014, "val", VAL2014_IMAGES)
+    is_val2014 = (_split_source(gallery), gallery.split, len(gallery.image_id)) == val2014
+    return "full val2014" if is_val2014 else "full"
+
+
+# --- Measured runs ---
+
+
+RANK_FIELDS = [field.name for field in fields(QueryRanks)]
+
+
+def results_of(run: Run) -> Path:
+    """Where a measured run's figures, tables and report go, see `results_folder`."""
+    return run.results or run.folder
+
+
+def known_gallery(run: Run, split: str) -> str | None:
+    """Digest of the data that the run's own metrics of a split are of."""
+    return read_metrics(run.folder / "metrics.json", show=False).get(split, {}).get("gallery")
+
+
+def results_folder(run: Run, known: str | None, digest: str) -> Path:
+    """Where results on data of this digest are kept.
+
+    That is the run's folder for the data it was trained on, wherever they lie now, and for the first data it is
+    measured on; for any other data `on_DIGEST` in it, so that these never replace the run's own figures.
+
+    Args: known: digest of the data that the run's own results are of.
+    """
+    if run.own_data or known in (None, digest):
+        return run.folder
+    print(
+        f"{run.config.data_dir} holds other data than {run.name} was measured on: results go to on_{digest[:8]}/."
+    )
+    return run.folder / f"on_{digest[:8]}"
+
+
+# --- ranks kept beside metrics.json ---
+
+
+def ranks_path(run: Run, split: str) -> Path:
+    return results_of(run) / f"ranks_{split}.npz"
+
+
+def origin_of(metrics: dict[str, Any]) -> str:
+    """What ranks must come from to belong to these metrics: their gallery under their weights."""
+    return f"{metrics['gallery']} {metrics.get('weights')}"
+
+
+def save_ranks(ranks: Ranks, path: Path, origin: str) -> None:
+    """Write ranks whole or not at all, with what they come from, see `origin_of`."""
+    arrays: dict[str, Any] = {
+        f"{way}_{name}": np.asarray(getattr(getattr(ranks, way), name))
+        for way in ("i2t", "t2i")
+        for name in RANK_FIELDS
+    }
+    with atomic_path(path) as beside, open(beside, "wb") as file:
+        np.savez_compressed(file, origin=np.array(origin), **arrays)
+
+
+def load_ranks(path: Path, origin: str) -> Ranks:
+    """Read what `save_ranks` wrote.
+
+    Raises: StaleCacheError if it is damaged, or of other weights or another gallery.
+    """
+    try:
+        arrays = load_arrays(path, "evaluate the run again (--again)")
+        ways, found = [_query_ranks(arrays, way) for way in ("i2t", "t2i")], str(arrays["origin"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StaleCacheError(
+            f"{path} cannot be read ({error}); evaluate the run again (--again)."
+        ) from error
+    if found != origin:
+        raise StaleCacheError(
+            f"{path} holds ranks of other weights or another gallery; evaluate the run again (--again)."
+        )
+    return Ranks(*ways)
+
+
+def _query_ranks(arrays: dict[str, np.ndarray], way: str) -> QueryRanks:
+    parts: dict[str, Any] = {name: arrays[f"{way}_{name}"] for name in RANK_FIELDS}
+    numbers = {name: int(parts[name]) for name in ("gallery_size", "num_left_out")}
+    return QueryRanks(**{**parts, **numbers})

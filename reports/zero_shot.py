@@ -1,0 +1,381 @@
+"""Zero-shot classification: class names and templates become a classifier, measured on labelled pictures."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from core.errors import LabError
+from plots.ranks import calibration_bins, calibration_error
+from reports.gallery import Gallery
+from reports.search import encoded
+from sources.decode import decode_rgb
+from sources.drawing import load_scenes
+from sources.image_cache import open_images
+from sources.readers import read_captions
+from sources.scenes import Scene
+from sources.side_by_side import find_cifar, read_cifar
+from sources.table import CaptionTable, stamp
+from towers.features import PIXELS_PER_BATCH, image_features, text_features, tower_of
+from utils import Run
+
+# --- Classifier ---
+
+
+DEFAULT_TEMPLATES = ("a photo of {}.", "a picture of {}.", "an image with {} in it.")
+
+
+def class_features(run: Run, labels: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> Tensor:
+    """(L, D) classifier: each label's feature averaged over the templates.
+
+    Text features come from training's own encoder and pooling.
+
+    Args: templates: texts with `{}` where the label stands.
+    Raises: LabError if a label is empty or given twice, a template lacks `{}`, or a feature is not finite.
+    Source: prompt ensembles, Radford et al. 2021, section 3.1.4.
+    """
+    labels = [label.strip() for label in labels]
+    if len(set(labels)) < max(2, len(labels)) or not all(labels):
+        raise LabError("zero-shot labels must be at least two, none empty and none given twice.")
+    if isinstance(templates, str) or not templates or not all("{}" in template for template in templates):
+        raise LabError("prompt templates are a list, and every one needs {} where the label stands.")
+    texts = [template.replace("{}", label) for label in labels for template in templates]
+    features = text_features(run.model, run.config, texts).view(len(labels), len(templates), -1)
+    _check_finite(features, "label")
+    return torch.nn.functional.normalize(features.mean(dim=1), dim=-1)
+
+
+def _check_finite(features: Tensor, what: str) -> None:
+    if not torch.isfinite(features).all():
+        raise LabError(f"a {what}'s feature holds NaN or infinite values; look for a diverged run.")
+
+
+@torch.inference_mode()
+def probabilities(run: Run, features: Tensor, classes: Tensor) -> Tensor:
+    """(N, L) probabilities of labels for pictures' features (N, D), at the model's temperature.
+
+    A sigmoid loss's bias changes nothing here. Raises: LabError if a feature is not finite.
+    """
+    _check_finite(features, "picture")
+    scale = run.model.logit_parts()["logit_scale"].cpu()
+    return (scale * features @ classes.T).softmax(dim=1)
+
+
+def zero_shot(
+    gallery: Gallery,
+    items: Sequence[int],
+    labels: Sequence[str],
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+) -> Tensor:
+    """(len(items), L) probabilities of labels for some pictures of a gallery."""
+    classes = class_features(gallery.run, labels, templates)
+    return probabilities(gallery.run, gallery.image_features[list(items)], classes)
+
+
+def classify(
+    run: Run,
+    picture: Any,
+    labels: Sequence[str],
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+) -> pd.DataFrame:
+    """Labels of any picture, likeliest first: `probability` in [0, 1] and cosine `similarity`, by `label`.
+
+    Args: picture: a file's path or bytes (such as an upload's), a PIL image, or uint8 pixels (H, W, 3).
+    Raises: LabError on labels as in `class_features`; UndecodableImage if the picture cannot be read.
+    """
+    config = run.config
+    source = encoded(Path(picture) if isinstance(picture, str) else picture)
+    pixels = decode_rgb(source, config.image_size, config.image_resize)  # (S, S, 3)
+    feature = image_features(run.model, config, torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    classes = class_features(run, labels, templates)
+    columns = {
+        "probability": probabilities(run, feature, classes)[0].numpy(),
+        "similarity": (feature @ classes.T)[0].numpy(),
+    }
+    names = pd.Index([label.strip() for label in labels], name="label")
+    return pd.DataFrame(columns, index=names).sort_values("probability", ascending=False)
+
+
+# --- measuring ---
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """What a classifier made of a labelled set.
+
+    Args:
+        summary: `top1` and `top5` in [0, 1], `chance` of a random first choice, `calibration_error`,
+            `pictures`, `labels`, `left_out`, and the `rule` of what counts as right.
+        per_class: by `label`, how many `pictures` show it and the `accuracy`: on how many of them it is
+            among the likeliest R labels, R the number of labels that the picture shows.
+        confusion: (L, L) counts, row the true label, of pictures with one label.
+        confidence, correct: (N,) probability of each picture's first choice, and whether it is right.
+    """
+
+    name: str
+    labels: list[str]
+    summary: dict[str, Any]
+    per_class: pd.DataFrame
+    confusion: np.ndarray
+    confidence: np.ndarray
+    correct: np.ndarray
+
+
+def measure(run: Run, labelled: Labelled, templates: Sequence[str] = DEFAULT_TEMPLATES) -> ZeroShot:
+    """Classify a labelled set and count.
+
+    Raises: LabError as `class_features` and `probabilities`.
+    """
+    classes = class_features(run, labelled.labels, templates)
+    likely = probabilities(run, labelled.features, classes).numpy()  # (N, L)
+    order, truth = np.argsort(-likely, axis=1, kind="stable"), labelled.truth
+    hits = np.take_along_axis(truth, order, axis=1)  # (N, L) is the label at each place true?
+    confidence, correct = likely.max(axis=1), hits[:, 0]
+    summary = {
+        "top1": float(correct.mean()),
+        "top5": float(hits[:, :5].any(axis=1).mean()),
+        "chance": float(truth.mean()),
+        "calibration_error": calibration_error(calibration_bins(confidence, correct)),
+        "pictures": len(truth),
+        "labels": len(labelled.labels),
+        "left_out": labelled.left_out,
+        "rule": labelled.rule,
+    }
+    return ZeroShot(
+        labelled.name,
+        labelled.labels,
+        summary,
+        _per_class(truth, order, labelled.labels),
+        _confusion(truth, order[:, 0]),
+        confidence,
+        correct,
+    )
+
+
+def _per_class(truth: np.ndarray, order: np.ndarray, labels: list[str]) -> pd.DataFrame:
+    places = np.argsort(order, axis=1)  # (N, L) place of each label, 0 is likeliest
+    named = truth & (places < truth.sum(axis=1, keepdims=True))
+    shown = truth.sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        columns = {"pictures": shown, "accuracy": named.sum(axis=0) / shown}
+    return pd.DataFrame(columns, index=pd.Index(labels, name="label"))
+
+
+def _confusion(truth: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """(L, L) counts over the pictures of one label."""
+    single = truth.sum(axis=1) == 1
+    counts = np.zeros((truth.shape[1],) * 2, dtype=np.int64)
+    np.add.at(counts, (truth[single].argmax(axis=1), chosen[single]), 1)
+    return counts
+
+
+def measure_gallery(gallery: Gallery, templates: Sequence[str] = DEFAULT_TEMPLATES) -> list[ZeroShot]:
+    """Every labelling that a gallery's data bring, measured."""
+    return [measure(gallery.run, labelled, templates) for labelled in labelled_of(gallery)]
+
+
+def summary_table(results: Sequence[ZeroShot]) -> pd.DataFrame:
+    """A row a labelled set, accuracies and calibration error in percent."""
+    rows = []
+    for result in results:
+        shares = ("top1", "top5", "chance", "calibration_error")
+        percent = {f"{name} (%)": round(100 * result.summary[name], 1) for name in shares}
+        counts = {name: result.summary[name] for name in ("pictures", "labels", "left_out", "rule")}
+        rows.append({"set": result.name, **percent, **counts})
+    return pd.DataFrame(rows).set_index("set")
+
+
+# --- Pictures whose labels are known ---
+
+
+ONE_LABEL = "one label a picture"
+MANY_LABELS = "a picture counts once for each label it shows; right is a first choice among them"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Pictures of known labels, encoded by a run.
+
+    Args:
+        name: of the set, for tables and files.
+        labels: C texts.
+        truth: (N, C) bool; several labels a picture where it shows several things.
+        features: (N, D), normalised.
+        left_out: pictures that cannot be decoded, or show none of the labels.
+    """
+
+    name: str
+    labels: list[str]
+    truth: np.ndarray
+    features: Tensor
+    left_out: int = 0
+
+    @property
+    def rule(self) -> str:
+        """What counts as right."""
+        return MANY_LABELS if (self.truth.sum(axis=1) > 1).any() else ONE_LABEL
+
+
+# --- labels of a gallery's own pictures ---
+
+
+def labelled_of(gallery: Gallery) -> list[Labelled]:
+    """Every labelling that a gallery's data bring, of the pictures that show a label."""
+    sets = [_of_gallery(gallery, name, shown) for name, shown in shown_labels(gallery).items()]
+    return [labelled for labelled in sets if len(labelled.labels) > 1]
+
+
+def known_labels(gallery: Gallery) -> dict[int, str]:
+    """Item -> its one true label, where the data says; pictures that show several are not in it."""
+    first = next(iter(shown_labels(gallery).values()), [])
+    return {item: label for item, labels in enumerate(first) if len(labels) == 1 for label in labels}
+
+
+def shown_labels(gallery: Gallery) -> dict[str, list[set[str]]]:
+    """Labelling -> what each picture shows: generated scenes' objects, the table's categories, or COCO's."""
+    table = getattr(gallery.dataset, "table", None)
+    if table is None:
+        return {}
+    if (table.root / "scenes.json").is_file():
+        return _scene_labels(gallery)
+    if table.categories is not None:
+        names = table.categories[gallery.dataset.rows]
+        return {"categories": [{str(name)} if name else set() for name in names]}
+    return _coco_categories(gallery)
+
+
+def _of_gallery(gallery: Gallery, name: str, shown: Sequence[set[str]]) -> Labelled:
+    """The pictures that show a label, of what each shows."""
+    items = [item for item, labels in enumerate(shown) if labels]
+    labels = sorted(set().union(*shown))
+    truth = np.array([[label in shown[item] for label in labels] for item in items], dtype=bool)
+    features = gallery.image_features[items]
+    return Labelled(name, labels, truth.reshape(len(items), len(labels)), features, len(shown) - len(items))
+
+
+def _single_object(scene: Scene) -> set[str]:
+    first, *others = scene.objects
+    return set() if others else {f"{first.colour} {first.shape}"}
+
+
+SCENE_LABELS: Mapping[str, Callable[[Scene], set[str]]] = {
+    "single objects": _single_object,
+    "shapes": lambda scene: {thing.shape for thing in scene.objects},
+    "colours": lambda scene: {thing.colour for thing in scene.objects},
+}
+
+
+def _scene_labels(gallery: Gallery) -> dict[str, list[set[str]]]:
+    scenes = load_scenes(gallery.dataset.table.root, gallery.split)
+    shown = [scenes[ident] for ident in gallery.image_id.tolist()]
+    return {name: [labels_of(scene) for scene in shown] for name, labels_of in SCENE_LABELS.items()}
+
+
+def _coco_categories(gallery: Gallery) -> dict[str, list[set[str]]]:
+    """Names of the categories in each picture, of COCO's instances_*.json beside the pictures; {} without."""
+    table = gallery.dataset.table
+    names = sorted({Path(table.paths[row]).parent.name for row in gallery.dataset.rows.tolist()})
+    places = [table.root / top / "annotations" for top in ("", "coco2014", "coco2017")]
+    files = [
+        file for place in places for name in names if (file := place / f"instances_{name}.json").is_file()
+    ]
+    shown: dict[int, set[str]] = {}
+    for file in tqdm(files, "reading categories", delay=2, leave=False):
+        for image_id, category in read_instances(file):
+            shown.setdefault(image_id, set()).add(category)
+    own = [shown.get(ident, set()) for ident in gallery.image_id.tolist()]
+    return {"COCO categories": own} if shown else {}
+
+
+def read_instances(file: Path) -> list[tuple[int, str]]:
+    """(image id, category's name) of every object in one of COCO's instances_*.json, read once while it is unchanged.
+
+    Raises: LabError if it is no such file.
+    """
+    return _read_instances(file, stamp(file))
+
+
+@functools.lru_cache(maxsize=2)
+def _read_instances(file: Path, stamp: tuple[int, int]) -> list[tuple[int, str]]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), object_hook=_coco_object)
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        return [(image_id, names[category]) for image_id, category in content["annotations"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LabError(f"{file} is none of COCO's instances files ({error!r}); unpack it again.") from error
+
+
+def _coco_object(record: dict[str, Any]) -> Any:
+    """Of an annotation its two ids alone: outlines are most of the file."""
+    return (record["image_id"], record["category_id"]) if "category_id" in record else record
+
+
+# --- labelled pictures from elsewhere ---
+
+
+def open_labelled(run: Run, folder: str | Path, *, show: bool = True) -> Labelled:
+    """The labelled pictures of a folder, encoded by a run: CIFAR's files, or class folders.
+
+    CIFAR-10 and CIFAR-100 are found as torchvision keeps them, and their test pictures taken. Of class
+    folders below `train/` and `test/` those of `test` are taken, else all. `max_samples` holds here too.
+    Raises: LabError if the folder holds neither.
+    """
+    return (_open_cifar if find_cifar(folder) else _open_class_folders)(run, Path(folder), show)
+
+
+def _open_cifar(run: Run, folder: Path, show: bool) -> Labelled:
+    pictures = read_cifar(folder)
+    rows = _at_most(len(pictures.labels), run.config.max_samples)
+    size = run.config.image_size
+
+    def gather(some: np.ndarray) -> Tensor:
+        pixels = pictures.images[torch.from_numpy(some)].float()
+        scaled = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+        return scaled.round().clamp(0, 255).to(torch.uint8)  # (B, 3, S, S)
+
+    truth = pictures.labels[rows][:, None] == np.arange(len(pictures.names))
+    return Labelled(folder.name, pictures.names, truth, _encode(run, gather, rows, show))
+
+
+def _open_class_folders(run: Run, folder: Path, show: bool) -> Labelled:
+    config = run.config
+    table: CaptionTable = read_captions("class_folders", folder)
+    if not table.split_source.startswith("drawn") and "test" in table.split_sizes():
+        table = table.split("test")
+    table = table.take(_at_most(len(table), config.max_samples))
+    images = open_images(table, config.cache_dir, config.image_size, config.image_resize, config.num_workers)
+    rows = np.setdiff1d(np.arange(len(table)), list(images.bad))
+    assert table.categories is not None
+    labels = sorted(set(table.categories.tolist()))
+    truth = table.categories[rows][:, None] == np.array(labels)
+    return Labelled(folder.name, labels, truth, _encode(run, images.gather, rows, show), len(images.bad))
+
+
+def _at_most(count: int, limit: int | None) -> np.ndarray:
+    """Rows of `count`, at most `limit` of them, spread evenly."""
+    kept = count if limit is None else min(count, limit)
+    return np.linspace(0, count - 1, kept).astype(np.int64)
+
+
+@torch.inference_mode()
+def _encode(run: Run, gather: Callable[[np.ndarray], Tensor], rows: np.ndarray, show: bool) -> Tensor:
+    """(len(rows), D) features of decoded pictures; a cached image tower is loaded for them once."""
+    model, config = run.model, run.config
+    device = model.logit_scale.device
+    tower: Callable[[Tensor], Tensor] = torch.nn.Identity()
+    if config.image_tower_mode == "cached":
+        tower = tower_of(model, config, "image")
+    batch = max(1, PIXELS_PER_BATCH.get(device.type, 256 * 224**2) // config.image_size**2)
+    parts = np.array_split(rows, max(1, -(-len(rows) // batch)))
+    bar = tqdm(parts, "labelled pictures", unit="batch", disable=not show, delay=1)
+    return torch.cat([model.encode_image(tower(gather(part).to(device))).float().cpu() for part in bar])

@@ -1,0 +1,322 @@
+"""The data check: opens every picture and reads every caption once, and says what is wrong with them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from core.errors import LabError
+from core.files import write_text
+from sources.decode import UndecodableImage, decode, read_bytes, stored_size
+from sources.table import UNUSED, CaptionTable, stamp
+
+REPORT_FILE = "data_report.json"
+CHECK_SIZE = 32  # a JPEG is decoded at an eighth: all of its data is read, a fraction of the pixels made
+FEW = 500  # pictures that are not worth starting processes for
+CHUNK = 64  # pictures a task
+CAPTION_CHUNK = 1000
+EXTRA_TOKENS = 8  # a tokenizer makes at most one token a byte and this many of its own
+NAMES_SHOWN = 3
+
+
+class Picture(NamedTuple):
+    """One checked picture file."""
+
+    digest: bytes
+    width: int
+    height: int
+    cause: str  # why it cannot be decoded, or ""
+
+
+def check(
+    table: CaptionTable,
+    *,
+    tokenizer: Callable[[list[str]], Any] | None = None,
+    max_length: int = 77,
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Check every picture and caption of a table.
+
+    Args:
+        tokenizer: texts -> lists of token ids without truncation, or {"input_ids": such lists}, as
+            transformers' tokenizers are called; none: caption lengths in tokens are not checked.
+        max_length: tokens that the text tower keeps of a caption.
+        num_workers: processes; none: one a core, 0: none but this one.
+        progress: show a progress bar.
+    Returns: a report that is JSON as it stands:
+        root: the data folder; images, captions: how many the table holds;
+        images_per_split {split: images}; split_source: where the splits come from;
+        captions_per_image {captions: images};
+        image_sizes [[width, height], ...] of the decodable images; caption_lengths [words, ...];
+        bad_images {path: cause}; bad_stamps {path: [bytes, mtime in ns]} of those files;
+        undecodable {cause: images};
+        duplicates [{"paths", "splits"}, ...], files with equal bytes in several splits;
+        duplicates_within: files with equal bytes in one split, but one of each;
+        empty_captions, undecodable_text: captions left out, and captions repaired or with U+FFFD;
+        over_length: None, or {max_length, captions, tokens_cut, tokens, longest}, tokens being those
+        of the captions that are cut;
+        problems: what the reader left out or repaired; problem_counts {kind: rows}.
+    Raises: LabError if a checking process dies.
+    """
+    pictures = _check_pictures(table, num_workers, progress)
+    bad = {path: picture.cause for path, picture in zip(table.paths, pictures, strict=True) if picture.cause}
+    words, damaged = _caption_facts(table.captions)
+    counts = table.problem_counts()
+    return {
+        "root": str(table.root),
+        "images": len(table),
+        "captions": len(table.captions),
+        "images_per_split": table.split_sizes(),
+        "split_source": table.split_source,
+        "captions_per_image": _histogram(np.diff(table.offsets)),
+        "image_sizes": [[p.width, p.height] for p in pictures if not p.cause],
+        "caption_lengths": words,
+        "bad_images": bad,
+        "bad_stamps": {path: list(stamp(table.root / path)) for path in bad},
+        "undecodable": dict(Counter(bad.values()).most_common()),
+        **_duplicates(table, pictures),
+        "empty_captions": counts.get("empty caption", 0),
+        "undecodable_text": counts.get("repaired text", 0) + damaged,
+        "over_length": tokenizer and _over_length(table.captions, tokenizer, max_length, progress),
+        "problems": table.problems,
+        "problem_counts": counts,
+    }
+
+
+def without_bad(table: CaptionTable, report: Mapping[str, Any]) -> CaptionTable:
+    """The table without the images that a report found undecodable, unless their files have changed since."""
+    stamps = report["bad_stamps"]
+    bad = {path for path in report["bad_images"] if list(stamp(table.root / path)) == list(stamps[path])}
+    return table.take([row for row, path in enumerate(table.paths) if path not in bad]) if bad else table
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def _check_pictures(table: CaptionTable, num_workers: int | None, progress: bool) -> list[Picture]:
+    paths = [os.fspath(table.root / path) for path in table.paths]
+    if num_workers is None:
+        num_workers = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
+    if len(paths) <= FEW:
+        num_workers = 0
+    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+    pictures: list[Picture] = []
+    with tqdm(total=len(paths), desc="Checking pictures", unit="img", disable=not progress) as bar:
+        for chunk in _mapped(chunks, num_workers):
+            pictures += chunk
+            bar.update(len(chunk))
+    return pictures
+
+
+def _mapped(chunks: list[list[str]], num_workers: int) -> Iterator[list[Picture]]:
+    if num_workers <= 1:
+        yield from map(_check_files, chunks)
+        return
+    # A fork starts at once and needs no guard in the user's script; only Linux's is safe beside threads.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    try:
+        with ProcessPoolExecutor(num_workers, context) as pool:
+            yield from pool.map(_check_files, chunks)
+    except BrokenProcessPool as error:
+        raise LabError(
+            "a checking process was killed, most often for want of memory; check again with num_workers=0"
+        ) from error
+
+
+def _check_files(paths: list[str]) -> list[Picture]:
+    return [_check_file(path) for path in paths]
+
+
+def _check_file(path: str) -> Picture:
+    data = b""
+    try:
+        data = read_bytes(path)
+        decode(data, CHECK_SIZE)
+        return Picture(_digest(data), *stored_size(data), "")
+    except UndecodableImage as error:
+        return Picture(_digest(data) if data else b"", 0, 0, error.cause)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _duplicates(table: CaptionTable, pictures: Sequence[Picture]) -> dict[str, Any]:
+    """Files with equal bytes; between splits they make a test easier than it says."""
+    rows = defaultdict(list)
+    for row, picture in enumerate(pictures):
+        if picture.digest:
+            rows[picture.digest].append(row)
+    across, within = [], 0
+    for same in (rows for rows in rows.values() if len(rows) > 1):
+        splits = table.splits[same].tolist()
+        within += len(same) - len(set(splits))
+        if len(set(splits) - {UNUSED}) > 1:
+            across.append({"paths": [table.paths[row] for row in same], "splits": splits})
+    return {"duplicates": across, "duplicates_within": within}
+
+
+# ---------------------------------------------------------------- captions
+
+
+def _caption_facts(captions: Iterable[str]) -> tuple[list[int], int]:
+    """Words of each caption, and how many captions hold the mark of lost characters."""
+    words, damaged = [], 0
+    for caption in captions:
+        words.append(len(caption.split()))
+        damaged += "\ufffd" in caption
+    return words, damaged
+
+
+def _over_length(
+    captions: Sequence[str], tokenizer: Callable[[list[str]], Any], max_length: int, progress: bool
+) -> dict[str, int]:
+    """How many captions are longer than the text tower takes, and how much of them is cut."""
+    suspects = [text for text in captions if len(text.encode()) + EXTRA_TOKENS > max_length]
+    lengths: list[int] = []
+    starts = range(0, len(suspects), CAPTION_CHUNK)
+    for start in tqdm(starts, desc="Counting tokens", disable=not progress or len(suspects) < CAPTION_CHUNK):
+        tokens = tokenizer(suspects[start : start + CAPTION_CHUNK])
+        rows = tokens["input_ids"] if isinstance(tokens, Mapping) else tokens
+        lengths += [len(row) for row in rows]
+    over = np.array([length for length in lengths if length > max_length], dtype=np.int64)
+    return {
+        "max_length": max_length,
+        "captions": len(over),
+        "tokens_cut": int((over - max_length).sum()),
+        "tokens": int(over.sum()),
+        "longest": max(lengths, default=0),
+    }
+
+
+def _histogram(values: np.ndarray) -> dict[int, int]:
+    found, counts = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+# ---------------------------------------------------------------- the report
+
+
+def report_table(report: Mapping[str, Any]) -> pd.DataFrame:
+    """A report as a table to show: finding, count, detail."""
+    rows = [row for make in ROWS for row in make(report)]
+    return pd.DataFrame(rows, columns=["finding", "count", "detail"])
+
+
+def save_report(report: Mapping[str, Any], path: str | Path) -> Path:
+    """Write a report as JSON, one key a line; `path` is the file or the folder for `data_report.json`."""
+    path = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items()]
+    return write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def load_report(path: str | Path) -> dict[str, Any]:
+    """A saved report. Raises: LabError if it is not there or is no report."""
+    path = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        report["captions_per_image"] = {int(key): n for key, n in report["captions_per_image"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LabError(f"{path} is no data report; make one with `python dataset.py check DIR`") from error
+    return report
+
+
+Rows = Iterator[tuple[str, int, str]]
+
+
+def _amounts(report: Mapping[str, Any]) -> Rows:
+    splits = ", ".join(f"{split} {count:,}" for split, count in report["images_per_split"].items())
+    source = report.get("split_source")
+    yield "images", report["images"], f"{splits} ({source})" if source else splits
+    each = sorted(report["captions_per_image"])
+    mean = report["captions"] / max(report["images"], 1)
+    detail = f"{each[0]} to {each[-1]} an image, {mean:.2f} on average" if each else ""
+    yield "captions", report["captions"], detail
+
+
+def _sizes(report: Mapping[str, Any]) -> Rows:
+    sizes = Counter(map(tuple, report["image_sizes"]))
+    if sizes:
+        (width, height), count = sizes.most_common(1)[0]
+        least, most = min(map(min, sizes)), max(map(max, sizes))
+        detail = f"sides from {least} to {most} px; {count:,} images are {width} x {height}"
+        yield "sizes", len(sizes), detail
+
+
+def _undecodable(report: Mapping[str, Any]) -> Rows:
+    yield (
+        "undecodable images",
+        len(report["bad_images"]),
+        "left out everywhere" if report["bad_images"] else "",
+    )
+    for cause, count in report["undecodable"].items():
+        names = [path for path, why in report["bad_images"].items() if why == cause]
+        yield f"  {cause}", count, _some(names)
+
+
+def _equal_files(report: Mapping[str, Any]) -> Rows:
+    groups = [" = ".join(group["paths"]) for group in report["duplicates"]]
+    yield "equal files in several splits", len(groups), _some(groups)
+    yield "equal files in one split", report["duplicates_within"], ""
+
+
+def _texts(report: Mapping[str, Any]) -> Rows:
+    yield "empty captions", report["empty_captions"], "left out" if report["empty_captions"] else ""
+    yield "undecodable text", report["undecodable_text"], _examples(report, "repaired text")
+    over = report["over_length"]
+    if over is not None:
+        share = over["tokens_cut"] / max(over["tokens"], 1)
+        detail = (
+            f"{over['tokens_cut']:,} tokens cut, {share:.0%} of theirs; the longest has {over['longest']}"
+        )
+        yield (
+            f"captions over {over['max_length']} tokens",
+            over["captions"],
+            detail if over["captions"] else "",
+        )
+
+
+def _others(report: Mapping[str, Any]) -> Rows:
+    for kind, finding in OTHER_FINDINGS.items():
+        yield finding, report["problem_counts"].get(kind, 0), _examples(report, kind)
+
+
+def _examples(report: Mapping[str, Any], kind: str) -> str:
+    found = [problem for problem in report["problems"] if problem["kind"] == kind]
+    return _some([f"{problem['where']} ({problem['what']})" for problem in found])
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+
+
+OTHER_FINDINGS = {
+    "malformed row": "malformed rows",
+    "refused path": "refused paths",
+    "missing image": "missing images",
+    "no caption": "images without captions",
+}
+ROWS: Sequence[Callable[[Mapping[str, Any]], Rows]] = (
+    _amounts,
+    _sizes,
+    _undecodable,
+    _equal_files,
+    _texts,
+    _others,
+)

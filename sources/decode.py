@@ -1,0 +1,304 @@
+"""A picture file becomes RGB pixels here and nowhere else: rightly, or with an error that says why not."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageChops, features
+
+from core.errors import LabError, choose
+
+MAX_PIXELS = 89_478_485  # Pillow's own warning level: 268 MB of RGB
+MAX_BYTES = 512 * 2**20
+MAX_PASSES = (
+    16 * MAX_PIXELS
+)  # scans times pixels of a JPEG: the usual ten scans of the largest image, and some
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else [])]
+if find_spec("pillow_heif"):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS.append("HEIF")
+UNREAD_BRANDS = {  # of ISO media files, whose images Pillow may lack a plugin for
+    **dict.fromkeys(
+        (b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIC; install pillow-heif or convert to JPEG"
+    ),
+    **dict.fromkeys((b"avif", b"avis"), "AVIF; install Pillow 11.3 or later, or convert to JPEG"),
+}
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PILLOW_ERRORS = (  # what its readers raise on damaged files
+    OSError,
+    SyntaxError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class UndecodableImage(LabError):  # noqa: N818
+    """A picture that cannot be decoded rightly.
+
+    Args:
+        cause: a few words, the same for every file with the same fault.
+        detail: what more is known.
+        path: the file, where there is one.
+    """
+
+    def __init__(self, cause: str, detail: str = "", path: str = "") -> None:
+        super().__init__(cause, detail, path)
+        self.cause, self.detail, self.path = cause, detail, path
+
+    def __str__(self) -> str:
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.path or 'the picture'} cannot be decoded: {self.cause}{detail}"
+
+
+def decode_rgb(source: str | os.PathLike[str] | bytes, size: int, resize: str = "crop") -> np.ndarray:
+    """The picture as a square of RGB pixels.
+
+    A JPEG at least twice as large as needed is decoded at a fraction of its size, then resized with
+    antialiased bilinear weights. Against Pillow's full decoding and the same weights this takes 0.55
+    of the time at 640 x 480 -> 224, and photographs differ by 2 grey levels on average (3 where the
+    fraction alone does it, as at 448 -> 224).
+
+    Args:
+        source: path or bytes of a picture file.
+        size: side of the square, pixels.
+        resize: `crop` takes the largest centred square, `squash` the whole picture.
+    Returns: (size, size, 3) uint8.
+    Raises: UndecodableImage, with a short `cause`.
+    """
+    box = choose(BOXES, resize, "resize")
+    image = decode(source, size)
+    return np.array(image.resize((size, size), Image.Resampling.BILINEAR, box=box(*image.size)))
+
+
+def decode(source: str | os.PathLike[str] | bytes, size: int | None = None) -> Image.Image:
+    """The picture in RGB: upright by its EXIF orientation, alpha on white, an animation's first frame.
+
+    Args:
+        source: path or bytes of a picture file.
+        size: pixels that the shorter side needs; a larger JPEG may come out reduced to no less.
+    Raises: UndecodableImage, with a short `cause`.
+    """
+    try:
+        data = source if isinstance(source, bytes) else read_bytes(source)
+        return _decode_jpeg(data, size) or _decode_any(data)
+    except UndecodableImage as error:
+        if isinstance(source, bytes):
+            raise
+        raise UndecodableImage(error.cause, error.detail, os.fspath(source)) from error
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """A picture file's bytes. Raises: UndecodableImage if it cannot be read or is far too large."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise UndecodableImage("not a file")
+        if status.st_size > MAX_BYTES:
+            raise UndecodableImage("file too large", f"{status.st_size / 1e9:.1f} GB")
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise UndecodableImage("no such file") from error
+    except OSError as error:
+        raise UndecodableImage("cannot be read", error.strerror or "") from error
+
+
+def stored_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in a picture file's header, before any rotation; for files that `decode` takes."""
+    with _opened(data) as image:
+        return image.size
+
+
+def _decode_jpeg(data: bytes, size: int | None) -> Image.Image | None:
+    """A plain JPEG, reduced where it may be; None where Pillow should look at the file."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        _check_size(width, height)
+        _check_scans(data, width * height)
+        if colours not in ("YCbCr", "Gray", "RGB"):
+            simplejpeg.decode_jpeg(data, "CMYK")  # for its complaints alone
+            return None
+        least = min(size or width, width, height)
+        reduction = {"min_height": least, "min_width": least, "min_factor": 2}
+        pixels = simplejpeg.decode_jpeg(data, "RGB", **reduction)  # (H, W, 3)
+    except ValueError as error:
+        if isinstance(error, UndecodableImage):
+            raise
+        _refuse_damage(str(error))
+        return None
+    image = Image.fromarray(pixels)
+    return _upright(image, _orientation(data)) if b"Exif\0\0" in data else image
+
+
+def _refuse_damage(complaint: str) -> None:
+    """Of libjpeg's complaints, those about lost pixels, which Pillow would hide; it judges the others."""
+    if complaint.startswith("Corrupt JPEG data") and "extraneous bytes" not in complaint:
+        raise UndecodableImage("damaged JPEG", complaint)
+
+
+def _decode_any(data: bytes) -> Image.Image:
+    if not data:
+        raise UndecodableImage("empty file")
+    try:
+        with _opened(data) as image:
+            _check_size(*image.size)
+            _check_scans(data, image.width * image.height)
+            image.load()
+            return _upright(_to_rgb(image), _exif_orientation(image))
+    except UndecodableImage:
+        raise
+    except _PILLOW_ERRORS as error:
+        raise _explain(data, error) from error
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd but readable metadata, and of sizes that are checked here
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            yield image
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise UndecodableImage("no pixels", f"{width} x {height}")
+    if width * height > MAX_PIXELS:
+        raise UndecodableImage("too many pixels", f"{width} x {height}")
+
+
+def _check_scans(data: bytes, pixels: int) -> None:
+    """Refuse a JPEG that has every pixel decoded hundreds of times; coded data never contains the marker of a scan."""
+    scans = data.count(b"\xff\xda") if data[:2] == b"\xff\xd8" else 0
+    if scans * pixels > MAX_PASSES:
+        raise UndecodableImage("too many scans", f"{scans} scans of {pixels:,} pixels")
+
+
+def _explain(data: bytes, error: BaseException) -> UndecodableImage:
+    start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if isinstance(error, Image.DecompressionBombError):
+        return UndecodableImage("too many pixels")
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<svg")):
+        return UndecodableImage("a web page or XML, not a picture")
+    if (
+        data[4:8] == b"ftyp"
+        and data[8:12] in UNREAD_BRANDS
+        and isinstance(error, Image.UnidentifiedImageError)
+    ):
+        return UndecodableImage(UNREAD_BRANDS[data[8:12]])
+    if isinstance(error, Image.UnidentifiedImageError):
+        return UndecodableImage("no known picture format")
+    if "truncated" in str(error):
+        return UndecodableImage("truncated")
+    return UndecodableImage("damaged", str(error)[:80])
+
+
+# ---------------------------------------------------------------- orientation and colour
+
+
+def _orientation(data: bytes) -> int:
+    try:
+        with _opened(data) as image:
+            return _exif_orientation(image)
+    except _PILLOW_ERRORS:
+        return 1  # broken metadata is no broken picture
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION_TAG, 1)
+    except _PILLOW_ERRORS:
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    transpose = _TRANSPOSES.get(orientation) if isinstance(orientation, int) else None
+    return image if transpose is None else image.transpose(transpose)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        return _on_white(image)
+    return _CONVERSIONS.get(image.mode, lambda image: image.convert("RGB"))(image)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT:
+        image.info.pop("transparency")  # a grey level that Pillow cannot carry over to 8 bits
+        return _from_16_bit(image)
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """0..65535 becomes 0..255; Pillow's own conversion clips everything over 255 to white."""
+    pixels = np.asarray(image)  # (H, W)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise UndecodableImage("grey levels beyond 16 bits")
+    return Image.fromarray(((pixels.astype(np.int32) + 128) // 257).astype(np.uint8)).convert("RGB")
+
+
+def _from_float(image: Image.Image) -> Image.Image:
+    raise UndecodableImage("floating-point grey levels", "white is not defined")
+
+
+def _from_cmyk(image: Image.Image) -> Image.Image:
+    """Pillow takes every CMYK JPEG for Adobe's, whose inks are stored inverted; others are not."""
+    if image.format == "JPEG" and "adobe" not in image.info:
+        image = ImageChops.invert(image)
+    return image.convert("RGB")
+
+
+_SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_CONVERSIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "CMYK": _from_cmyk,
+    "F": _from_float,
+    **dict.fromkeys(_SIXTEEN_BIT, _from_16_bit),
+}
+
+
+# ---------------------------------------------------------------- which part of the picture is kept
+
+
+def _centred_square(width: int, height: int) -> tuple[float, float, float, float]:
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+BOXES: dict[str, Callable[[int, int], tuple[float, float, float, float] | None]] = {
+    "crop": _centred_square,
+    "squash": lambda width, height: None,
+}

@@ -1,0 +1,639 @@
+"""The table of images and captions that every reader makes; rows of the files that captions come in, however quoted."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import gzip
+import hashlib
+import inspect
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from core.errors import LabError, choose, nearest
+from core.files import DamagedFileError, atomic_path
+from core.tensor_files import load_arrays
+from sources.table import (
+    PICTURE_SUFFIXES,
+    UNUSED,
+    CaptionTable,
+    DataFolder,
+    Strings,
+    TableBuilder,
+    caption_rows,
+    is_id,
+    is_picture,
+    join,
+    same_name,
+    split_rank,
+    stamp,
+)
+
+# --- Rows of caption files ---
+
+
+Row = tuple[int, str, str, str]  # line, image, caption, split or ""
+_SUFFIXES = "|".join(suffix[1:] for suffix in PICTURE_SUFFIXES)
+_NEW_ROW = re.compile(rf'(\d*[,;\t])?"?[^",;\t\n]+\.({_SUFFIXES})"?\s*[,;\t]', re.IGNORECASE)
+_LONGEST_RECORD = 50  # lines that a quoted caption may go on over
+
+
+def _fields(record: str, separator: str, count: int, last: bool) -> list[str]:
+    """The cells of a row. Raises: csv.Error if its quotes do not fit, or a cell is far too long."""
+    parts = record.split(separator, count - 1)
+    quoted = separator != "|" and any(part.lstrip().startswith('"') for part in parts)
+    if last and not quoted and len(record) < csv.field_size_limit():
+        return parts
+    return next(csv.reader([record], strict=True, delimiter=separator), [])
+
+
+def _records(text: str) -> Iterator[tuple[int, str]]:
+    """(line, record) pairs: a quoted caption goes on over lines, but a stray quote swallows no rows."""
+    lines = text.split("\n")
+    number = 0
+    while number < len(lines):
+        first, record = number, lines[number]
+        number += 1
+        last = min(len(lines), first + _LONGEST_RECORD)
+        while record.count('"') % 2 and number < last and not _NEW_ROW.match(lines[number]):
+            record += "\n" + lines[number]
+            number += 1
+        yield first + 1, record
+
+
+def karpathy_object(record: dict[str, Any]) -> Any:
+    """Of an object in Karpathy's files what a table needs; his token lists are most of the file."""
+    if "raw" in record:
+        return record["raw"]
+    if "sentences" not in record:
+        return record
+    kept = {key: record.get(key) for key in ("split", "filepath", "filename", "sentences")}
+    return {**kept, "id": record.get("cocoid", record.get("imgid"))}
+
+
+FORMAT = 2  # raise it when what readers make of the same files changes
+
+
+def cache_path(cache_dir: str | Path, **asked: Any) -> Path:
+    """The file of the table that was asked for with this reader, folder and options."""
+    key = json.dumps({"format": FORMAT, **asked}, sort_keys=True, default=str)
+    return Path(cache_dir) / f"captions-{asked['reader']}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
+
+
+def keep_table(path: Path, table: CaptionTable, stamps: dict[str, tuple[int, int]]) -> None:
+    """Write a table beside the stamps of every file and folder it was read from, all or nothing."""
+    split_names, split_codes = np.unique(table.splits, return_inverse=True)
+    arrays = {
+        "image_ids": table.image_ids,
+        "counts": np.diff(table.offsets).astype(np.int32),
+        "split_names": split_names,
+        "split_codes": split_codes.astype(np.int16),
+        "stamps": np.array(list(stamps.values()), dtype=np.int64).reshape(-1, 2),
+        "problems": np.frombuffer(json.dumps([table.split_source, table.problems]).encode(), dtype=np.uint8),
+        **_pack("captions", table.captions),
+        **_pack("paths", table.paths),
+        **_pack("sources", list(stamps)),
+    }
+    if table.categories is not None:
+        arrays["category_names"], codes = np.unique(table.categories, return_inverse=True)
+        arrays["category_codes"] = codes.astype(np.int32)
+    with atomic_path(path) as beside, open(beside, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def read_kept_table(path: Path, root: Path) -> CaptionTable | None:
+    """The table of `save_table`, or None where it is absent, broken, or older than its sources."""
+    try:
+        file = load_arrays(path, "it is read again from its sources")
+        sources = zip(_unpack(file, "sources"), file["stamps"].tolist(), strict=True)
+        if any(stamp(source) != tuple(then) for source, then in sources):
+            return None
+        return _table(file, root)
+    except DamagedFileError as damaged:
+        print(damaged)
+    except (OSError, KeyError, ValueError):
+        pass
+    return None
+
+
+def _table(file: Any, root: Path) -> CaptionTable:
+    image_ids = file["image_ids"]
+    has_categories = "category_codes" in file
+    split_source, problems = json.loads(file["problems"].tobytes())
+    return CaptionTable(
+        root=root,
+        image_ids=image_ids,
+        paths=list(_unpack(file, "paths")),
+        splits=file["split_names"][file["split_codes"]],
+        captions=_unpack(file, "captions"),
+        caption_image_ids=np.repeat(image_ids, file["counts"]),
+        categories=file["category_names"][file["category_codes"]] if has_categories else None,
+        problems=problems,
+        split_source=split_source,
+    )
+
+
+def _pack(name: str, texts: Any) -> dict[str, np.ndarray]:
+    packed = Strings.pack(texts)
+    return {
+        f"{name}_buffer": packed.buffer,
+        f"{name}_lengths": (packed.ends - packed.starts).astype(np.int32),
+    }
+
+
+def _unpack(file: Any, name: str) -> Strings:
+    ends = np.cumsum(file[f"{name}_lengths"], dtype=np.int64)
+    return Strings(file[f"{name}_buffer"], ends - file[f"{name}_lengths"], ends)
+
+
+# --- Plain folders ---
+
+
+SPLIT_FOLDERS = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+}
+
+
+def split_aliases(names: Iterable[str]) -> dict[str, str]:
+    """This project's name for each split (`dev` is `val`), unless two would get the same one."""
+    aliases = {name: SPLIT_FOLDERS.get(name.lower(), name) for name in names}
+    uses = Counter(aliases.values())
+    return {name: alias if uses[alias] == 1 else name for name, alias in aliases.items()}
+
+
+def read_sidecar(folder: DataFolder, *, split_seed: int = 0) -> TableBuilder:
+    """A folder of images, `a.jpg` beside `a.txt` with one caption a line, and perhaps `a.json`.
+
+    Folders in it are read too. Those named train, val, test at the top are the splits, images
+    outside them are "unused"; without such folders the split is seeded, by image. Of the metadata,
+    `category` is taken, and `caption` (one or a list) where there is no text file.
+    """
+    table = TableBuilder(folder)
+    splits = split_aliases(name for name in folder.folders() if name.lower() in SPLIT_FOLDERS)
+    for path in folder.pictures():
+        split = splits.get(path.partition("/")[0], UNUSED)
+        stem = path.rpartition(".")[0]
+        metadata = _metadata(table, folder.true_path(f"{stem}.json"))
+        table.add_image(path, split, category=metadata.get("category"))
+        file = folder.true_path(f"{stem}.txt")
+        if folder.has_file(file):
+            captions: list[Any] = [line for line in folder.read_text(file).split("\n") if line.strip()]
+        else:
+            file, caption = f"{stem}.json", metadata.get("caption", [])
+            captions = caption if isinstance(caption, list) else [caption]
+        for number, caption in enumerate(captions, start=1):
+            table.add_caption(path, caption, file, f"caption {number}")
+    _note_lone_captions(table)
+    if not splits:
+        table.split_by_seed(split_seed)
+    return table
+
+
+def _note_lone_captions(table: TableBuilder) -> None:
+    """Note the caption files whose picture is missing, in every folder that holds pictures."""
+    stems = {same_name(path).rpartition(".")[0] for path in table.images}
+    for place in sorted({path.rpartition("/")[0] for path in table.images}):
+        for name, is_folder in sorted(table.folder.listing(place).items()):
+            stem, _, ending = same_name(join(place, name)).rpartition(".")
+            if ending == "txt" and not is_folder and stem not in stems:
+                what = "a caption file without its picture"
+                table.folder.problems.add("missing image", place, what, name)
+
+
+def _metadata(table: TableBuilder, file: str) -> dict[str, Any]:
+    if not table.folder.has_file(file):
+        return {}
+    try:
+        content = table.folder.read_json(file)
+    except LabError as error:
+        table.malformed(file, "", str(error))
+        return {}
+    if isinstance(content, dict):
+        return content
+    table.malformed(file, "", "metadata must be one JSON object")
+    return {}
+
+
+def read_class_folders(
+    folder: DataFolder, *, template: str = "a photo of a {}", split_seed: int = 0
+) -> TableBuilder:
+    """A folder of class folders, perhaps below `train/`, `val/`, `test/`; each class's name is the caption.
+
+    Folders are splits where train and another split's name are among them and they hold class folders; a lone
+    "train" beside other folders is a class. Images outside the splits are noted.
+
+    Args:
+        template: the caption, with {} for the class.
+    """
+    if template.count("{}") != 1:
+        raise LabError(f"template {template!r} must have {{}} once, where the class's name goes")
+    tops = folder.folders()
+    named = [name for name in tops if name.lower() in SPLIT_FOLDERS]
+    complete = named == tops or {"train"} < {SPLIT_FOLDERS[name.lower()] for name in named}
+    has_splits = complete and any(folder.folders(name) for name in named)
+    table = TableBuilder(folder)
+    splits = split_aliases(sorted(named, key=split_rank))
+    _note_loose(table, ["", *named] if has_splits else [""])
+    for top in sorted(set(tops) - set(named)) if has_splits else ():
+        for path in folder.pictures(top):
+            folder.problems.add("no caption", top, "an image outside the splits", path)
+    for top, split in splits.items() if has_splits else [("", UNUSED)]:
+        for class_folder in folder.folders(top):
+            _add_class(table, join(top, class_folder), split, class_folder.replace("_", " "), template)
+    if not has_splits:
+        table.split_by_seed(split_seed)
+    return table
+
+
+def _note_loose(table: TableBuilder, places: list[str]) -> None:
+    for place in places:
+        for name in filter(is_picture, table.folder.listing(place)):
+            table.folder.problems.add("no caption", place, "a picture outside the class folders", name)
+
+
+def _add_class(table: TableBuilder, place: str, split: str, name: str, template: str) -> None:
+    for path in table.folder.pictures(place):
+        table.add_image(path, split, category=name)
+        table.add_caption(path, template.replace("{}", name), place, "")
+
+
+# --- Layouts of captioned sets ---
+
+
+COCO_FILE = re.compile(r"captions_(\w+)(20\d\d)\.json")
+COCO_2014 = "COCO 2014"
+KARPATHY_SETS = ("coco", "flickr8k", "flickr30k")
+FLICKR8K_LISTS = "Flickr8k's official lists"
+OFFICIAL_SHARE = 0.95  # of a folder's images; 91 of Flickr8k's 8,091 are in no list
+MANY_ROWS = 100_000  # of a file that takes over two seconds to read
+
+
+# ---------------------------------------------------------------- COCO
+
+
+def read_coco(
+    folder: DataFolder,
+    *,
+    karpathy_file: str | Path | None = None,
+    annotations_dir: str | Path = "annotations",
+    year: str | None = None,
+) -> TableBuilder:
+    """COCO 2014 or 2017: `annotations/captions_{split}2014.json` and `{split}2014/` or `images/{split}2014/`.
+
+    The folder may itself lie in a folder `coco2014` or `coco2017`, as the Kaggle sets unpack.
+
+    Args:
+        karpathy_file: dataset_coco.json, for train/restval/val/test in place of COCO's own splits.
+        annotations_dir: folder of the caption files, where they are not below the data folder.
+        year: the year in the names of files and folders; none: the only one there is.
+    Raises: LabError if there is no such file, or there are files of two years, which share images.
+    """
+    top = folder.first("coco2014", "coco2017") or ""
+    if karpathy_file is not None:
+        return _read_karpathy(folder, karpathy_file, (top, join(top, "images")))
+    place = folder.user_path(annotations_dir, top)
+    found = [match for name in sorted(folder.listing(place)) if (match := COCO_FILE.fullmatch(name))]
+    found = [match for match in found if year in (None, match[2])]
+    if not found:
+        raise LabError(
+            f"no captions_*2014.json or captions_*2017.json in {folder.root / place}; take them from COCO's "
+            "annotations_trainval2014.zip or 2017.zip (instances_*.json holds no captions)"
+        )
+    years = {match[2] for match in found}
+    if len(years) > 1:
+        raise LabError(
+            f"{folder.root / place} holds captions of {' and '.join(sorted(years))}, which share images; move "
+            "the files of one year to another folder"
+        )
+    (year,) = years
+    table = TableBuilder(folder)
+    table.split_source = f"COCO {year}"
+    names = split_aliases(match[1] for match in found)
+    for match in sorted(found, key=lambda match: split_rank(match[1])):
+        folders = [join(top, f"{match[1]}{year}"), join(top, f"images/{match[1]}{year}")]
+        _read_coco_split(table, names[match[1]], join(place, match[0]), folder.first(*folders) or folders[0])
+    return table
+
+
+def _read_coco_split(table: TableBuilder, split: str, file: str, image_folder: str) -> None:
+    content = table.folder.read_json(file, object_hook=_coco_object)
+    known: dict[Any, str] = {}
+    for row, image in _rows(table.folder, content, "images", file):
+        place = f"images[{row}]"
+        if not isinstance(image, tuple) or len(image) != 3 or not is_id(image[0]):
+            table.malformed(file, place, "an image needs file_name and a whole number as id")
+        elif name := table.relative(image[1], file, place):
+            path = join(image_folder, name)
+            table.add_image(path, split, image_id=image[0], category=image[2])
+            known[image[0]] = path
+    for row, annotation in _rows(table.folder, content, "annotations", file):
+        place = f"annotations[{row}]"
+        if not isinstance(annotation, tuple) or len(annotation) != 2 or not is_id(annotation[0]):
+            table.malformed(file, place, "an annotation needs image_id and caption")
+        elif annotation[0] not in known:
+            table.malformed(file, place, f"image_id {annotation[0]} is not among the images")
+        else:
+            table.add_caption(known[annotation[0]], annotation[1], file, place)
+
+
+def _coco_object(record: dict[str, Any]) -> Any:
+    """Of COCO's objects what the table needs, in a fifth of the memory."""
+    if "caption" in record:
+        return record.get("image_id"), record["caption"]
+    if "file_name" in record:
+        return record.get("id"), record["file_name"], record.get("category")
+    return record
+
+
+def _rows(folder: DataFolder, content: Any, key: str, file: str) -> Iterable[tuple[int, Any]]:
+    """The numbered entries of a list in a JSON file, with a progress bar where there are many."""
+    rows = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise LabError(f"{folder.root / file} has no list {key!r}; it is not a caption file of this layout")
+    return enumerate(tqdm(rows, f"Reading {key}", leave=False, unit=" rows", disable=len(rows) < MANY_ROWS))
+
+
+def _read_karpathy(folder: DataFolder, file: str | Path, image_folders: tuple[str, ...]) -> TableBuilder:
+    """Karpathy's dataset_*.json: captions and splits in one file; restval stays a split of its own."""
+    name = folder.user_path(file)
+    if not folder.look(name):
+        raise LabError(
+            f"karpathy_file {str(file)!r} does not exist; it is in Karpathy's caption_datasets.zip"
+        )
+    content = folder.read_json(name, object_hook=karpathy_object)
+    table = TableBuilder(folder)
+    dataset = content.get("dataset")
+    table.split_source = f"Karpathy's split of {dataset}" if dataset in KARPATHY_SETS else "karpathy_file"
+    for row, image in _rows(folder, content, "images", name):
+        place = f"images[{row}]"
+        if not isinstance(image, dict) or not isinstance(image.get("sentences"), list) or not image["split"]:
+            table.malformed(name, place, "an image needs split, filename and sentences")
+            continue
+        file_name = image["filename"] and join(image["filepath"] or "", image["filename"])
+        below = table.relative(file_name, name, place)
+        if below and is_id(image["id"]):
+            path = folder.in_one_of(image_folders, below)
+            table.add_image(path, str(image["split"]), image_id=image["id"])
+            for sentence in image["sentences"]:
+                table.add_caption(path, sentence, name, place)
+        elif below:
+            table.malformed(name, place, "an image needs a whole number as cocoid or imgid")
+    _note_official(table)
+    return table
+
+
+# ---------------------------------------------------------------- Flickr
+
+
+def read_flickr8k(
+    folder: DataFolder,
+    *,
+    karpathy_file: str | Path | None = None,
+    annotation_file: str | Path | None = None,
+    split_seed: int = 0,
+) -> TableBuilder:
+    """Flickr8k as on Kaggle: `Images/` and `captions.txt`, a CSV file with the columns image, caption; or as
+    published: `Flicker8k_Dataset/` and `Flickr8k.token.txt`.
+
+    The lists `Flickr_8k.{train,dev,test}Images.txt` give the splits train, val and test where they
+    are there, and images in none of them the split "unused". Without lists the official ones are used where the
+    images are Flickr8k's; else a seeded split by image.
+    """
+    images = folder.with_pictures(
+        "Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset/Flicker8k_Dataset", ""
+    )
+    if karpathy_file is not None:
+        return _read_karpathy(folder, karpathy_file, (images,))
+    token = "Flickr8k.token.txt"
+    file = _needed(folder, annotation_file, "captions.txt", "captions.csv", token, f"Flickr8k_text/{token}")
+    table = TableBuilder(folder)
+    rows = list(caption_rows(folder, file))
+    lists = _flickr8k_lists(folder) or _official_lists({image for _, image, _, _ in rows})
+    _add_rows(table, file, images, rows, lists, split_seed)
+    _note_official(table)
+    return table
+
+
+def read_flickr30k(
+    folder: DataFolder,
+    *,
+    karpathy_file: str | Path | None = None,
+    annotation_file: str | Path | None = None,
+    split_seed: int = 0,
+) -> TableBuilder:
+    """Flickr30k as on Kaggle: `results.csv`, separated by `|`, or `captions.txt`, and a folder of images.
+
+    Karpathy's dataset_flickr30k.json gives captions and the usual 29,000 / 1,014 / 1,000 images;
+    without it the split is seeded, by image.
+    """
+    nested = ("flickr30k_images/flickr30k_images", "flickr30k_images", "flickr30k-images", "Images", "images")
+    images = folder.with_pictures(*nested, "")
+    if karpathy_file is not None:
+        return _read_karpathy(folder, karpathy_file, (images,))
+    places = [join(place, "results.csv") for place in ("", nested[1], nested[0])]
+    token = "results_20130124.token"
+    others = ("captions.txt", "captions.csv", "flickr_annotations_30k.csv", token)
+    file = _needed(folder, annotation_file, *places, *others)
+    table = TableBuilder(folder)
+    _add_rows(table, file, images, list(caption_rows(folder, file)), {}, split_seed)
+    return table
+
+
+def _add_rows(
+    table: TableBuilder,
+    file: str,
+    images: str,
+    rows: Sequence[Row],
+    lists: dict[str, list[str]],
+    split_seed: int,
+) -> None:
+    """Add the rows; their splits are those of the lists, else of the rows themselves, else drawn."""
+    names = split_aliases({split for *_, split in rows if split})
+    for number, image, caption, split in rows:
+        if name := table.relative(image, file, f"line {number}"):
+            path = join(images, name)
+            for each in lists.get(same_name(name), [UNUSED]) if lists else [names.get(split, UNUSED)]:
+                table.add_image(path, each)
+            table.add_caption(path, caption, file, f"line {number}")
+    if not lists and not names:
+        table.split_by_seed(split_seed)
+
+
+def _flickr8k_lists(folder: DataFolder) -> dict[str, list[str]]:
+    """The splits that the official lists give each file name; empty without any list."""
+    found: dict[str, list[str]] = {}
+    for name, split in {"train": "train", "dev": "val", "test": "test"}.items():
+        file = folder.first(f"Flickr_8k.{name}Images.txt", f"Flickr8k_text/Flickr_8k.{name}Images.txt")
+        for line in folder.read_text(file).split("\n") if file else ():
+            if line.strip():
+                found.setdefault(same_name(line.strip()), []).append(split)
+    return found
+
+
+@functools.cache
+def official_flickr8k() -> dict[str, str]:
+    """File name -> split of the 8,000 images in Flickr8k's official lists (Hodosh et al. 2013)."""
+    file = Path(__file__).parent.parent / "configs" / "splits" / "flickr8k.tsv.gz"
+    lines = gzip.decompress(file.read_bytes()).decode().splitlines()
+    return {name: split for split, name in (line.split("\t") for line in lines)}
+
+
+def _official_lists(names: Collection[str]) -> dict[str, list[str]]:
+    """The official splits where nearly all of these images are Flickr8k's and every split has some; else {}."""
+    known = {name: [split] for name, split in official_flickr8k().items() if name in names}
+    whole = len(known) >= OFFICIAL_SHARE * len(names) and len({split for [split] in known.values()}) == 3
+    return known if whole else {}
+
+
+def _note_official(table: TableBuilder) -> None:
+    """Say so where a table's splits are those of Flickr8k's official lists, whatever file they came from."""
+    found = {PurePosixPath(path).name: image.split for path, image in table.images.items()}
+    official = official_flickr8k()
+    if found and all(official.get(name, UNUSED) == split for name, split in found.items()):
+        table.split_source = FLICKR8K_LISTS
+
+
+def _needed(folder: DataFolder, given: str | Path | None, *candidates: str) -> str:
+    """The caption file that the user gave, else the first of these that exists."""
+    if given is not None:
+        candidates = (folder.user_path(given),)
+    file = folder.first(*candidates)
+    if file is None:
+        raise LabError(
+            f"{folder.root} holds no {' or '.join(candidates)}; check data_dir and the reader, or name the file "
+            "with annotation_file"
+        )
+    return file
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def read_json(folder: DataFolder, *, annotation_file: str | Path | None = None) -> TableBuilder:
+    """A JSON file `{"splits": {"train": [{"image_path", "caption", "id", "category"?}]}}`.
+
+    `caption` is one text or a list of them, and an image may have several rows. An `id` is the
+    image's where it is a whole number that no other image has, else positions are the ids.
+
+    Args:
+        annotation_file: the file; none: annotations.json, or the only JSON file in the folder.
+    """
+    file = _annotation_file(folder, annotation_file)
+    content = folder.read_json(file)
+    splits = content.get("splits") if isinstance(content, dict) else None
+    if not isinstance(splits, dict):
+        raise LabError(
+            f'{folder.root / file} has no object "splits"; it needs {{"splits": {{"train": [...]}}}}'
+        )
+    table = TableBuilder(folder, strict_ids=False)
+    names = split_aliases(splits)
+    for key, rows in splits.items():
+        if not isinstance(rows, list):
+            raise LabError(f"split {key!r} in {folder.root / file} is no list of rows")
+        for number, row in enumerate(rows):
+            _add_json_row(table, names[key], row, file, f"{key}[{number}]")
+    return table
+
+
+def _annotation_file(folder: DataFolder, given: str | Path | None) -> str:
+    names = [
+        name for name, is_folder in folder.listing("").items() if name.endswith(".json") and not is_folder
+    ]
+    only = names[0] if len(names) == 1 else "annotations.json"
+    file = (folder.first("annotations.json") or only) if given is None else folder.user_path(given)
+    if folder.look(file):
+        return file
+    raise LabError(
+        f"{folder.root} holds no {given or 'annotations.json'}; name the file with annotation_file "
+        f"(JSON files there: {', '.join(sorted(names)) or 'none'})"
+    )
+
+
+def _add_json_row(table: TableBuilder, split: str, row: Any, file: str, place: str) -> None:
+    if not isinstance(row, dict) or "caption" not in row or "image_path" not in row:
+        table.malformed(file, place, "a row needs image_path and caption")
+    elif below := table.relative(row["image_path"], file, place):
+        path = table.folder.in_one_of(("", "images"), below)
+        table.add_image(path, split, image_id=row.get("id"), category=row.get("category"))
+        captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+        for caption in captions:
+            table.add_caption(path, caption, file, place)
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def read_captions(
+    reader: str,
+    data_dir: str | Path,
+    *,
+    split_seed: int = 0,
+    cache_dir: str | Path | None = None,
+    follow_links: bool = False,
+    image_root: str | Path | None = None,
+    **options: Any,
+) -> CaptionTable:
+    """The images and captions of a data set on disk.
+
+    Args:
+        reader: a name of `READERS`.
+        data_dir: the data set's folder; for the reader `json` also the annotation file itself.
+        split_seed: of the split by image, where the data set has no split of its own.
+        cache_dir: keep the parsed table there, and use it while no source file or folder has changed.
+        follow_links: take links that lead outside `data_dir`.
+        image_root: a folder outside `data_dir` in which links and absolute image paths may end.
+        options: the reader's own keywords; one that is None counts as not given.
+    Raises: LabError if the layout is not there, no image of it exists, or a split leaks.
+    """
+    read = choose(READERS, reader, "reader")
+    options = _options(read, reader, options)
+    data_dir = Path(data_dir)
+    if data_dir.is_file() and read is read_json:
+        data_dir, options["annotation_file"] = data_dir.parent, data_dir.absolute()
+    folder = DataFolder(data_dir, follow_links=follow_links, image_root=image_root)
+    if "split_seed" in inspect.signature(read).parameters:
+        options["split_seed"] = split_seed
+    if cache_dir is None:
+        return read(folder, **options).build()
+    place = data_dir.absolute()
+    links = {"follow_links": follow_links, "image_root": image_root and Path(image_root).absolute()}
+    path = cache_path(cache_dir, reader=reader, data_dir=place, options=options, **links)
+    table = read_kept_table(path, data_dir)
+    if table is None:
+        table = read(folder, **options).build()
+        keep_table(path, table, folder.stamps)
+    return table
+
+
+def _options(read: Callable[..., TableBuilder], reader: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The options without those left at None. Raises: LabError on one that the reader does not have."""
+    names = [name for name in inspect.signature(read).parameters if name not in ("folder", "split_seed")]
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in names:
+            guess = nearest(name, names) or "."
+            known = ", ".join(names) or "none"
+            raise LabError(f"reader {reader!r} has no option {name!r}{guess} Its options: {known}.")
+    return given
+
+
+READERS: dict[str, Callable[..., TableBuilder]] = {
+    "coco": read_coco,
+    "flickr8k": read_flickr8k,
+    "flickr30k": read_flickr30k,
+    "json": read_json,
+    "sidecar": read_sidecar,
+    "class_folders": read_class_folders,
+}

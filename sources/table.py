@@ -1,0 +1,788 @@
+"""A data set's folder: text and picture files are found and read here, and nothing outside it."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.errors import LabError, nearest
+from core.files import read_bytes
+from sources.readers import Row, _fields, _records
+
+# Everything that looks like an image is taken; what cannot be decoded here is counted by cause.
+PICTURE_SUFFIXES = (
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .heic .heif .hif .jp2 .jxl .tga "
+    ".psd .svg .dng .cr2 .nef .arw"
+).split()
+LONGEST_PATH = 1000
+EXAMPLES_KEPT = 100  # problems of one kind in one file that are kept one by one; the rest is a count
+ABSENT = (-1, -1)  # the stamp of a file that is not there
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it starts with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(bytes, modification time in ns) of a file or folder, or `ABSENT`."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ABSENT
+    return status.st_size, status.st_mtime_ns
+
+
+def is_picture(name: str) -> bool:
+    return name.lower().endswith(tuple(PICTURE_SUFFIXES)) and not name.startswith(".")
+
+
+def same_name(name: str) -> str:
+    """What a file's name has in common with itself on another system: composed letters, a lower-case ending."""
+    stem, dot, ending = unicodedata.normalize("NFC", name).rpartition(".")
+    return f"{stem}{dot}{ending.lower()}"
+
+
+def safe_relative(path: Any) -> tuple[str, str]:
+    """`path` with forward slashes and without `.` parts, and why it is refused ("" if it is not)."""
+    if not isinstance(path, str) or not path.strip():
+        return "", "the image path is missing"
+    if len(path) > LONGEST_PATH:
+        return "", f"the image path {path[:40]!r}... is longer than {LONGEST_PATH:,} characters"
+    if not path.isprintable() and any(unicodedata.category(char) in ("Cc", "Cs") for char in path):
+        return "", f"the image path {path!r} holds control characters"
+    path = path.strip().replace("\\", "/")
+    if path.startswith("/") or re.match(r"[A-Za-z]:", path):
+        return (
+            "",
+            f"the image path {path!r} is absolute and not below data_dir; set image_root to a folder that holds it",
+        )
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if ".." in parts or not parts:
+        return "", f"the image path {path!r} leads outside the data folder"
+    return "/".join(parts), ""
+
+
+def decode_text(data: bytes) -> tuple[str, dict[int, str]]:
+    """The text of a file with plain newlines, and what was repaired in which line.
+
+    Marks of byte order are obeyed; a line that is no UTF-8 is read as Latin-1; NULs are taken out.
+    """
+    mark = next((mark for mark in _BYTE_ORDER_MARKS if data.startswith(mark)), b"")
+    repaired: dict[int, str] = {}
+    try:
+        text = data.decode(_BYTE_ORDER_MARKS.get(mark, "utf-8"))
+    except UnicodeDecodeError:
+        lines = data.removeprefix(mark).split(b"\n")
+        text = "\n".join(_decode_line(line, number, repaired) for number, line in enumerate(lines, start=1))
+    text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+    if "\0" in text:
+        repaired.update(
+            {n: "NUL removed" for n, line in enumerate(text.split("\n"), start=1) if "\0" in line}
+        )
+        text = text.replace("\0", "")
+    return text, repaired
+
+
+def _decode_line(line: bytes, number: int, repaired: dict[int, str]) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        repaired[number] = "not UTF-8, read as Latin-1"
+    try:
+        return line.decode("cp1252")  # Latin-1 with the quotes and dashes that Windows puts in its gap
+    except UnicodeDecodeError:
+        return line.decode("latin-1")
+
+
+class Problems:
+    """What was left out or repaired while reading, bounded in memory however bad the files are."""
+
+    def __init__(self) -> None:
+        self._shown: list[dict[str, Any]] = []
+        self._seen: Counter[tuple[str, str]] = Counter()
+
+    def add(self, kind: str, file: str, what: str, place: str = "", count: int = 1) -> None:
+        """Note a problem of this kind in this file; `place` is a line, a row or an image."""
+        self._seen[kind, file] += 1
+        if self._seen[kind, file] <= EXAMPLES_KEPT:
+            where = ": ".join(part for part in (file, place) if part)
+            self._shown.append({"kind": kind, "where": where, "what": what, "count": count})
+
+    def rows(self) -> list[dict[str, Any]]:
+        more = [
+            {"kind": kind, "where": file, "what": "more of the same", "count": seen - EXAMPLES_KEPT}
+            for (kind, file), seen in self._seen.items()
+            if seen > EXAMPLES_KEPT
+        ]
+        return self._shown + more
+
+    def first(self, *kinds: str) -> str:
+        """`" (3 of kind refused path, such as a.jpg: a link ...)"` of the first kind that was met, or ""."""
+        for kind in kinds:
+            count = sum(seen for (known, _), seen in self._seen.items() if known == kind)
+            if count:
+                row = next(row for row in self._shown if row["kind"] == kind)
+                return f" ({kind}: {count:,}, such as {row['where']}: {row['what']})"
+        return ""
+
+
+class DataFolder:
+    """Reads and lists below one folder, refuses what leads outside, and remembers what it looked at.
+
+    Args:
+        root: the data set's folder.
+        follow_links: take files and folders that are links to places outside `root`.
+        image_root: a further folder in which links and absolute image paths may end.
+    Raises: LabError if `root` or `image_root` is no folder.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        follow_links: bool = False,
+        image_root: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.root = Path(root)
+        self.follow_links = follow_links
+        self.problems = Problems()
+        self.stamps: dict[str, tuple[int, int]] = {}  # every file and folder that was looked at
+        self._listings: dict[str, dict[str, bool]] = {}
+        self._alike: dict[str, dict[str, str]] = {}  # folder -> same_name of each file -> its name
+        if not self.root.is_dir():
+            raise LabError(
+                f"data folder {str(root)!r} does not exist; set data_dir to where the data set is, "
+                "or fetch it with `python dataset.py fetch NAME`"
+            )
+        if image_root is not None and not os.path.isdir(image_root):
+            raise LabError(
+                f"image_root {str(image_root)!r} is no folder; set it to one that holds the images"
+            )
+        self._bases = [os.path.abspath(base) for base in (self.root, image_root) if base is not None]
+        self._real_bases = [os.path.realpath(base) for base in self._bases]
+
+    def look(self, path: str | os.PathLike[str]) -> bool:
+        """Whether a file or folder is there; the answer counts for the cache's freshness."""
+        full = os.path.join(self.root, path)  # an absolute path, given by the user, stays as it is
+        if full not in self.stamps:
+            self.stamps[full] = stamp(full)
+        return self.stamps[full] != ABSENT
+
+    def user_path(self, path: str | os.PathLike[str], folder: str = "") -> str:
+        """A path that the user gave: below the data folder where it exists there, else as it stands."""
+        below = os.path.join(folder, path)
+        if not os.path.isabs(below) and (self.look(below) or not os.path.exists(path)):
+            return below
+        self._real_bases.append(os.path.realpath(path))
+        return os.path.abspath(path)
+
+    def relative(self, path: Any) -> tuple[str, str]:
+        """`safe_relative` of an image path from a file; an absolute one may lie below the root or `image_root`.
+
+        Below `image_root` it stays absolute, which joins with the root to itself.
+        """
+        if isinstance(path, str) and os.path.isabs(path.strip()):
+            full = os.path.normpath(path.strip())
+            for base in dict.fromkeys([*self._bases, *self._real_bases]):
+                if is_below(full, base):
+                    below, refusal = safe_relative(os.path.relpath(full, base))
+                    inside = base in (self._bases[0], self._real_bases[0])
+                    return (below if inside or refusal else full), refusal
+        return safe_relative(path)
+
+    def true_path(self, path: str) -> str:
+        """`path` as the disk spells it: other composed letters or a .JPG for .jpg; else `path` itself."""
+        folder, _, name = path.rpartition("/")
+        if name in self.listing(folder):
+            return path
+        if folder and not os.path.isabs(folder) and not self.listing(folder):
+            folder = self.true_path(folder)
+        if folder not in self._alike:
+            names = sorted(self.listing(folder))
+            counts = Counter(map(same_name, names))
+            self._alike[folder] = {key: each for each in names if counts[key := same_name(each)] == 1}
+        return join(folder, self._alike[folder].get(same_name(name), name))
+
+    def in_one_of(self, folders: Sequence[str], path: str) -> str:
+        """`path` below the first of the folders that holds it, or below the first of them."""
+        tried = [join(folder, path) for folder in folders]
+        return next((each for each in tried if self.has_file(self.true_path(each))), tried[0])
+
+    def first(self, *candidates: str) -> str | None:
+        """The first of these files or folders that exists, or None."""
+        return next((path for path in candidates if self.look(path)), None)
+
+    def listing(self, folder: str) -> dict[str, bool]:
+        """Names in a folder, each with whether it is a folder itself; links that lead outside are left out.
+
+        One scandir a folder: at 120,000 images a stat each would take seconds.
+        """
+        if folder not in self._listings:
+            self._listings[folder] = self._scan(folder) if self.look(folder) else {}
+        return self._listings[folder]
+
+    def _scan(self, folder: str) -> dict[str, bool]:
+        full = os.path.join(self.root, folder)
+        if not os.path.isdir(full) or self._leads_outside(folder):
+            return {}
+        with os.scandir(full) as entries:
+            return {
+                entry.name: entry.is_dir()
+                for entry in entries
+                if self._is_text(folder, entry.name)
+                and (not entry.is_symlink() or self._usable_link(join(folder, entry.name)))
+            }
+
+    def _is_text(self, folder: str, name: str) -> bool:
+        readable = name.isprintable() or not any("\ud800" <= char <= "\udfff" for char in name)
+        if not readable:
+            shown = name.encode("utf-8", "replace").decode()
+            self.problems.add("refused path", folder, "the file's name is not UTF-8; rename it", shown)
+        return readable
+
+    def _usable_link(self, path: str) -> bool:
+        return not self._leads_outside(path) and (self.root / path).exists()
+
+    def _leads_outside(self, path: str) -> bool:
+        """Whether a path is a link to elsewhere than the root, `image_root` or a place that the user named."""
+        if self.follow_links:
+            return False
+        real = os.path.realpath(self.root / path)
+        outside = not any(is_below(real, base) for base in self._real_bases)
+        if outside:
+            what = f"a link that leads outside the data folder, to {real}; set image_root to a folder that holds it"
+            self.problems.add("refused path", path, what)
+        return outside
+
+    def has_file(self, path: str) -> bool:
+        """Whether the file of a `safe_relative` path exists below the root."""
+        folder, _, name = path.rpartition("/")
+        return self.listing(folder).get(name) is False
+
+    def with_pictures(self, *candidates: str) -> str:
+        """The first of these folders that holds an image, or the first of them."""
+        return next((name for name in candidates if any(map(is_picture, self.listing(name)))), candidates[0])
+
+    def folders(self, folder: str = "") -> list[str]:
+        """Names of the folders in a folder, sorted, without hidden ones and macOS's shadows."""
+        names = self.listing(folder)
+        return sorted(name for name in names if names[name] and not name.startswith((".", "__MACOSX")))
+
+    def pictures(self, folder: str = "", walked: frozenset[str] = frozenset()) -> Iterator[str]:
+        """Paths of all pictures in a folder and the folders in it, sorted; loops of links are not followed."""
+        real = os.path.realpath(self.root / folder)
+        if real in walked:
+            return
+        names = self.listing(folder)
+        yield from (join(folder, name) for name in sorted(names) if is_picture(name) and not names[name])
+        for name in self.folders(folder):
+            yield from self.pictures(join(folder, name), walked | {real})
+
+    def read_text(self, path: str) -> str:
+        """A text file's content; what `decode_text` repaired is noted.
+
+        Raises: LabError if the file cannot be read, or is a link that leads outside.
+        """
+        text, repaired = decode_text(self._read_bytes(path))
+        for number, what in repaired.items():
+            self.problems.add("repaired text", path, what, f"line {number}")
+        return text
+
+    def _read_bytes(self, path: str) -> bytes:
+        if self.look(path) and not os.path.isabs(path) and not self.has_file(path):
+            raise LabError(
+                f"{self.root / path} is a link that leads outside the data folder; set image_root to a folder that "
+                "holds its target, or copy the file"
+            )
+        return read_bytes(self.root / path)
+
+    def read_json(self, path: str, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+        """A JSON file's content; `object_hook` may keep of each object only what is needed.
+
+        Raises: LabError if it is no JSON, with the place.
+        """
+        try:
+            return json.loads(self.read_text(path), object_hook=object_hook, strict=False)
+        except LabError:
+            raise
+        except (ValueError, RecursionError, MemoryError) as error:
+            cause = str(error)[:120] or "out of memory"
+            raise LabError(
+                f"{self.root / path} is no valid JSON ({cause}); fetch or write it again"
+            ) from error
+
+
+def is_below(path: str, base: str) -> bool:
+    """Whether an absolute path is a folder or lies in it."""
+    return path == base or path.startswith(base.rstrip(os.sep) + os.sep)
+
+
+def join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder and not os.path.isabs(name) else name
+
+
+# --- The table ---
+
+
+UNUSED = "unused"  # split of images that belong to none
+SPLIT_ORDER = ("train", "restval", "val", "test")  # others come after, by name
+_SPLIT_NAME = re.compile(r"\w[\w .-]{0,63}")  # no "+", which joins names of splits
+
+
+class Strings(Sequence[str]):
+    """Many strings as one UTF-8 buffer, decoded when asked for.
+
+    414,113 captions take 28 MB instead of the 45 MB of a list, and worker processes share them
+    without touching reference counts. An integer index gives a string; a slice, a mask or an index
+    array gives another view of the same buffer.
+
+    Args:
+        buffer: (B,) uint8, the strings' UTF-8 bytes.
+        starts: (N,) first byte of each string.
+        ends: (N,) one past the last byte of each string.
+    """
+
+    def __init__(self, buffer: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
+        self.buffer, self.starts, self.ends = buffer, starts, ends
+
+    @classmethod
+    def pack(cls, texts: Iterable[str]) -> Strings:
+        encoded = [text.encode("utf-8") for text in texts]
+        bounds = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum([len(item) for item in encoded], out=bounds[1:])
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), bounds[:-1], bounds[1:])
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, (int, np.integer)):
+            return self.buffer[self.starts[index] : self.ends[index]].tobytes().decode("utf-8")
+        return Strings(self.buffer, self.starts[index], self.ends[index])
+
+    def __iter__(self) -> Iterator[str]:
+        for start, end in zip(self.starts.tolist(), self.ends.tolist(), strict=True):
+            yield self.buffer[start:end].tobytes().decode("utf-8")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(repr(text) for text in self[:3])
+        return f"Strings({len(self):,}: {shown}{', ...' if len(self) > 3 else ''})"
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionTable:
+    """I images and their T captions; an image and a caption match where their ids are equal.
+
+    Args:
+        root: folder that the paths are relative to.
+        image_ids: (I,) int64, unique and not negative.
+        paths: (I,) path of each image below `root`, with forward slashes.
+        splits: (I,) name of each image's split.
+        captions: (T,) texts, grouped by image in the order of `image_ids`.
+        caption_image_ids: (T,) int64, the image that each caption belongs to.
+        categories: (I,) name of each image's category, or None.
+        problems: what was left out or repaired, {"kind", "where", "what", "count"} each.
+        split_source: where the splits come from; a published protocol holds for some sources only.
+    Raises: LabError if a split's name cannot be part of a file's name.
+    """
+
+    root: Path
+    image_ids: np.ndarray
+    paths: Sequence[str]
+    splits: np.ndarray
+    captions: Sequence[str]
+    caption_image_ids: np.ndarray
+    categories: np.ndarray | None = None
+    problems: list[dict[str, Any]] = field(default_factory=list)
+    split_source: str = ""
+
+    def __post_init__(self) -> None:
+        for name in set(self.splits.tolist()):
+            if not _SPLIT_NAME.fullmatch(str(name)):  # reports and features are written under it
+                raise LabError(
+                    f"split {name[:80]!r} in {self.root} cannot name a file; rename it with letters, digits, "
+                    "spaces, '-', '_' and '.' (64 at most)"
+                )
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __repr__(self) -> str:
+        splits = ", ".join(f"{name} {count:,}" for name, count in self.split_sizes().items())
+        return f"CaptionTable({len(self):,} images ({splits}), {len(self.captions):,} captions)"
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """(I + 1,) captions `offsets[row]:offsets[row + 1]` belong to image `row`."""
+        order = np.argsort(self.image_ids, kind="stable")
+        rows = order[np.searchsorted(self.image_ids, self.caption_image_ids, sorter=order)]  # (T,)
+        if not (self.image_ids[rows] == self.caption_image_ids).all() or (np.diff(rows) < 0).any():
+            raise LabError("captions must be grouped by image, in the order of image_ids")
+        counts = np.bincount(rows, minlength=len(self))
+        return np.concatenate([[0], np.cumsum(counts)])
+
+    @cached_property
+    def match_ids(self) -> np.ndarray:
+        """(I,) int64 equal for images of one category with equal captions, which describe each other too.
+
+        Such as class folders, where all images of a class have the same caption; else the image ids themselves.
+        """
+        if self.categories is None:
+            return self.image_ids
+        first: dict[tuple[str, ...], int] = {}
+        named = zip(self.categories.tolist(), self.image_ids.tolist(), strict=True)
+        ids = [
+            first.setdefault((name, *self.captions_of(row)), ident) if name else ident
+            for row, (name, ident) in enumerate(named)
+        ]
+        return np.array(ids, dtype=np.int64)
+
+    @cached_property
+    def caption_match_ids(self) -> np.ndarray:
+        """(T,) the match id of each caption's image."""
+        return np.repeat(self.match_ids, np.diff(self.offsets))
+
+    def captions_of(self, row: int) -> list[str]:
+        """The captions of image `row`, in the source's order."""
+        return list(self.captions[self.offsets[row] : self.offsets[row + 1]])
+
+    def path_of(self, row: int) -> Path:
+        """The picture file of image `row`."""
+        return self.root / self.paths[row]
+
+    def split_sizes(self) -> dict[str, int]:
+        """Images in each split, train first."""
+        sizes = Counter(self.splits.tolist())
+        return {name: sizes[name] for name in sorted(sizes, key=split_rank)}
+
+    def split(self, *names: str) -> CaptionTable:
+        """The images of these splits.
+
+        Raises: LabError if a name is not a split here.
+        """
+        sizes = self.split_sizes()
+        for name in names:
+            if name not in sizes:
+                present = ", ".join(f"{known} ({count:,} images)" for known, count in sizes.items())
+                raise LabError(
+                    f"split {name!r} holds no image{nearest(name, list(sizes)) or '.'} "
+                    f"Splits in {self.root}: {present or 'none'}."
+                )
+        return self.take(np.flatnonzero(np.isin(self.splits, names)))
+
+    def take(self, rows: Any) -> CaptionTable:
+        """The images at `rows` (indices or a mask), with their captions, in that order."""
+        rows = np.asarray(rows)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
+        starts, counts = self.offsets[rows], np.diff(self.offsets)[rows]
+        first = np.cumsum(counts) - counts  # (len(rows),) where each image's captions start afterwards
+        picked = np.repeat(starts - first, counts) + np.arange(counts.sum())
+        captions = self.captions if isinstance(self.captions, Strings) else Strings.pack(self.captions)
+        return CaptionTable(
+            root=self.root,
+            image_ids=self.image_ids[rows],
+            paths=[self.paths[row] for row in rows.tolist()],
+            splits=self.splits[rows],
+            captions=captions[picked],
+            caption_image_ids=self.caption_image_ids[picked],
+            categories=None if self.categories is None else self.categories[rows],
+            problems=self.problems,
+            split_source=self.split_source,
+        )
+
+    def problem_counts(self) -> dict[str, int]:
+        """How often each kind of problem was met."""
+        counts: Counter[str] = Counter()
+        for problem in self.problems:
+            counts[problem["kind"]] += problem["count"]
+        return dict(counts)
+
+
+def split_rank(name: str) -> tuple[int, str]:
+    """Sort key of a split's name: train, restval, val, test, then others."""
+    return (SPLIT_ORDER.index(name) if name in SPLIT_ORDER else len(SPLIT_ORDER)), name
+
+
+def clean_text(text: str) -> tuple[str, str]:
+    """A caption on one line without control characters, and what had to be repaired ("" if nothing).
+
+    White space of every kind becomes single spaces; this alone is no repair.
+    """
+    text = " ".join(text.split())
+    if text.isprintable():
+        return text, ""
+    repairs = []
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        repairs.append("lone surrogates became U+FFFD")
+    kept = "".join(char for char in text if unicodedata.category(char) != "Cc")
+    if kept != text:
+        text = " ".join(kept.split())
+        repairs.append("control characters removed")
+    return text, ", ".join(repairs)
+
+
+IMAGE_COLUMNS = ("image", "image_name", "image_path", "filepath", "file_name", "filename")
+CAPTION_COLUMNS = ("caption", "comment", "title", "text", "raw")
+_TOKEN_ROW = re.compile(r"\S[^\t]*#\d+\t")
+
+
+def caption_rows(folder: DataFolder, file: str) -> Iterator[Row]:
+    """Rows of a file of captions; malformed ones are noted and left out.
+
+    Takes Flickr's token files (`name.jpg#0`, a tab, the caption) and tables whose first line names the columns
+    (`IMAGE_COLUMNS`, `CAPTION_COLUMNS`, perhaps `split`), separated by commas, tabs, semicolons or bars. A caption
+    in the last column may hold separators without quotes; a cell of column `raw` may be a JSON list of captions.
+    Raises: LabError if a column is missing.
+    """
+    text = folder.read_text(file)
+    if _TOKEN_ROW.match(text):
+        yield from _token_rows(folder, file, text)
+        return
+    separator, names = _columns(text.partition("\n")[0])
+    image, caption = (next((n for n in of if n in names), "") for of in (IMAGE_COLUMNS, CAPTION_COLUMNS))
+    if not image or not caption:
+        raise LabError(
+            f"{folder.root / file} has the columns {names}; its first line must be image,caption or "
+            "image_name| comment_number| comment"
+        )
+    # Flickr30k's own file, whose fields are parted by bars, quotes nothing.
+    records = enumerate(text.split("\n"), start=1) if separator == "|" else _records(text)
+    for number, record in records:
+        if number == 1 or not record.strip():
+            continue
+        try:
+            row = _fields(record, separator, len(names), last=caption == names[-1])
+        except csv.Error as error:
+            folder.problems.add("malformed row", file, f"no CSV row ({error})", f"line {number}")
+            continue
+        if len(row) != len(names):
+            what = f"{len(row)} columns in place of {len(names)}"
+            folder.problems.add("malformed row", file, what, f"line {number}")
+            continue
+        cells = dict(zip(names, row, strict=True))
+        for each in _listed(cells[caption]) if caption == "raw" else [cells[caption]]:
+            yield number, cells[image].strip(), each, cells.get("split", "").strip()
+
+
+def _columns(header: str) -> tuple[str, list[str]]:
+    """The separator of a first line and the names in it; those between commas where no separator fits."""
+    found = {}
+    for separator in ",\t;|":
+        try:
+            row = next(csv.reader([header], delimiter=separator), [])
+        except csv.Error:
+            row = [header]
+        found[separator] = names = [name.strip().lower() for name in row]
+        if set(names) & set(IMAGE_COLUMNS) and set(names) & set(CAPTION_COLUMNS):
+            return separator, names
+    return ",", found[","]
+
+
+def _listed(cell: str) -> list[str]:
+    """The texts of a cell that holds a JSON list of them, else the cell itself."""
+    try:
+        captions = json.loads(cell)
+    except (ValueError, RecursionError):
+        return [cell]
+    return captions if isinstance(captions, list) else [cell]
+
+
+def _token_rows(folder: DataFolder, file: str, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if _TOKEN_ROW.match(line):
+            image, _, caption = line.partition("\t")
+            yield number, image.rpartition("#")[0], caption, ""
+        elif line.strip():
+            folder.problems.add("malformed row", file, "no name#number and tab", f"line {number}")
+
+
+NAMES_SHOWN = 5  # of many wrong images, how many a message names
+CAUSES = ("refused path", "malformed row", "no caption")  # why no image may be left, the likeliest first
+SMALL_SET = 5000  # below this many images, a seeded split holds out a tenth instead of 1,000
+
+
+class _Image:
+    __slots__ = ("captions", "category", "image_id", "split")
+
+    def __init__(self, split: str, image_id: Any, category: str | None) -> None:
+        self.split, self.image_id, self.category = split, image_id, category
+        self.captions: list[str] = []
+
+
+class TableBuilder:
+    """Images by path and their captions; whatever is wrong with a row is noted and the row left out.
+
+    Args:
+        folder: where the pictures are; its problems are the table's.
+        strict_ids: whether two images with one id are an error, or ids are then positions.
+    """
+
+    def __init__(self, folder: DataFolder, *, strict_ids: bool = True) -> None:
+        self.folder = folder
+        self.strict_ids = strict_ids
+        self.images: dict[str, _Image] = {}
+        self.split_source = "the data's own"
+        self.leaks: dict[str, list[str]] = {}
+
+    def malformed(self, file: str, place: str, what: str) -> None:
+        self.folder.problems.add("malformed row", file, what, place)
+
+    def relative(self, path: Any, file: str, place: str) -> str:
+        """An image path that stays below the data folder (or `image_root`), or "" with the refusal noted."""
+        safe, refusal = self.folder.relative(path)
+        if refusal:
+            kind = "refused path" if isinstance(path, str) and path.strip() else "malformed row"
+            self.folder.problems.add(kind, file, refusal, place)
+        return safe
+
+    def add_image(self, path: str, split: str, image_id: Any = None, category: Any = None) -> None:
+        """Add the image under the name it has on the disk, or see that it is the one added before."""
+        path = self.folder.true_path(path)
+        known = self.images.get(path)
+        if known is None:
+            self.images[path] = _Image(split, image_id, self._category(path, category))
+        elif known.split != split:
+            self.leaks.setdefault(path, []).extend([known.split, split])
+
+    def _category(self, path: str, value: Any) -> str | None:
+        """A category's name; whole numbers are names too, also written as 3.0."""
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if value is None or isinstance(value, str):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        self.malformed(path, "", "the category is neither text nor a whole number")
+        return None
+
+    def add_caption(self, path: str, caption: Any, file: str, place: str) -> None:
+        """Add a caption to an image that `add_image` has taken."""
+        if not isinstance(caption, str):
+            self.malformed(file, place, f"the caption is of type {type(caption).__name__}, not text")
+            return
+        text, repaired = clean_text(caption)
+        if repaired:
+            self.folder.problems.add("repaired text", file, repaired, place)
+        if text:
+            path = path if path in self.images else self.folder.true_path(path)
+            self.images[path].captions.append(text)
+        else:
+            self.folder.problems.add("empty caption", file, "the caption is empty", place)
+
+    def split_by_seed(self, seed: int) -> None:
+        """A split by image: 1,000 for val and for test, or a tenth each of a small set; the rest trains."""
+        paths = sorted(self.images)
+        held = 1000 if len(paths) >= SMALL_SET else len(paths) // 10
+        names = np.full(len(paths), "train", dtype=object)
+        order = np.random.default_rng(seed).permutation(len(paths))
+        names[order[:held]] = "val"
+        names[order[held : 2 * held]] = "test"
+        for path, split in zip(paths, names.tolist(), strict=True):
+            self.images[path].split = split
+        self.split_source = f"drawn by image, split_seed {seed}"
+
+    def build(self) -> CaptionTable:
+        """The table of the images that exist and have captions.
+
+        Raises: LabError if a split leaks, ids repeat, or no image is left.
+        """
+        self._refuse_leaks()
+        ids = self._ids()
+        listed = len(self.images)
+        missing = self._drop(lambda path, image: not self.folder.has_file(path))
+        self._note_dropped("missing image", "listed, but no such file", missing)
+        if listed and not self.images:
+            raise LabError(
+                f"none of the {listed:,} images listed for {self.folder.root} exists (such as {missing[0]}); "
+                f"unpack the images there or correct data_dir{self.folder.problems.first(*CAUSES)}"
+            )
+        self._note_dropped(
+            "no caption", "an image without captions", self._drop(lambda _, image: not image.captions)
+        )
+        if not self.images:
+            raise LabError(
+                f"{self.folder.root} holds no image with a caption; check data_dir and the reader"
+                f"{self.folder.problems.first(*CAUSES)}"
+            )
+        return self._table(ids)
+
+    def _refuse_leaks(self) -> None:
+        if self.leaks:
+            shown = [
+                f"{path} ({', '.join(dict.fromkeys(splits))})" for path, splits in sorted(self.leaks.items())
+            ]
+            more = ", ..." if len(shown) > NAMES_SHOWN else ""
+            raise LabError(
+                f"{len(shown):,} images are in more than one split: {', '.join(shown[:NAMES_SHOWN])}{more}; "
+                "take each out of all splits but one"
+            )
+
+    def _ids(self) -> dict[str, int]:
+        """The source's own ids, or the position among all listed images where it has none."""
+        own = {path: image.image_id for path, image in self.images.items()}
+        positions = {path: row for row, path in enumerate(own)}
+        if not all(map(is_id, own.values())):
+            return positions
+        first: dict[int, str] = {}
+        for path, image_id in own.items():
+            if first.setdefault(image_id, path) != path:
+                if not self.strict_ids:
+                    return positions
+                both = f"{first[image_id]} and {path}"
+                raise LabError(f"images {both} have the same id {image_id}; give each image its own id")
+        return own
+
+    def _drop(self, unwanted: Callable[[str, _Image], bool]) -> list[str]:
+        dropped = [path for path, image in self.images.items() if unwanted(path, image)]
+        for path in dropped:
+            del self.images[path]
+        return dropped
+
+    def _note_dropped(self, kind: str, what: str, paths: list[str]) -> None:
+        for path in paths:
+            folder, _, name = path.rpartition("/")
+            self.folder.problems.add(kind, folder, what, name)
+
+    def _table(self, ids: dict[str, int]) -> CaptionTable:
+        images = self.images.values()
+        image_ids = np.array([ids[path] for path in self.images], dtype=np.int64)
+        categories = [image.category for image in images]
+        return CaptionTable(
+            root=self.folder.root,
+            image_ids=image_ids,
+            paths=list(self.images),
+            splits=np.array([image.split for image in images]),
+            captions=Strings.pack(caption for image in images for caption in image.captions),
+            caption_image_ids=np.repeat(image_ids, [len(image.captions) for image in images]),
+            categories=np.array([name or "" for name in categories]) if any(categories) else None,
+            problems=self.folder.problems.rows(),
+            split_source=self.split_source,
+        )
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value may be an image's id; -1 never matches anything, so ids are not negative."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63

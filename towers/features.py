@@ -1,0 +1,351 @@
+"""The format of feature caches: write, verify, open; knows no model.
+
+A cache is one safetensors file: `features` (N, width) float16, and a header of strings that says what
+they are of and what made them. A file is written beside, flushed and renamed, so it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.devices import get_device, reuse_freed_memory
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from config import Config
+from core.errors import LabError
+from core.files import DamagedFileError, StaleCacheError, fingerprint, locked, sweep
+from core.tensor_files import load_tensors, save_tensors
+from sources.embeddings import as_rows
+from sources.image_cache import ImageCache, open_images
+from sources.table import CaptionTable
+from towers.base import ImageTower, hub_snapshot, model_config
+from towers.image import IMAGE_MODELS, IMAGE_NORMS, build_image_tower, image_model_name
+from towers.text import TEXT_SETTINGS, TextTower, build_text_tower, text_model_name
+
+# --- Files ---
+
+
+Header = dict[str, str]
+
+
+def write_features(path: str | Path, features: Tensor, header: Header) -> None:
+    """Write (N, width) features as float16 with their header. Raises: LabError if one is not finite."""
+    features = features.to(torch.float16).contiguous().cpu()
+    if not torch.isfinite(features).all():
+        row = int((~torch.isfinite(features)).any(dim=1).nonzero()[0])
+        raise LabError(f"row {row} of {path} is not finite in half precision; nothing was written.")
+    save_tensors(path, {"features": features}, {"header": json.dumps(header, sort_keys=True)})
+
+
+def open_features(path: str | Path, header: Header) -> Tensor:
+    """(N, width) float16, memory-mapped.
+
+    Raises: StaleCacheError if the file is damaged or its header is another, naming what differs.
+    """
+    try:
+        tensors, metadata = load_tensors(path, "delete it and run again")
+        found, features = json.loads(metadata.get("header", "{}")), tensors["features"]
+    except DamagedFileError as error:
+        raise StaleCacheError(f"cache {error}") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise StaleCacheError(f"cache {path} is damaged ({error}); delete it and run again.") from error
+    wrong = [name for name in sorted(header.keys() | found.keys()) if header.get(name) != found.get(name)]
+    if wrong:
+        raise StaleCacheError(f"cache {path} belongs to another {', '.join(wrong)}; delete it and run again.")
+    return features
+
+
+def cached_features(
+    path: str | Path,
+    header: Header,
+    num_rows: int,
+    compute: Callable[[Sequence[int]], Tensor],
+    chunk: int = 2048,
+) -> Tensor:
+    """Open the cache at `path`, or fill it in chunks that survive an interruption, then open it.
+
+    Args:
+        compute: maps row numbers to their (n, width) features; called chunk by chunk in order.
+        chunk: rows computed between two writes.
+    Returns: (N, width) float16, memory-mapped.
+    """
+    path = Path(path)
+    with locked(f"{path}.lock"):
+        sweep(path.parent)
+        # a second process waits, then finds it filled
+        if path.exists():
+            try:
+                return open_features(path, header)
+            except StaleCacheError as stale:
+                print(f"{stale} It is rebuilt.")
+                path.unlink()
+        fill_share(path, header, num_rows, compute, chunk=chunk)
+        pieces = [open_features(*_part(path, header, start, chunk)) for start in range(0, num_rows, chunk)]
+        write_features(path, torch.cat(pieces), header)
+        shutil.rmtree(path.with_suffix(".parts"))
+        return open_features(path, header)
+
+
+def fill_share(
+    path: Path,
+    header: Header,
+    num_rows: int,
+    compute: Callable[[Sequence[int]], Tensor],
+    shard: tuple[int, int] = (0, 1),
+    chunk: int = 2048,
+) -> None:
+    """Compute one process's share of a cache: the chunks from `rank` on, every `world`-th.
+
+    `cached_features` joins the chunks of all, once they are there; a share that was cut goes on.
+
+    Args: shard: (rank, world).
+    """
+    rank, world = shard
+    if path.exists():
+        return
+    for start in range(rank * chunk, num_rows, world * chunk):
+        part, part_header = _part(path, header, start, chunk)
+        if not _is_good(part, part_header):
+            write_features(part, compute(range(start, min(start + chunk, num_rows))), part_header)
+
+
+def _part(path: Path, header: Header, start: int, chunk: int) -> tuple[Path, Header]:
+    """File and header of the chunk that starts there."""
+    name = path.with_suffix(".parts") / f"{start:09d}.safetensors"
+    return name, {**header, "start": str(start), "chunk": str(chunk)}
+
+
+def _is_good(path: Path, header: Header) -> bool:
+    try:
+        open_features(path, header)
+    except StaleCacheError:
+        return False
+    return True
+
+
+TOKENS_PER_BATCH = 4096
+TEXTS_PER_FILE, PICTURES_PER_FILE = 2048, 1024  # encoded between two writes: what an interruption costs
+WHOLE = (0, 1)
+PIXELS_PER_BATCH = {
+    "cpu": 4 * 224**2
+}  # activations stay in the processor's cache: 2.5 to 3.6 times 64 pictures
+
+
+def encode_texts(tower: TextTower, texts: Sequence[str], bar: tqdm | None = None) -> Tensor:
+    """(T, width) float32 features of texts, in their order.
+
+    Texts are sorted by length and batched to about `TOKENS_PER_BATCH` tokens, each batch padded to its
+    own longest: captions of 12 tokens padded to 77 cost several times the arithmetic.
+    """
+    tower.eval()
+    lengths = np.array(tower.lengths(texts))
+    order = np.argsort(-lengths, kind="stable")
+    features = torch.empty(len(texts), tower.width)
+    start = 0
+    with torch.inference_mode():
+        while start < len(order):
+            rows = order[start : start + max(1, TOKENS_PER_BATCH // int(lengths[order[start]]))]
+            features[as_rows(rows)] = tower([texts[row] for row in rows.tolist()]).float().cpu()
+            start += len(rows)
+            if bar is not None:
+                bar.update(len(rows))
+    return features
+
+
+def encode_images(
+    tower: ImageTower, images: ImageCache, rows: Sequence[int], bar: tqdm | None = None
+) -> Tensor:
+    """(len(rows), width) float32 features of decoded pictures."""
+    tower.eval()
+    reuse_freed_memory()
+    device = next(tower.parameters()).device
+    batch = max(1, PIXELS_PER_BATCH.get(device.type, 256 * 224**2) // images.size**2)
+    features = []
+    with torch.inference_mode():
+        for start in range(0, len(rows), batch):
+            some = np.asarray(rows[start : start + batch])
+            features.append(tower(images.gather(some).to(device)).float().cpu())
+            if bar is not None:
+                bar.update(len(some))
+    return torch.cat(features)
+
+
+def weights_revision(name: str) -> str:
+    """What a tower's weights are: a hub's commit, or a digest of the files' contents."""
+    snapshot = hub_snapshot(name)
+    if snapshot is not None:
+        return snapshot
+    path = Path(name)
+    kinds = ("*.safetensors", "*.bin", "*.json", "*.txt")  # a tokenizer's files count too
+    files = sorted(file for kind in kinds for file in path.glob(kind)) if path.is_dir() else [path]
+    files = [file for file in files if file.is_file()]
+    return _digest(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)) or name
+
+
+def model_revision(name: str) -> str:
+    """The same of a hub name or folder; a model not here yet is asked for first, so that its commit counts."""
+    if not Path(name).exists():
+        model_config(name)
+    return weights_revision(name)
+
+
+def image_header(config: Config, images: ImageCache) -> dict[str, str]:
+    """What a cache of image features is made from: the tower, its weights and normalisation, the pictures."""
+    tower, weights = config.image_tower, config.image_weights
+    if tower in IMAGE_MODELS:
+        revision = model_revision(image_model_name(tower, weights))
+    else:
+        norm = IMAGE_NORMS.get(tower, "its own")
+        revision = (
+            f"{weights if weights == 'pretrained' else weights_revision(weights)}, normalised by {norm}"
+        )
+    return {"encoder": tower, "revision": revision, "images": images.identity}
+
+
+@functools.lru_cache(maxsize=16)
+def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for path, _, _ in files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest() if files else ""
+
+
+def cached_text_features(
+    config: Config, captions: Sequence[str], *, progress: bool = True, shard: tuple[int, int] = WHOLE
+) -> Tensor:
+    """(T, width) float16 features of captions, from the cache or encoded now into it.
+
+    The cache's name and header hold the digest of captions and weights, so another set of captions or
+    another encoder never meets it.
+
+    Args: shard: (rank, world) of several processes that fill it together; each gets no rows back.
+    """
+    name = text_model_name(config.text_tower, config.text_model)
+    pooling, max_length = TEXT_SETTINGS[config.text_tower]
+    header = {
+        "encoder": config.text_tower,
+        "revision": model_revision(name),
+        "max_length": str(max_length),
+        "pooling": pooling,
+        "captions": fingerprint(captions),
+    }
+    path = _cache_path(config, "text", config.text_tower, header)
+    tower: list[TextTower] = []
+
+    def compute(rows: Sequence[int]) -> Tensor:
+        if not tower:
+            tower.append(frozen_tower(config, "text"))
+        return encode_texts(tower[0], [captions[row] for row in rows], bar)
+
+    with tqdm(total=len(captions), desc="captions", unit="", disable=not progress, delay=1) as bar:
+        return _fill(path, header, len(captions), compute, shard, TEXTS_PER_FILE)
+
+
+def cached_image_features(
+    config: Config, table: CaptionTable, *, progress: bool = True, shard: tuple[int, int] = WHOLE
+) -> tuple[Tensor, ImageCache]:
+    """(I, width) float16 features of a table's images, and the images; rows that cannot be decoded are NaN.
+
+    Args: shard: as in `cached_text_features`.
+    Raises: LabError where the tower's weights are random, for they would differ the next time.
+    """
+    if config.image_weights == "random":
+        raise LabError(
+            "image_tower_mode 'cached' needs fixed weights; set image_weights or image_tower_mode."
+        )
+    images = open_images(table, config.cache_dir, config.image_size, config.image_resize, config.num_workers)
+    header = image_header(config, images)
+    rows = np.setdiff1d(np.arange(len(table)), np.fromiter(images.bad, np.int64, len(images.bad)))
+    path = _cache_path(config, "image", config.image_tower, header)
+    tower: list[ImageTower] = []
+
+    def compute(chunk: Sequence[int]) -> Tensor:
+        if not tower:
+            tower.append(frozen_tower(config, "image").to(memory_format=torch.channels_last))
+        return encode_images(tower[0], images, rows[np.asarray(chunk)], bar)
+
+    with tqdm(total=len(rows), desc="pictures", unit="", disable=not progress, delay=1) as bar:
+        good = _fill(path, header, len(rows), compute, shard, PICTURES_PER_FILE)
+    if len(rows) == len(table) or not len(good):
+        return good, images
+    features = torch.full((len(table), good.shape[1]), float("nan"), dtype=good.dtype)
+    features[as_rows(rows)] = good
+    return features, images
+
+
+def _fill(
+    path: Path,
+    header: dict[str, str],
+    num_rows: int,
+    compute: Callable[[Sequence[int]], Tensor],
+    shard: tuple[int, int],
+    chunk: int,
+) -> Tensor:
+    """The whole cache; or no rows, after computing one process's share of it."""
+    if shard == WHOLE:
+        return cached_features(path, header, num_rows, compute, chunk)
+    fill_share(path, header, num_rows, compute, shard, chunk)
+    return torch.empty(0, 0)
+
+
+def _cache_path(config: Config, kind: str, encoder: str, header: dict[str, str]) -> Path:
+    name = fingerprint(f"{key}={value}" for key, value in sorted(header.items()))[:16]
+    return config.cache_dir / "features" / f"{kind}-{encoder}-{name}.safetensors"
+
+
+def frozen_tower(config: Config, side: str) -> Any:
+    """The `image` or `text` tower of a configuration, loaded now, on its device."""
+    build = build_image_tower if side == "image" else build_text_tower
+    return build(config.updated(**{f"{side}_tower_mode": "frozen"})).to(get_device(config.device)).eval()
+
+
+_towers_of: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def tower_of(model: Any, config: Config, side: str) -> Any:
+    """`frozen_tower` beside a model whose cached features it made, kept as long as that model, and no longer."""
+    kept = _towers_of.setdefault(model, {})
+    if side not in kept:
+        kept[side] = frozen_tower(config, side).to(model.logit_scale.device)
+    return kept[side]
+
+
+@torch.inference_mode()
+def text_features(model: Any, config: Config, texts: Sequence[str]) -> Tensor:
+    """(T, D) joint-space features of any texts, by the encoder and pooling of training.
+
+    Raises: LabError if a text is no valid Unicode, as a name that is not UTF-8 gives it.
+    """
+    for text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise LabError(f"the text {text!r} is no valid Unicode; write it again.")
+    model.eval()
+    if config.text_tower_mode != "cached":
+        return model.encode_text(list(texts)).float().cpu()
+    device = model.logit_scale.device
+    features = encode_texts(tower_of(model, config, "text"), texts)
+    return model.encode_text(features.to(device)).float().cpu()
+
+
+@torch.inference_mode()
+def image_features(model: Any, config: Config, images: Tensor) -> Tensor:
+    """(I, D) joint-space features of decoded pictures, (I, 3, S, S) uint8."""
+    model.eval()
+    device = model.logit_scale.device
+    images = images.to(device)
+    if config.image_tower_mode == "cached":
+        images = tower_of(model, config, "image")(images)
+    return model.encode_image(images).float().cpu()

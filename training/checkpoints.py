@@ -1,0 +1,215 @@
+"""A run's folder: configuration, history, weights, checkpoints; one process a run, and a Ctrl-C that loses nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import core.devices  # noqa: F401  before torchvision
+
+import numpy as np
+import pandas as pd
+import torch
+from filelock import Timeout
+from torch import Tensor
+
+from config import NOT_IN_NAME, Config
+from core.errors import LabError
+from core.files import DamagedFileError, locked, read_json, sweep
+from core.tensor_files import load_archive, load_tensors, save_archive
+from towers.image import IMAGE_MODELS
+
+# --- Checkpoint files: whole or not at all, the last two kept, read without executing code ---
+
+
+STATE = {"model", "optimizer", "scheduler", "random", "history", "progress", "steps", "run", "config", "data"}
+"""What every checkpoint holds."""
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  libraries draw from the global state
+    torch.manual_seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """States of every random generator in use, loadable without pickle's code."""
+    state: Any = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (state[0], state[1].tolist(), *state[2:]),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put back what `random_states` returned."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def save_checkpoint(folder: str | Path, state: dict[str, Any], step: int, keep: int = 2) -> Path:
+    """Write `step_{step}.pt` whole or not at all, then drop all but the last `keep`.
+
+    Raises: LabError if the disk is full; earlier checkpoints are kept.
+    """
+    folder = Path(folder)
+    path = folder / f"step_{step:09d}.pt"
+    save_archive(path, state)
+    for old in sorted(folder.glob("step_*.pt"))[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """A checkpoint's content, without executing pickled code.
+
+    Raises: DamagedFileError if it is damaged or no checkpoint.
+    """
+    advice = "give a file step_*.pt of a run's checkpoints"
+    state = load_archive(path, device, advice)
+    if absent := STATE - state.keys():
+        raise DamagedFileError(path, f"it has no {min(absent)!r}", advice)
+    return state
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint of a folder, or None."""
+    return max(Path(folder).glob("step_*.pt"), default=None)
+
+
+def load_last_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+    """The newest checkpoint that can be read; damaged ones are deleted with a sentence. None if there is none."""
+    while path := last_checkpoint(folder):
+        try:
+            return load_checkpoint(path, device)
+        except DamagedFileError as damaged:
+            path.unlink()
+            before = last_checkpoint(folder)
+            resumed = f"training resumes from {before.name}" if before else "training starts again"
+            print(f"{str(damaged).split(');')[0]}); it is deleted and {resumed}.")
+    return None
+
+
+# --- One process a run; Ctrl-C finishes the step ---
+
+
+class Stopped(Exception):  # noqa: N818  a signal, not an error
+    """Training was asked to stop; everything is saved."""
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within, no other process trains in this folder. Raises: LabError if one does."""
+    try:
+        with locked(folder / ".lock", timeout=0):
+            sweep(folder)
+            yield
+    except Timeout as error:
+        raise LabError(f"another process is training {folder}; wait for it, or stop it first.") from error
+
+
+@contextmanager
+def stop_after_step() -> Iterator[threading.Event]:
+    """Within, the first Ctrl-C or SIGTERM sets the event instead of raising; a second one raises.
+
+    A SIGTERM is given again on leaving: it asks the process to end, not only the run.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if signal.SIGTERM in asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+# --- Runs ---
+
+
+MEASURED = {"protocol", "gallery", "num_images", "num_texts"}
+"""What the metrics of every split hold."""
+
+
+def own_image_weights(config: Config) -> str:
+    """`image_weights` for a model whose state a run's file fills: a weights file need not be there any more.
+
+    A model by hub name or folder keeps its name, which says how it is built.
+    """
+    weights = config.image_weights
+    return "random" if weights == "pretrained" or config.image_tower not in IMAGE_MODELS else weights
+
+
+def reopened(config: Config) -> dict[str, Any]:
+    """What a call's configuration says of a run that is trained already: all that is no part of its name.
+
+    The precision stays the one that it was trained in.
+    """
+    return {name: config[name] for name in sorted(NOT_IN_NAME - {"preset", "seed", "precision"})}
+
+
+def read_kept(path: Path, consequence: str) -> dict[str, Any]:
+    """A JSON file of a run; a damaged one counts as absent, which is printed with its consequence."""
+    try:
+        return read_json(path)
+    except DamagedFileError as damaged:
+        if consequence:
+            print(f"{str(damaged).rpartition(';')[0]}; {consequence}.")
+        return {}
+
+
+def read_metrics(path: Path, *, show: bool = True) -> dict[str, dict[str, Any]]:
+    """Metrics by split, without those that lack what every table shows; `show` prints which."""
+    metrics = read_kept(path, "it is measured again" if show else "")
+    whole = {split: of for split, of in metrics.items() if isinstance(of, dict) and of.keys() >= MEASURED}
+    if show and len(whole) < len(metrics):
+        lacking = ", ".join(metrics.keys() - whole.keys())
+        print(f"{path} lacks figures of {lacking}; they are measured again.")
+    return whole
+
+
+def _read_history(path: Path) -> pd.DataFrame:
+    """history.csv, which a person may have edited; nothing of it where it is not a table of numbers."""
+    try:
+        history = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        print(f"{path} cannot be read ({str(error).splitlines()[0]}); it is left out.")
+        return pd.DataFrame()
+    if "epoch" not in history or not all(pd.api.types.is_numeric_dtype(kind) for kind in history.dtypes):
+        if len(history.columns):
+            print(f"{path} is not a table of numbers with a column 'epoch'; it is left out.")
+        return pd.DataFrame()
+    return history
+
+
+def load_weights_file(path: Path) -> dict[str, Tensor]:
+    """A run's weights by name. Raises: DamagedFileError."""
+    advice = "restore a copy of it, or train the run again with resume='never' (--resume never)"
+    return load_tensors(path, advice)[0]
