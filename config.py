@@ -467,7 +467,7 @@ def choices(field: str) -> tuple[Any, ...]:
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     table, names = NAMES.get(field, ("", ()))
-    module, _, name = table.partition(".")  # not imported here: whoever added a name did that
+    module, _, name = table.rpartition(".")  # not imported here: whoever added a name did that
     none = [None] * (names != () and Config.model_fields[field].default is None)
     return tuple(dict.fromkeys([*none, *names, *getattr(sys.modules.get(module), name, ())]))
 

@@ -276,13 +276,13 @@ ALIASES: dict[str, str] = {
 _HEADS = ("mlp", "linear", "standardised", "identity", "projection", "siglip", "clip", "attention")
 
 NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "preset": ("presets.PRESETS", tuple(PRESETS)),
+    "preset": ("core.presets.PRESETS", tuple(PRESETS)),
     "source": (
-        "sources.SOURCES",
+        "sources.fetch.SOURCES",
         ("coco2014", "coco2017", "flickr30k", "flickr8k", "cifar100", "scenes", "shapes"),
     ),
     "reader": (
-        "readers.READERS",
+        "sources.readers.READERS",
         (
             "coco",
             "flickr8k",
@@ -296,19 +296,19 @@ NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "image_tower": (
-        "image_towers.IMAGE_TOWERS",
+        "towers.image.IMAGE_TOWERS",
         ("resnet50", "efficientnet_lite0", "siglip", "clip", "vit", "embeddings", "vit_pair"),
     ),
     "text_tower": (
-        "text_towers.TEXT_TOWERS",
+        "towers.text.TEXT_TOWERS",
         ("minilm", "clip", "e5", "sentence", "transformer", "embeddings"),
     ),
-    "image_head": ("heads.HEADS", _HEADS),
-    "text_head": ("heads.HEADS", _HEADS),
+    "image_head": ("models.HEADS", _HEADS),
+    "text_head": ("models.HEADS", _HEADS),
     "loss": ("losses.LOSSES", ("infonce", "sigmoid", "contrastive", "triplet")),
-    "schedule": ("optimisation.SCHEDULES", ("cosine", "linear", "constant", "step", "restarts")),
+    "schedule": ("training.optim.SCHEDULES", ("cosine", "linear", "constant", "step", "restarts")),
     "best_metric": (
-        "metrics.DIRECTIONS",
+        "retrieval.figures.DIRECTIONS",
         tuple(
             "recall ndcg mrr map r_precision rsum image_spread text_spread top1 top10 top100 top1_same top1_different "
             "order val_loss mean_rank median_rank swapped modality_gap alignment image_uniformity "

@@ -141,7 +141,7 @@ def direction(metric: str) -> int:
         hint = nearest(metric, [metric.replace(kind, known) for known in DIRECTIONS]) or "."
         raise LabError(
             f"best_metric {metric!r} cannot choose an epoch: neither higher nor lower is known to be better{hint} "
-            f"Choose one of: {', '.join(DIRECTIONS)}; or add your own figure to metrics.DIRECTIONS."
+            f"Choose one of: {', '.join(DIRECTIONS)}; or add your own figure to retrieval.figures.DIRECTIONS."
         )
     return DIRECTIONS[kind]
 

@@ -27,7 +27,6 @@ from sources.table import (
     DataFolder,
     Strings,
     TableBuilder,
-    caption_rows,
     is_id,
     is_picture,
     join,
@@ -43,6 +42,81 @@ Row = tuple[int, str, str, str]  # line, image, caption, split or ""
 _SUFFIXES = "|".join(suffix[1:] for suffix in PICTURE_SUFFIXES)
 _NEW_ROW = re.compile(rf'(\d*[,;\t])?"?[^",;\t\n]+\.({_SUFFIXES})"?\s*[,;\t]', re.IGNORECASE)
 _LONGEST_RECORD = 50  # lines that a quoted caption may go on over
+
+
+IMAGE_COLUMNS = ("image", "image_name", "image_path", "filepath", "file_name", "filename")
+CAPTION_COLUMNS = ("caption", "comment", "title", "text", "raw")
+_TOKEN_ROW = re.compile(r"\S[^\t]*#\d+\t")
+
+
+def caption_rows(folder: DataFolder, file: str) -> Iterator[Row]:
+    """Rows of a file of captions; malformed ones are noted and left out.
+
+    Takes Flickr's token files (`name.jpg#0`, a tab, the caption) and tables whose first line names the columns
+    (`IMAGE_COLUMNS`, `CAPTION_COLUMNS`, perhaps `split`), separated by commas, tabs, semicolons or bars. A caption
+    in the last column may hold separators without quotes; a cell of column `raw` may be a JSON list of captions.
+    Raises: LabError if a column is missing.
+    """
+    text = folder.read_text(file)
+    if _TOKEN_ROW.match(text):
+        yield from _token_rows(folder, file, text)
+        return
+    separator, names = _columns(text.partition("\n")[0])
+    image, caption = (next((n for n in of if n in names), "") for of in (IMAGE_COLUMNS, CAPTION_COLUMNS))
+    if not image or not caption:
+        raise LabError(
+            f"{folder.root / file} has the columns {names}; its first line must be image,caption or "
+            "image_name| comment_number| comment"
+        )
+    # Flickr30k's own file, whose fields are parted by bars, quotes nothing.
+    records = enumerate(text.split("\n"), start=1) if separator == "|" else _records(text)
+    for number, record in records:
+        if number == 1 or not record.strip():
+            continue
+        try:
+            row = _fields(record, separator, len(names), last=caption == names[-1])
+        except csv.Error as error:
+            folder.problems.add("malformed row", file, f"no CSV row ({error})", f"line {number}")
+            continue
+        if len(row) != len(names):
+            what = f"{len(row)} columns in place of {len(names)}"
+            folder.problems.add("malformed row", file, what, f"line {number}")
+            continue
+        cells = dict(zip(names, row, strict=True))
+        for each in _listed(cells[caption]) if caption == "raw" else [cells[caption]]:
+            yield number, cells[image].strip(), each, cells.get("split", "").strip()
+
+
+def _columns(header: str) -> tuple[str, list[str]]:
+    """The separator of a first line and the names in it; those between commas where no separator fits."""
+    found = {}
+    for separator in ",\t;|":
+        try:
+            row = next(csv.reader([header], delimiter=separator), [])
+        except csv.Error:
+            row = [header]
+        found[separator] = names = [name.strip().lower() for name in row]
+        if set(names) & set(IMAGE_COLUMNS) and set(names) & set(CAPTION_COLUMNS):
+            return separator, names
+    return ",", found[","]
+
+
+def _listed(cell: str) -> list[str]:
+    """The texts of a cell that holds a JSON list of them, else the cell itself."""
+    try:
+        captions = json.loads(cell)
+    except (ValueError, RecursionError):
+        return [cell]
+    return captions if isinstance(captions, list) else [cell]
+
+
+def _token_rows(folder: DataFolder, file: str, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if _TOKEN_ROW.match(line):
+            image, _, caption = line.partition("\t")
+            yield number, image.rpartition("#")[0], caption, ""
+        elif line.strip():
+            folder.problems.add("malformed row", file, "no name#number and tab", f"line {number}")
 
 
 def _fields(record: str, separator: str, count: int, last: bool) -> list[str]:

@@ -174,7 +174,7 @@ def test_the_documented_names_of_losses_are_the_same_runs():
     [(field, names) for field, (table, names) in NAMES.items() if table],
 )
 def test_names_are_those_of_the_tables(field, names):
-    module, table = NAMES[field][0].split(".")
+    module, _, table = NAMES[field][0].rpartition(".")
     expected = set(getattr(importlib.import_module(module), table))
     expected |= {"source": set(dataset.DRAWN), "reader": set(dataset.OPENERS)}.get(field, set())
     assert set(names) == expected

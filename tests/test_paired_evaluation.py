@@ -11,6 +11,7 @@ from scipy.stats import bootstrap
 
 from config import load_config, make_config
 from core.errors import LabError
+from core.files import read_json
 from models import build_model
 from reports.side_by_side import (
     evaluate_pairs,
@@ -152,7 +153,7 @@ def test_the_same_seed_gives_the_same_bits(run, tmp_path):
 
 def test_a_report_writes_what_was_measured(run, tmp_path):
     results = report_pairs(run, comprehensive=True, output_file=tmp_path / "copy" / "pairs.json", show=False)
-    kept = json.loads((run.folder / "pair_metrics.json").read_text())
+    kept = read_json(run.folder / "pair_metrics.json")
     assert kept == json.loads((tmp_path / "copy" / "pairs.json").read_text())
     assert {split: kept[split]["pictures"] for split in kept} == {"train": 180, "val": 20, "test": 20}
     for found in kept.values():
