@@ -254,11 +254,12 @@ class PairedPictures(Dataset):
         captions = self.caption_features(model)
         return rank_pairs(features["image_features"], captions, features["image_id"])
 
-    def validation_metrics(
-        self, model: CLIPModel, features: dict[str, Tensor], config: Config
+    def metrics(
+        self, model: CLIPModel, features: dict[str, Tensor], config: Config, *, intervals: bool = False
     ) -> dict[str, float]:
-        """What `pair_ranks.PairRanks.figures` tells; the engine asks for it in place of Recall@K."""
-        return self.ranks(model, features).figures()
+        """`PairRanks.figures`, or with intervals `PairRanks.summary`, in place of retrieval metrics."""
+        ranks = self.ranks(model, features)
+        return ranks.summary() if intervals else ranks.figures()
 
 
 def open_paired(config: Config, splits: Sequence[str], *, progress: bool = True) -> PairedPictures:

@@ -168,9 +168,11 @@ def published_points(direction: str = "t2i", k: int = 1) -> list[tuple[str, int,
 
 
 def chance(metrics: dict[str, Any]) -> dict[str, float]:
-    """Recalls of a random ranking, by the metric they stand beside."""
+    """Chance levels, by the metric they belong to."""
     return {
-        name.replace("_chance@", "_recall@"): value for name, value in metrics.items() if "_chance@" in name
+        name.replace("_chance@", "_recall@").removesuffix("_chance"): value
+        for name, value in metrics.items()
+        if "_chance" in name
     }
 
 
@@ -188,14 +190,18 @@ def figures_of(metrics: dict[str, Any]) -> dict[str, float]:
     numbers = {
         name: float(value)
         for name, value in metrics.items()
-        if isinstance(value, (int, float)) and not re.search(r"^num_|^left_out$|_(low|high)$", name)
+        if isinstance(value, (int, float)) and not re.search(r"^num_|^left_out$|_(low|high|chance)$", name)
     }
     return recalls_of(metrics) or numbers
 
 
+PERCENT = re.compile(r"(recall|chance)@|^(top\d+|swapped|order)(_|$)")
+"""Figures in [0, 1] that tables show in percent."""
+
+
 def as_text(name: str, value: float) -> str:
-    """A figure as tables show it: recalls and their chance levels in percent, others to three digits."""
-    if "recall@" in name or "chance@" in name:
+    """A figure as tables show it: recalls, accuracies and their chance levels in percent, others to three digits."""
+    if PERCENT.search(name):
         return f"{100 * value:.1f}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 

@@ -31,7 +31,7 @@ from evaluate import report_run
 from interface.cli import run_command
 from losses import build_loss
 from models import build_model
-from reports.side_by_side import report_pairs, save_curves
+from plots.figures import learning_curves
 from retrieval.figures import direction
 from training.checkpoints import (
     Stopped,
@@ -660,7 +660,7 @@ def main(
     folder = config.runs_dir / run_name(config)
 
     def draw(history: pd.DataFrame) -> None:
-        save_curves(folder, history)
+        learning_curves({folder.name: history}, folder / "figures" / "learning_curves.png")
 
     if eval_only:
         places = reopened(config)
@@ -670,11 +670,7 @@ def main(
     else:
         run = fit(config, resume=resume, on_epoch=None if no_plotting else draw)
     if run.finished and is_main():
-        copy = output_file or None
-        if config.reader == "paired_cifar":
-            report_pairs(run, comprehensive=comprehensive, output_file=copy, no_plotting=no_plotting)
-        else:
-            report_run(run, comprehensive=comprehensive, output_file=copy)
+        report_run(run, comprehensive=comprehensive, output_file=output_file or None)
         print(f"{run.folder}: " + ", ".join(sorted(path.name for path in run.folder.iterdir())))
 
 

@@ -384,9 +384,9 @@ def validate(
 def split_metrics(
     model: CLIPModel, dataset: Any, features: dict[str, Tensor], config: Config
 ) -> dict[str, float]:
-    """A split's figures: the dataset's own `validation_metrics`, else those of retrieval."""
-    if hasattr(dataset, "validation_metrics"):
-        return dataset.validation_metrics(model, features, config)
+    """A split's figures: the data set's own `metrics`, else those of retrieval."""
+    if hasattr(dataset, "metrics"):
+        return dataset.metrics(model, features, config)
     ks = tuple(k for k in config.recall_ks if k <= len(features["image_id"]))
     spread = {f"{kind}_spread": feature_spread(features[f"{kind}_features"]) for kind in ("image", "text")}
     return {**retrieval_metrics(**features, ks=ks), **spread, **feature_geometry(**features, most=MOST_ROWS)}

@@ -12,7 +12,7 @@ from typing import Any
 
 from config import make_config
 from dataset import prepare_data
-from reports.side_by_side import SHOWN, PairResult, evaluate_pairs, settings_table
+from labs.side_by_side import FIGURES, PairResult, evaluate_pairs, settings_table
 from retrieval.statistics import compare_settings
 from train import fit
 from utils import Run
@@ -41,7 +41,7 @@ def measure(title: str, seeds: tuple[int, ...], **overrides: Any) -> None:
                 rows.append((run, results[split].metrics))
             print(one_line(run, results["test"]), flush=True)
     for split, rows in measured.items():
-        captions = rows[0][1]["captions"]
+        captions = rows[0][1]["num_texts"]
         print(f"\n{title}: {split} pictures against {captions} captions, %, mean ± std over seeds {seeds}")
         print(settings_table(rows).to_string())
     verdicts(measured["test"])
@@ -50,7 +50,7 @@ def measure(title: str, seeds: tuple[int, ...], **overrides: Any) -> None:
 def one_line(run: Run, result: PairResult) -> str:
     """One run's test figures with the interval of its top-1 over pairs."""
     found = result.metrics
-    figures = ", ".join(f"{name} {100 * found[name]:.1f}" for name in SHOWN if name in found)
+    figures = ", ".join(f"{name} {100 * found[name]:.1f}" for name in FIGURES if name in found)
     interval = f"[{100 * found['top1_low']:.1f}, {100 * found['top1_high']:.1f}]"
     seconds = run.training["train_seconds"]
     return f"{run.name}: {figures}; top1 {interval}; {found['num_swapped']} swapped; {seconds:.0f} s"

@@ -36,8 +36,8 @@ class Gallery:
     """One split, encoded by a run's model.
 
     Args:
-        dataset: as `open_dataset` gives it; one with `validation_metrics(model, features, config)` is measured
-            by that instead of by retrieval.
+        dataset: as `open_dataset` gives it; one with `metrics(model, features, config, intervals=True)` is
+            measured by that instead of by retrieval.
         image_features: (I, D); text_features: (T, D); image_id: (I,); text_id: (T,).
     """
 
@@ -61,7 +61,7 @@ class Gallery:
     @property
     def measures_itself(self) -> bool:
         """Whether its data set brings metrics of its own in place of retrieval's."""
-        return hasattr(self.dataset, "validation_metrics")
+        return hasattr(self.dataset, "metrics")
 
     @cached_property
     def ranks(self) -> Ranks:
@@ -100,8 +100,8 @@ class Gallery:
         }
         if self.measures_itself:
             sizes = {"num_images": len(self.image_id), "num_texts": len(self.text_id)}
-            found = self.dataset.validation_metrics(self.run.model, self.features, self.run.config)
-            return {**about, **sizes, **found, **left_out}
+            found = self.dataset.metrics(self.run.model, self.features, self.run.config, intervals=True)
+            return {**about, **sizes, **found, **left_out, "intervals": INTERVALS}
         found = summarise(self.ranks, self._ks())
         intervals = bootstrap_intervals(self.ranks, [name for name in found if "_recall@" in name])
         ends = {

@@ -91,6 +91,15 @@ class PairRanks:
         ends = bootstrap_ends(len(self.truth), shares, samples, level, seed)
         return {name: (float(low), float(high)) for name, low, high in zip(figures, *ends, strict=True)}
 
+    def summary(self) -> dict[str, float]:
+        """The figures with the ends of their 95 % intervals, chance levels, and counts."""
+        figures, captions = self.figures(), self.num_classes**2
+        ends = {f"{name}_{end}": value for name, of in self.intervals().items()
+                for end, value in zip(("low", "high"), of, strict=True)}  # fmt: skip
+        chance = {f"top{k}_chance": k / captions for k in KS if f"top{k}" in figures}
+        counts = {"num_different": int(self.different.sum()), "num_swapped": int(self.is_swapped.sum())}
+        return {**figures, **ends, **chance, "num_texts": captions, **counts}
+
     def by_class(self, names: Sequence[str]) -> pd.DataFrame:
         """A row a class, in [0, 1]: of the pictures that show it, how many, top-1, and how often it is named where
         it stands on the left and on the right; of those with two classes, the share swapped."""

@@ -186,19 +186,20 @@ def test_mistakes_are_named(gallery, call, message):
 # --- a data set that measures itself ---
 
 
-def own_metrics(model, features, config):
+def own_metrics(model, features, config, *, intervals):
+    assert intervals
     return {"top1": 0.5, "top1_low": 0.4, "top1_high": 0.6, "swaps": len(features["image_id"]) / 100}
 
 
 def test_a_data_set_may_bring_its_own_metrics(tmp_path):
-    gallery = made_gallery(30, validation_metrics=own_metrics)
+    gallery = made_gallery(30, metrics=own_metrics)
     gallery.run.folder = tmp_path
     keep_measured(gallery)
     found = json.loads((tmp_path / "metrics.json").read_text())["test"]
     assert (found["protocol"], found["top1"], found["num_images"]) == ("the data set's own", 0.5, 30)
     assert not list(tmp_path.glob("ranks*"))
     table = metrics_table({"test": found})
-    assert table.to_dict("list") == {"top1": ["0.5 [0.4, 0.6]"], "swaps": ["0.3"]}
+    assert table.to_dict("list") == {"top1": ["50.0 [40.0, 60.0]"], "swaps": ["0.3"]}
     exhibits = {exhibit.name: exhibit for exhibit in sections.examine(gallery, tmp_path, show=False)}
     assert list(exhibits) == ["map, principal components", "map, t-SNE", "attention", "zero-shot classes"]
     assert (

@@ -1,6 +1,5 @@
 """Ranks of pairs of pictures, their figures, intervals and tables, against plain loops."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +11,20 @@ from scipy.stats import bootstrap
 from config import load_config, make_config
 from core.errors import LabError
 from core.files import read_json
-from models import build_model
-from reports.side_by_side import (
+from evaluate import evaluate_run
+from labs.side_by_side import (
     evaluate_pairs,
     guesses,
     pairs_table,
     report_pairs,
-    save_curves,
     settings_table,
 )
+from metrics import metrics_table
+from models import build_model
 from sources.drawing import write_shapes
 from sources.side_by_side import PairRanks, rank_pairs, swapped
 from train import fit
+from utils import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 C = 4
@@ -151,32 +152,36 @@ def test_the_same_seed_gives_the_same_bits(run, tmp_path):
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_a_report_writes_what_was_measured(run, tmp_path):
-    results = report_pairs(run, comprehensive=True, output_file=tmp_path / "copy" / "pairs.json", show=False)
-    kept = read_json(run.folder / "pair_metrics.json")
-    assert kept == json.loads((tmp_path / "copy" / "pairs.json").read_text())
-    assert {split: kept[split]["pictures"] for split in kept} == {"train": 180, "val": 20, "test": 20}
-    for found in kept.values():
-        assert found["top1_low"] <= found["top1"] <= found["top1_high"]
-        assert (found["captions"], found["top1_chance"]) == (100, 0.01)
+def test_a_report_writes_what_was_measured(run):
+    results = report_pairs(run, show=False)
+    kept = read_json(run.folder / "metrics.json")
+    assert {split: kept[split]["num_images"] for split in kept} == {"train": 180, "val": 20, "test": 20}
+    for split, metrics in kept.items():
+        assert metrics == results[split].metrics
+        assert metrics["top1_low"] <= metrics["top1"] <= metrics["top1_high"]
+        assert (metrics["num_texts"], metrics["top1_chance"]) == (100, 0.01)
     assert kept["val"]["top1"] == pytest.approx(run.history["top1"].max())
     table = pairs_table(results)
     assert list(table.index) == ["train", "val", "test", "chance"]
     assert table.loc["chance", "top10"] == "10"
     for name in ("tables/pairs.md", "tables/pairs_by_class.csv", "figures/pair_examples.png",
-                 "figures/learning_curves.png"):  # fmt: skip
+                 "figures/learning_curves.png", "report.html"):  # fmt: skip
         assert (run.folder / name).stat().st_size > 0
     words = guesses(results["test"], range(20))
     hits = results["test"].ranks.rank == 1
     assert [text.startswith("✓ a photo of") for text in words] == hits.tolist()
 
 
-def test_a_server_gets_no_figure(run):
-    for path in (run.folder / "figures").glob("*.png"):
-        path.unlink()
-    report_pairs(run, no_plotting=True, show=False)
-    assert not list((run.folder / "figures").glob("*.png"))
-    assert save_curves(run.folder, run.history).stat().st_size > 0
+def test_the_common_evaluation_measures_side_by_side_images(run):
+    pairs = evaluate_pairs(run, ["test"], show=False)["test"].metrics
+    assert evaluate_run(load_run(run.folder), again=True, show=False)["test"] == pairs
+    table = metrics_table({"test": pairs})
+    assert table.loc[
+        table.index.get_level_values(-1) == "model", "top1"
+    ].item() == f"{100 * pairs['top1']:.1f} " + (
+        f"[{100 * pairs['top1_low']:.1f}, {100 * pairs['top1_high']:.1f}]"
+    )
+    assert table.iloc[1]["top1"] == "1.0"
 
 
 def test_settings_stand_side_by_side_with_their_spread(run):
@@ -188,8 +193,6 @@ def test_settings_stand_side_by_side_with_their_spread(run):
 
 
 def test_mistakes_are_one_sentence(run):
-    with pytest.raises(LabError, match="output_file ending '.txt' does not exist"):
-        report_pairs(run, output_file="results.txt", show=False)
     run.config.reader = "coco"
     with pytest.raises(LabError, match="was trained on reader 'coco'"):
         evaluate_pairs(run, show=False)

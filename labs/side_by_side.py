@@ -1,0 +1,155 @@
+"""Lab 2: a run on side-by-side images, each image against all C * C captions; wrong order is counted separately.
+
+`python -m labs.side_by_side RUN [RUN ...]` evaluates training, validation and test pairs of each run and writes tables,
+a figure of examples and the run's report; of several runs it prints one table by setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from core.errors import LabError
+from dataset import PairedPictures, fixed_pairs
+from evaluate import measured_split, report_run
+from interface.cli import Parser, one_sentence
+from metrics import told
+from plots.figures import captioned_images
+from reports.compare import save_table, settings_label
+from reports.gallery import encoded, results_of
+from sources.side_by_side import PairRanks
+from utils import Run, load_run
+
+TRAIN_PAIRS = 2000  # as many as the published figure was measured on
+FIGURES = ("top1", "top10", "top100", "top1_same", "top1_different", "swapped", "order")
+
+
+@dataclass
+class PairResult:
+    """A split's pairs, the ranks of their captions under a run's best model, and its metrics."""
+
+    pairs: PairedPictures
+    ranks: PairRanks
+    metrics: dict[str, Any]
+
+
+def evaluate_pairs(
+    run: Run, splits: Sequence[str] = ("train", "val", "test"), *, show: bool = True
+) -> dict[str, PairResult]:
+    """Evaluate a run on fixed pairs of each split, of the training split at most `TRAIN_PAIRS`; see metrics.json.
+
+    Raises: LabError if the run was not trained on side-by-side images.
+    """
+    config = run.config
+    if config.reader != "paired_cifar":
+        raise LabError(f"{run.folder} was trained on reader {config.reader!r}, not on 'paired_cifar'.")
+    results = {}
+    for split in splits:
+        pairs = fixed_pairs(config, split, progress=show)
+        if split in config.train_splits:
+            pairs.num_pairs = min(len(pairs), TRAIN_PAIRS)
+        gallery = encoded(run, pairs, show=show)
+        metrics = measured_split(run, split, gallery=gallery)
+        results[split] = PairResult(pairs, pairs.ranks(run.model, gallery.features), metrics)
+    return results
+
+
+# --- tables ---
+
+
+def pairs_table(results: dict[str, PairResult]) -> pd.DataFrame:
+    """One row per split, in percent with 95 % intervals over pairs, and one row of chance levels."""
+    rows = []
+    for split, result in results.items():
+        metrics = result.metrics
+        sizes = {"split": split, "pairs": metrics["num_images"], "captions": metrics["num_texts"]}
+        counts = {"swap count": f"{metrics['num_swapped']} of {metrics['num_different']}"}
+        rows.append({**sizes, **{name: told(metrics, name) for name in FIGURES if name in metrics}, **counts})
+    chance = {name: f"{100 * metrics[f'{name}_chance']:g}" for name in FIGURES if f"{name}_chance" in metrics}
+    rows.append({"split": "chance", "pairs": "", "captions": metrics["num_texts"], **chance})
+    return pd.DataFrame(rows).fillna("").set_index("split")
+
+
+def settings_table(results: Sequence[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
+    """One row per preset and setting, in percent as mean ± standard deviation over seeds.
+
+    Args: results: each run with its metrics of one split, see `PairResult.metrics`.
+    """
+    rows = []
+    for run, metrics in results:
+        label = f"{run.config.preset}: {settings_label(run.config)}"
+        rows.append({"setting": label, **{name: 100 * metrics[name] for name in FIGURES if name in metrics}})
+    groups = pd.DataFrame(rows).groupby("setting", sort=False)
+    mean, spread = groups.mean(), groups.std()
+    table = mean.map("{:.1f}".format) + spread.map(lambda value: "" if np.isnan(value) else f" ± {value:.1f}")
+    table.insert(0, "seeds", groups.size())
+    return table
+
+
+# --- examples ---
+
+
+def guesses(result: PairResult, items: Sequence[int]) -> list[str]:
+    """The nearest caption of some pairs, marked as right, swapped or wrong, with the true one if it is not right."""
+    ranks, captions = result.ranks, result.pairs.captions
+    texts = []
+    for item in items:
+        first, truth = captions[ranks.first[item]], captions[ranks.truth[item]]
+        if ranks.rank[item] == 1:
+            texts.append(f"✓ {first}")
+        else:
+            word = "swapped:" if ranks.is_swapped[item] else "✗"
+            texts.append(f"{word} {first} (truth: {truth})")
+    return texts
+
+
+def show_examples(result: PairResult, path: str | Path | None = None, count: int = 8) -> Any:
+    """A figure of `count` pairs with their nearest captions: right ones, swapped ones and wrong ones."""
+    right, swapped = result.ranks.rank == 1, result.ranks.is_swapped
+    kinds = [np.flatnonzero(kind) for kind in (right, swapped, ~right & ~swapped)]
+    numbers = [count - 2 * (count // 4), count // 4, count // 4]
+    items = [int(item) for kind, number in zip(kinds, numbers, strict=True) for item in kind[:number]]
+    images = result.pairs.__getitems__(items)["image"].numpy() if items else []
+    return captioned_images(list(images), guesses(result, items), path)
+
+
+# --- a run's files ---
+
+
+def report_pairs(run: Run, *, show: bool = True) -> dict[str, PairResult]:
+    """Write a run's report, and tables by split and by class and a figure of examples into its folder."""
+    splits = dict.fromkeys([*run.config.train_splits, *run.config.val_splits, *run.config.test_splits])
+    results = evaluate_pairs(run, list(splits), show=show)
+    report_run(run, show=show)
+    last = results[list(splits)[-1]]
+    save_table(pairs_table(results), results_of(run) / "tables" / "pairs")
+    save_table(last.ranks.by_class(last.pairs.pictures.names), results_of(run) / "tables" / "pairs_by_class")
+    show_examples(last, results_of(run) / "figures" / "pair_examples.png")
+    return results
+
+
+def main() -> None:
+    """Evaluate runs, print their tables and the output paths."""
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", metavar="RUN", help="run folders, such as runs/paired_small_s0")
+    parser.add_argument("--data_dir", help="folder of the images (default: as trained)")
+    given = parser.parse_args()
+    with one_sentence():
+        rows = []
+        for folder in given.folders:
+            run = load_run(folder, **({"data_dir": given.data_dir} if given.data_dir else {}))
+            results = report_pairs(run)
+            print(f"\n{results_of(run)}: metrics.json, report.html, tables/, figures/")
+            print(pairs_table(results).to_string())
+            rows.append((run, list(results.values())[-1].metrics))
+        if len(rows) > 1:
+            print(f"\n{settings_table(rows).to_string()}")
+
+
+if __name__ == "__main__":
+    main()
