@@ -202,9 +202,7 @@ def test_a_data_set_may_bring_its_own_metrics(tmp_path):
     assert table.to_dict("list") == {"top1": ["50.0 [40.0, 60.0]"], "swaps": ["0.3"]}
     exhibits = {exhibit.name: exhibit for exhibit in sections.examine(gallery, tmp_path, show=False)}
     assert list(exhibits) == ["map, principal components", "map, t-SNE", "attention", "zero-shot classes"]
-    assert (
-        exhibits["attention"].caption == "attention is not shown: this data set has no picture files at hand."
-    )
+    assert exhibits["attention"].caption == "attention is not shown: this data set has no image files."
 
 
 # --- ranks kept beside the figures ---
@@ -431,7 +429,7 @@ def test_command_line_prints_the_table_and_one_sentence(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         evaluate.main(["compare", str(tmp_path)])
     assert "train one first" in ended.value.code
-    assert f"{tmp_path} is passed over: not a run." in capsys.readouterr().out
+    assert f"{tmp_path} is left out: it is not a run." in capsys.readouterr().out
 
 
 def test_search_and_export_get_what_the_shell_says(tmp_path, monkeypatch, capsys):
