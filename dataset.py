@@ -29,7 +29,6 @@ from core.files import fingerprint
 from core.ids import SWAPPED
 from interface.cli import Parser, one_sentence
 from models import CLIPModel
-from plots.figures import data_report
 from retrieval.mining import NONE, check_negatives, mine_random, mine_semantic
 from sources.check import check, report_table, save_report
 from sources.drawing import write_scenes, write_shapes
@@ -680,6 +679,8 @@ def split_sizes(config: Config) -> pd.DataFrame:
 
 def check_data(config: Config, folder: str | Path = "outputs/data_check") -> pd.DataFrame:
     """What is wrong with a configuration's pictures and captions, as a table; report and figure in `folder`."""
+    from plots.figures import data_report  # imports matplotlib
+
     tower = text_tokenizer(config.text_tower, config.text_model)
     _, max_length = TEXT_SETTINGS[config.text_tower]
     report = check(load_table(config), tokenizer=tower, max_length=max_length)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy.special import gammaln
 from torch import Tensor
 
 from core.errors import LabError, choose, nearest
@@ -183,6 +183,7 @@ def recall_by_gallery_size(ranks: Ranks, sizes: Sequence[int]) -> dict[str, np.n
 
 def _log_choose(total: np.ndarray | int, drawn: np.ndarray) -> np.ndarray:
     """Logarithm of the binomial coefficient; gammaln's poles make the impossible minus infinity."""
+    gammaln = scipy.special.gammaln  # imported at its first use
     return gammaln(total + 1) - gammaln(drawn + 1) - gammaln(total - drawn + 1)
 
 

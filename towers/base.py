@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 import os
 import socket
 import urllib.parse
@@ -16,7 +15,6 @@ from core.devices import full_precision
 
 import huggingface_hub
 import torch
-import transformers
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
@@ -98,12 +96,14 @@ class ImageTower(PictureTower):
         return self.feature_map(images).mean(dim=(2, 3))
 
 
-logging.getLogger("transformers").setLevel(logging.ERROR)
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is first imported
 
 
 @contextlib.contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Within, transformers shows no bar: reading local weights takes a moment. A download keeps the hub's bars."""
+    import transformers
+
     bars = transformers.utils.logging
     shown, hub_hidden = bars.is_progress_bar_enabled(), huggingface_hub.utils.are_progress_bars_disabled()
     bars.disable_progress_bar()  # the hub's, too
@@ -194,7 +194,9 @@ def load_weights(module: nn.Module, path: str) -> None:
 
 def model_config(name: str) -> Any:
     """The configuration of a hub model or folder; from then on `hub_snapshot` knows its commit."""
-    return load(transformers.AutoConfig, name)
+    from transformers import AutoConfig
+
+    return load(AutoConfig, name)
 
 
 def load_clip_half(auto_class: Any, name: str) -> Any:

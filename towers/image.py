@@ -11,7 +11,6 @@ from typing import Any
 import core.devices  # noqa: F401  before torchvision
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from config import Config
@@ -143,11 +142,13 @@ def siglip(weights: str = "pretrained", gradient_checkpointing: bool = False) ->
             model; of a model of images and texts its vision half.
     Raises: LabError if it has no vision model, or the weights lack parts of it.
     """
+    from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
+
     if weights == "random":
-        random: Any = transformers.SiglipVisionModel(transformers.SiglipVisionConfig())
+        random: Any = SiglipVisionModel(SiglipVisionConfig())
         return VisionTower(checkpointed(random, gradient_checkpointing), HALF, HALF)
     name = image_model_name("siglip", weights)
-    whole = load_whole(transformers.AutoModel, name)
+    whole = load_whole(AutoModel, name)
     body = getattr(whole, "vision_model", whole)
     if body.main_input_name != "pixel_values":
         raise LabError(f"model {name!r} has no vision model; give image_weights one that takes pictures.")
@@ -161,30 +162,33 @@ def clip_vision(weights: str = "pretrained", gradient_checkpointing: bool = Fals
         weights: `pretrained` (openai/clip-vit-base-patch32), `random`, or a hub name or folder of a CLIPModel.
     Raises: LabError if it cannot be loaded, or is no CLIP.
     """
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
     norms = (CLIP_MEAN, CLIP_STD)
     if weights == "random":
-        random: Any = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig())
+        random: Any = CLIPVisionModelWithProjection(CLIPVisionConfig())
         return ClipVisionTower(checkpointed(random, gradient_checkpointing), *norms)
     name = image_model_name("clip", weights)
-    body = load_clip_half(transformers.CLIPVisionModelWithProjection, name)
+    body = load_clip_half(CLIPVisionModelWithProjection, name)
     return ClipVisionTower(checkpointed(body, gradient_checkpointing), *_mean_and_std(name, norms))
-
-
-class _LogitScale(transformers.CLIPPreTrainedModel):
-    """Only the temperature of a saved CLIP."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.logit_scale = nn.Parameter(torch.zeros(()))
-        self.post_init()
 
 
 def pretrained_temperature(tower: str, weights: str) -> float | None:
     """The softmax temperature that a pretrained image tower was trained with, or None where it has none."""
     if tower != "clip" or weights == "random":
         return None
+    from transformers import CLIPPreTrainedModel
+
+    class LogitScale(CLIPPreTrainedModel):
+        """Only the temperature of a saved CLIP."""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.logit_scale = nn.Parameter(torch.zeros(()))
+            self.post_init()
+
     name = image_model_name(tower, weights)
-    model, info = load(_LogitScale, name, output_loading_info=True)
+    model, info = load(LogitScale, name, output_loading_info=True)
     return None if info["missing_keys"] else math.exp(-model.logit_scale.item())
 
 
@@ -236,8 +240,10 @@ def _mean_and_std(
     name: str, otherwise: tuple[tuple[float, ...], tuple[float, ...]]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """What a model's image processor normalises by, where it brings one."""
+    from transformers import AutoImageProcessor
+
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError):
         return otherwise
     return tuple(processor.image_mean or otherwise[0]), tuple(processor.image_std or otherwise[1])

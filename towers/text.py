@@ -12,10 +12,8 @@ from typing import Any
 
 import core.devices  # noqa: F401  before torchvision
 
-import ftfy
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 
 from config import Config
@@ -51,6 +49,8 @@ def byte_characters() -> list[str]:
 @functools.lru_cache(maxsize=1 << 18)  # captions come again every epoch
 def clean(text: str) -> str:
     """Repaired, unescaped, with single spaces, in lower case, as CLIP's captions were."""
+    import ftfy
+
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
@@ -64,6 +64,8 @@ class CLIPTokenizer:
     """
 
     def __init__(self) -> None:
+        import transformers
+
         lines = gzip.decompress(vocabulary_file().read_bytes()).decode("utf-8").split("\n")
         merges: Any = [tuple(line.split()) for line in lines[1 : VOCABULARY - 514 + 1]]
         single = byte_characters()
@@ -190,6 +192,8 @@ def _loaded(
     get: Callable[..., Any] = load,
 ) -> TextTower:
     """A tower of a transformers model and its tokenizer, by hub name or folder."""
+    import transformers
+
     name = text_model_name(tower, name)
     tokenizer = load(transformers.AutoTokenizer, name)
     encoder = get(getattr(transformers, model_class), name)
@@ -232,7 +236,7 @@ def as_text_tower(encoder: Any) -> Any:
     return TextTower(name, tokenizer, encoder, width, poolings[kind], config.max_position_embeddings)
 
 
-def _text_width(config: transformers.PretrainedConfig, joint: int | None = None) -> int:
+def _text_width(config: Any, joint: int | None = None) -> int:
     return joint or getattr(config, "projection_dim", None) or config.hidden_size
 
 
@@ -343,7 +347,9 @@ def text_tokenizer(tower: str, name: str | None = None) -> Any:
     """A text tower's tokenizer alone."""
     if tower == "transformer":
         return clip_tokenizer()
-    return load(transformers.AutoTokenizer, text_model_name(tower, name))
+    from transformers import AutoTokenizer
+
+    return load(AutoTokenizer, text_model_name(tower, name))
 
 
 def text_width(tower: str, name: str | None = None) -> int:
