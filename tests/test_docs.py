@@ -1,5 +1,6 @@
-"""The documentation: its links lead somewhere, its names exist, its code runs."""
+"""The documentation: its links lead somewhere, its names, files and commands exist, its code runs."""
 
+import ast
 import json
 import re
 import subprocess
@@ -43,6 +44,76 @@ def test_links_are_relative_and_lead_somewhere(page):
             assert place in map(anchor, headings), f"{page.name}: {target}"
 
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code_lines(text: str) -> list[str]:
+    """The indented lines of a page, without their indentation, and what stands between backticks."""
+    return re.findall(r"^ {4}(.+)$", text, re.MULTILINE) + re.findall(r"`([^`\n]+)`", text)
+
+
+def test_the_tree_names_every_python_file():
+    tree = README.split("## What to read")[1].split("\nEach name in this list")[0]
+    folder, names = "", []
+    for indent, name in re.findall(r"^ {4}( *)(\S+)", tree, re.MULTILINE):
+        folder = folder if indent else ""
+        names.append(folder + name)
+        folder = name if name.endswith("/") else folder
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    outside = ("tests/", "benchmarks/")
+    files = [name for name in tracked if not name.startswith(outside) and not name.endswith("__init__.py")]
+    assert sorted(name for name in names if name.endswith(".py")) == sorted(files)
+    assert all((ROOT / name).exists() for name in names)
+
+
+def known_flags(script: Path) -> set[str]:
+    """Flags that a script names, those made from the parameters of its functions, and those of Config."""
+    nodes = list(ast.walk(ast.parse(script.read_text(encoding="utf-8"))))
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    parameters = {node.arg.rstrip("_") for node in nodes if isinstance(node, ast.arg)}
+    return (
+        {text.removeprefix("--") for text in texts} | parameters | {*Config.model_fields, "preset", "config"}
+    )
+
+
+COMMAND = re.compile(
+    r"^(?:python|accelerate launch|torchrun|\.venv\S+python)\b.*?(?: -m (\S+)|(\w+)\.py)(.*)$"
+)
+
+
+def test_every_command_of_the_readme_exists():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    checked = 0
+    for line in code_lines(README):
+        if line.startswith("make "):
+            assert line.split()[1] in targets, line
+        elif command := COMMAND.match(line):
+            module, script, arguments = command.groups()
+            if module in ("venv", "benchmarks"):
+                continue
+            file = ROOT / (f"{script}.py" if script else f"{module.replace('.', '/')}.py")
+            assert file.is_file(), line
+            assert set(re.findall(r"--(\w+)", arguments)) <= known_flags(file), line
+            files = [
+                word for word in arguments.split() if re.match(r"(configs|notebooks)/|main\.ipynb", word)
+            ]
+            assert all((ROOT / name).is_file() for name in files), line
+            checked += 1
+    assert checked >= 15
+
+
+def test_the_architecture_page_names_what_exists():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py): (\w+)`", text)
+    assert 5 < len({file for file, _ in named}) <= 14
+    for file, name in named:
+        body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+        assert name in {getattr(node, "name", "") for node in body}, f"{file} has no {name}"
+    assert all((ROOT / path).exists() for path in re.findall(r"`([\w/]+(?:\.py|/))`", text))
+
+
 WORDS = (
     *Config.model_fields,
     *PRESETS,
@@ -54,6 +125,7 @@ WORDS = (
     *(name for table in (towers_text.TEXT_TOWERS, optim.SCHEDULES) for name in table),
     *"run_grid semi_hard data_share feature_map quickstart_bn_s0 CHECKPOINT_DIR COMPARE_FLAGS".split(),
     *"KAGGLE_USERNAME KAGGLE_KEY TEXT_TOWERS".split(),
+    *"image_id text_id image_features text_features logit_scale".split(),
 )
 
 
