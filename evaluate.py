@@ -26,15 +26,12 @@ from reports.compare import (
     OTHER_GALLERY,
     TOO_FEW,
     WORDS,
-    Page,
     Setting,
     _baseline,
     _mean_and_spread,
     differing_fields,
     judged_figures,
-    markdown_table,
     opened,
-    save_table,
     settings_label,
     told_test,
 )
@@ -54,11 +51,14 @@ from reports.gallery import (
 )
 from reports.gallery import encoded as encoded_gallery
 from reports.report import (
+    Page,
     _comparison_figures,
     _runs_table,
     _save_tables,
     free_name,
+    markdown_table,
     run_page,
+    save_table,
     without_constants,
 )
 from reports.search import GallerySearch, _check_captioned, file_name, found_table, search_grid

@@ -23,7 +23,7 @@ from core.files import csv_text, write_text
 from evaluate import open_gallery
 from interface.cli import Parser, one_sentence
 from models import build_model
-from plots.style import Cell, SavePath, picture_rows, saved
+from plots.style import Cell, SavePath, image_rows, saved
 from reports.gallery import Gallery
 from reports.zero_shot import DEFAULT_TEMPLATES, ZeroShot, measure, measure_gallery, open_labelled
 from retrieval.index import build_index
@@ -300,7 +300,7 @@ def change_grid(
         for name, gallery in (("before", before), ("after", after)):
             heading = f"“{query['query']}”   {name}: its picture at place {query[name]}"
             rows.append((heading, _found(gallery, query["row"], k)))
-    return saved(picture_rows(rows, title), path)
+    return saved(image_rows(rows, title), path)
 
 
 def _found(gallery: Gallery, row: int, k: int) -> list[Cell]:

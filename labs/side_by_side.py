@@ -20,8 +20,9 @@ from evaluate import measured_split, report_run
 from interface.cli import Parser, one_sentence
 from metrics import told
 from plots.figures import captioned_images
-from reports.compare import save_table, settings_label
+from reports.compare import settings_label
 from reports.gallery import encoded, results_of
+from reports.report import save_table
 from sources.side_by_side import PairRanks
 from utils import Run, load_run
 

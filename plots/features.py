@@ -26,10 +26,10 @@ from plots.style import (
     axes_at,
     colour,
     draw_picture,
+    image_rows,
     legend_above,
     legend_below,
     new_figure,
-    picture_rows,
     plot_series,
     saved,
     shade_bar,
@@ -254,4 +254,4 @@ def failures(
         judged = [True] + [False] * len(found)
         cells = [Cell(*parts) for parts in zip([own, *found], texts, judged, strict=True)]
         rows.append((f"“{query}”", cells))
-    return saved(picture_rows(rows, title), path)
+    return saved(image_rows(rows, title), path)

@@ -44,10 +44,10 @@ from plots.style import (
     chance_of,
     colour,
     draw_picture,
+    image_rows,
     legend_above,
     legend_below,
     new_figure,
-    picture_rows,
     plot_series,
     saved,
     shade_bar,
@@ -74,7 +74,7 @@ def captioned_images(
     texts = [text if isinstance(text, str) else "\n".join(f"• {line}" for line in text) for text in captions]
     cells = [Cell(image, text) for image, text in zip(images, texts, strict=True)]
     rows = [("", cells[start : start + columns]) for start in range(0, len(cells), columns)]
-    return saved(picture_rows(rows, title, columns), path)
+    return saved(image_rows(rows, title, columns), path)
 
 
 def retrieval_grid(
@@ -102,7 +102,7 @@ def retrieval_grid(
         marks = [None] * len(found) if correct is None else correct[query]
         cells = [Cell(*parts) for parts in zip(found, texts, marks, strict=True)]
         rows.append((f"“{queries[query]}”", cells))
-    return saved(picture_rows(rows, title), path)
+    return saved(image_rows(rows, title), path)
 
 
 # --- curves ---

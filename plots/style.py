@@ -349,7 +349,7 @@ def draw_picture(axes: Axes, pixels: np.ndarray, correct: bool | None = None) ->
 
 
 @styled
-def picture_rows(
+def image_rows(
     rows: Sequence[tuple[str, Sequence[Cell]]], title: str = "", columns: int | None = None
 ) -> Figure:
     """Rows of pictures, each under its heading; the figure grows with the texts.

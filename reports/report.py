@@ -2,23 +2,97 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader
 
 from config import DEFAULT_CONFIG, NOT_IN_NAME, make_config
+from core.files import csv_text, write_text
 from metrics import metrics_table
 from plots.figures import comparison_bars, learning_curves
-from reports.compare import Page, Setting, differing_fields, judged_figures, save_table
+from reports.compare import Setting, differing_fields, judged_figures
 from reports.gallery import INTERVALS, results_of
 from reports.sections import Exhibit
 from retrieval.statistics import TEST_SAMPLE_ONLY
 from utils import Run
 
+FOLD_ROWS = 20
+NUMBER = re.compile(r"-?[\d.,]+( %)?( ± [\d.,]+)?( \[.*\])?")  # with its spread or interval
 LEFT_OUT_SHOWN = 50
 CURVES_SHOWN = 7
+
+
+# --- tables and pages ---
+
+
+class Page:
+    """A self-contained HTML report, built part by part from top to bottom; `page.html` is its template.
+
+    >>> page = Page("Report")
+    >>> page.heading("Results")
+    >>> page.text("Recall is in percent.")
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.parts: list[dict[str, Any]] = []
+
+    def heading(self, text: str) -> None:
+        self.parts.append({"heading": text})
+
+    def text(self, text: str) -> None:
+        self.parts.append({"text": text})
+
+    def table(self, table: pd.DataFrame, caption: str = "") -> None:
+        """A table with its index as first columns; more than `FOLD_ROWS` rows are folded under the caption."""
+        columns, rows = _cells(table)
+        numeric = [all(NUMBER.fullmatch(cell) for cell in cells if cell) for cells in zip(*rows, strict=True)]
+        self.parts.append({"columns": columns, "rows": rows, "numeric": numeric, "caption": caption})
+
+    def figure(self, path: Path, caption: str) -> None:
+        """A PNG file, embedded."""
+        self.parts.append({"png": base64.b64encode(path.read_bytes()).decode("ascii"), "caption": caption})
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page as one HTML file; every text is escaped."""
+        folder = FileSystemLoader(Path(__file__).parent)
+        template = Environment(loader=folder, autoescape=True).get_template("page.html")
+        return write_text(path, template.render(title=self.title, parts=self.parts, fold_rows=FOLD_ROWS))
+
+
+def _cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """The names of a table's columns and its rows as text, the index first."""
+    whole = table.reset_index() if any(table.index.names) else table.reset_index(names="")
+    rows = [[_text(value) for value in row] for row in whole.itertuples(index=False)]
+    return [str(name) for name in whole.columns], rows
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return "" if pd.isna(value) else f"{value:.4g}"
+    return str(value)
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """A table in Markdown, its index first; pipes and line breaks in cells are escaped."""
+    header, rows = _cells(table)
+    lines = [header, ["---"] * len(header), *rows]
+    escaped = [[" ".join(cell.replace("|", r"\|").split()) for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+
+
+def save_table(table: pd.DataFrame, path: Path) -> list[Path]:
+    """Write a table as CSV and as Markdown: `path` with both endings."""
+    files = {".csv": csv_text(table), ".md": markdown_table(table)}
+    return [write_text(path.with_suffix(ending), content) for ending, content in files.items()]
 
 
 def free_name(folder: Path, taken: Collection[str]) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from core.errors import LabError
 from core.files import fingerprint
-from plots.style import Cell, picture_rows, saved
+from plots.style import Cell, image_rows, saved
 from reports.gallery import Gallery
 from retrieval.index import Index, build_index, combine, mine_neighbours
 from sources.decode import UndecodableImage, decode, decode_rgb
@@ -271,7 +271,7 @@ def encoded(picture: Picture) -> Path | bytes:
 def search_grid(found: Sequence[Found], path: str | Path | None = None, title: str = "") -> Figure:
     """What queries found, five pictures a row; a query's own pictures stand before its answers."""
     rows = [row for each in found for row in _grid_rows(each)]
-    return saved(picture_rows(rows, title, IN_A_ROW), path)
+    return saved(image_rows(rows, title, IN_A_ROW), path)
 
 
 def _grid_rows(found: Found) -> list[tuple[str, list[Cell]]]:

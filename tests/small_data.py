@@ -44,7 +44,7 @@ def write_coco(root: Path, counts: dict[str, int], size: int = 48, captions: int
 
 def add_results(title: str, table: Any) -> None:
     """Put a table of what was tried and survived into benchmarks/results/robustness.md, in place of its last one."""
-    from reports.compare import markdown_table
+    from reports.report import markdown_table
 
     path = ROOT / "benchmarks" / "results" / "robustness.md"
     head = (

@@ -17,7 +17,7 @@ import evaluate
 from core.errors import LabError
 from evaluate import measured
 from reports import report
-from reports.compare import FOLD_ROWS, Page, markdown_table, save_table
+from reports.report import FOLD_ROWS, Page, markdown_table, save_table
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -69,16 +69,16 @@ def test_a_page_is_whole_and_escaped(tmp_path):
     assert '<a href="#part1">Figures &amp; tables</a>' in source
 
 
-def test_numbers_stand_to_the_right_and_long_tables_are_folded():
+def test_numbers_are_aligned_to_the_right_and_long_tables_are_folded(tmp_path):
     page = Page("t")
-    page.table(
-        pd.DataFrame(
-            {"a": ["1.0 [0.5, 1.5]", "2.0 ± 0.1"], "b": ["x", "3"]}, index=pd.Index([0, 1], name="n")
-        )
-    )
-    assert page.parts[0].count('class="number"') == 6  # n and a, with their headers
-    page.table(pd.DataFrame({"a": range(FOLD_ROWS + 1)}), "many")
-    assert "<details><summary>many 21 rows.</summary>" in page.parts[1]
+    cells = {"a": ["1.0 [0.5, 1.5]", "2.0 ± 0.1"], "b": ["x", "3"]}
+    page.table(pd.DataFrame(cells, index=pd.Index([0, 1], name="n")))
+    page.table(pd.DataFrame({"a": ["<b>"] * (FOLD_ROWS + 1)}), "many")
+    parsed(page.save(tmp_path / "page.html"))
+    short, folded = (tmp_path / "page.html").read_text().split("<details>")
+    assert short.count('class="number"') == 6  # n and a, with their headers
+    assert folded.startswith("<summary>many 21 rows.</summary>")
+    assert folded.count("<td>&lt;b&gt;</td>") == FOLD_ROWS + 1
 
 
 def test_markdown_and_csv_hold_the_table(tmp_path):
