@@ -1,6 +1,7 @@
 """The house's rules: one import order, names imported from where they are defined, notebooks that only call."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def imports(tree: ast.Module) -> list[tuple[str, str]]:
     return [(module, name) for module, name in found if module.split(".")[0] in ORDER]
 
 
+@functools.cache
 def parsed(module: str) -> ast.Module:
     return ast.parse(FILES[module].read_text(encoding="utf-8"))
 
