@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -170,14 +171,15 @@ def simulate_coco(root: Path) -> None:
 
 def lay_out_cache(root: Path, paths: tuple[str, ...], folder: Path) -> None:
     """A finished cache whose pixels are a hole in the file."""
-    source = image_cache._Source(str(root), paths, SIZE, "crop")
-    place = folder / f"images_{SIZE}px_crop_{source.key[:16]}_raw"
-    place.mkdir(parents=True)
-    store = image_cache.RawStore(place, len(paths), SIZE)
-    done = np.ones(len(paths), dtype=bool)
-    store.prepare(done)
-    image_cache._write_done(store, done)
-    image_cache._write_header(place, source, "raw", {})
+    source = image_cache.Source(str(root), paths, SIZE, "crop")
+    cache_folder = folder / f"images_{SIZE}px_crop_{source.key[:16]}_raw"
+    cache_folder.mkdir(parents=True)
+    store = source.store(cache_folder, "raw")
+    finished = np.ones(len(paths), dtype=bool)
+    store.prepare(finished)
+    digests = np.tile(np.array([1, zlib.crc32(bytes(SIZE * SIZE * 3))], dtype="<u8"), (len(paths), 1))
+    image_cache.write_finished(store, digests, finished)
+    image_cache.write_header(cache_folder, source, "raw", {})
 
 
 def resident_mb() -> dict[str, float]:

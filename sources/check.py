@@ -1,16 +1,12 @@
-"""The data check: opens every picture and reads every caption once, and says what is wrong with them."""
+"""The data check: opens every image and reads every caption once, and reports what is wrong with them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,20 +16,21 @@ from tqdm.auto import tqdm
 
 from core.errors import LabError
 from core.files import write_text
+from core.processes import in_processes
 from sources.decode import UndecodableImage, decode, read_bytes, stored_size
-from sources.table import UNUSED, CaptionTable, stamp
+from sources.table import UNUSED, CaptionTable
 
 REPORT_FILE = "data_report.json"
-CHECK_SIZE = 32  # a JPEG is decoded at an eighth: all of its data is read, a fraction of the pixels made
-FEW = 500  # pictures that are not worth starting processes for
-CHUNK = 64  # pictures a task
+CHECK_SIZE = 32  # pixels; a JPEG is decoded at an eighth: all of its data is read, few pixels are computed
+MIN_IMAGES_FOR_PROCESSES = 500  # fewer are checked in this process
+CHUNK = 64  # images per task
 CAPTION_CHUNK = 1000
-EXTRA_TOKENS = 8  # a tokenizer makes at most one token a byte and this many of its own
+EXTRA_TOKENS = 8  # a tokenizer makes at most one token per byte and this many of its own
 NAMES_SHOWN = 3
 
 
-class Picture(NamedTuple):
-    """One checked picture file."""
+class CheckedImage(NamedTuple):
+    """One checked image file."""
 
     digest: bytes
     width: int
@@ -49,31 +46,31 @@ def check(
     num_workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Check every picture and caption of a table.
+    """Check every image and caption of a table.
 
     Args:
         tokenizer: texts -> lists of token ids without truncation, or {"input_ids": such lists}, as
-            transformers' tokenizers are called; none: caption lengths in tokens are not checked.
+            transformers' tokenizers are called; None: caption lengths in tokens are not checked.
         max_length: tokens that the text tower keeps of a caption.
-        num_workers: processes; none: one a core, 0: none but this one.
+        num_workers: processes; None: one per core; 0: this process only.
         progress: show a progress bar.
-    Returns: a report that is JSON as it stands:
+    Returns: a report that can be written as JSON:
         root: the data folder; images, captions: how many the table holds;
         images_per_split {split: images}; split_source: where the splits come from;
         captions_per_image {captions: images};
         image_sizes [[width, height], ...] of the decodable images; caption_lengths [words, ...];
-        bad_images {path: cause}; bad_stamps {path: [bytes, mtime in ns]} of those files;
+        bad_images {path: cause};
         undecodable {cause: images};
-        duplicates [{"paths", "splits"}, ...], files with equal bytes in several splits;
-        duplicates_within: files with equal bytes in one split, but one of each;
-        empty_captions, undecodable_text: captions left out, and captions repaired or with U+FFFD;
+        duplicates [{"paths", "splits"}, ...], identical files in several splits;
+        duplicates_within: identical files in one split, not counting one of each;
+        empty_captions: captions left out; undecodable_text: captions repaired or with U+FFFD;
         over_length: None, or {max_length, captions, tokens_cut, tokens, longest}, tokens being those
         of the captions that are cut;
         problems: what the reader left out or repaired; problem_counts {kind: rows}.
     Raises: LabError if a checking process dies.
     """
-    pictures = _check_pictures(table, num_workers, progress)
-    bad = {path: picture.cause for path, picture in zip(table.paths, pictures, strict=True) if picture.cause}
+    images = _check_images(table, num_workers, progress)
+    bad = {path: image.cause for path, image in zip(table.paths, images, strict=True) if image.cause}
     words, damaged = _caption_facts(table.captions)
     counts = table.problem_counts()
     return {
@@ -83,12 +80,11 @@ def check(
         "images_per_split": table.split_sizes(),
         "split_source": table.split_source,
         "captions_per_image": _histogram(np.diff(table.offsets)),
-        "image_sizes": [[p.width, p.height] for p in pictures if not p.cause],
+        "image_sizes": [[image.width, image.height] for image in images if not image.cause],
         "caption_lengths": words,
         "bad_images": bad,
-        "bad_stamps": {path: list(stamp(table.root / path)) for path in bad},
         "undecodable": dict(Counter(bad.values()).most_common()),
-        **_duplicates(table, pictures),
+        **_duplicates(table, images),
         "empty_captions": counts.get("empty caption", 0),
         "undecodable_text": counts.get("repaired text", 0) + damaged,
         "over_length": tokenizer and _over_length(table.captions, tokenizer, max_length, progress),
@@ -97,72 +93,36 @@ def check(
     }
 
 
-def without_bad(table: CaptionTable, report: Mapping[str, Any]) -> CaptionTable:
-    """The table without the images that a report found undecodable, unless their files have changed since."""
-    stamps = report["bad_stamps"]
-    bad = {path for path in report["bad_images"] if list(stamp(table.root / path)) == list(stamps[path])}
-    return table.take([row for row, path in enumerate(table.paths) if path not in bad]) if bad else table
+# --- Images ---
 
 
-# ---------------------------------------------------------------- pictures
-
-
-def _check_pictures(table: CaptionTable, num_workers: int | None, progress: bool) -> list[Picture]:
+def _check_images(table: CaptionTable, num_workers: int | None, progress: bool) -> list[CheckedImage]:
     paths = [os.fspath(table.root / path) for path in table.paths]
-    if num_workers is None:
-        num_workers = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
-    if len(paths) <= FEW:
-        num_workers = 0
-    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
-    pictures: list[Picture] = []
-    with tqdm(total=len(paths), desc="Checking pictures", unit="img", disable=not progress) as bar:
-        for chunk in _mapped(chunks, num_workers):
-            pictures += chunk
-            bar.update(len(chunk))
-    return pictures
+    workers = 0 if len(paths) <= MIN_IMAGES_FOR_PROCESSES else num_workers
+    results = in_processes(_check_file, paths, workers, chunk_size=CHUNK)
+    return list(tqdm(results, "Checking images", len(paths), unit="img", disable=not progress))
 
 
-def _mapped(chunks: list[list[str]], num_workers: int) -> Iterator[list[Picture]]:
-    if num_workers <= 1:
-        yield from map(_check_files, chunks)
-        return
-    # A fork starts at once and needs no guard in the user's script; only Linux's is safe beside threads.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    try:
-        with ProcessPoolExecutor(num_workers, context) as pool:
-            yield from pool.map(_check_files, chunks)
-    except BrokenProcessPool as error:
-        raise LabError(
-            "a checking process was killed, most often for want of memory; check again with num_workers=0"
-        ) from error
-
-
-def _check_files(paths: list[str]) -> list[Picture]:
-    return [_check_file(path) for path in paths]
-
-
-def _check_file(path: str) -> Picture:
+def _check_file(path: str) -> CheckedImage:
     data = b""
     try:
         data = read_bytes(path)
         decode(data, CHECK_SIZE)
-        return Picture(_digest(data), *stored_size(data), "")
+        return CheckedImage(_digest(data), *stored_size(data), "")
     except UndecodableImage as error:
-        return Picture(_digest(data) if data else b"", 0, 0, error.cause)
+        return CheckedImage(_digest(data) if data else b"", 0, 0, error.cause)
 
 
 def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _duplicates(table: CaptionTable, pictures: Sequence[Picture]) -> dict[str, Any]:
-    """Files with equal bytes; between splits they make a test easier than it says."""
+def _duplicates(table: CaptionTable, images: Sequence[CheckedImage]) -> dict[str, Any]:
+    """Identical files; an image that is in two splits makes the test easier than it looks."""
     rows = defaultdict(list)
-    for row, picture in enumerate(pictures):
-        if picture.digest:
-            rows[picture.digest].append(row)
+    for row, image in enumerate(images):
+        if image.digest:
+            rows[image.digest].append(row)
     across, within = [], 0
     for same in (rows for rows in rows.values() if len(rows) > 1):
         splits = table.splits[same].tolist()
@@ -172,11 +132,11 @@ def _duplicates(table: CaptionTable, pictures: Sequence[Picture]) -> dict[str, A
     return {"duplicates": across, "duplicates_within": within}
 
 
-# ---------------------------------------------------------------- captions
+# --- Captions ---
 
 
 def _caption_facts(captions: Iterable[str]) -> tuple[list[int], int]:
-    """Words of each caption, and how many captions hold the mark of lost characters."""
+    """Words of each caption, and how many captions contain U+FFFD, which stands for lost characters."""
     words, damaged = [], 0
     for caption in captions:
         words.append(len(caption.split()))
@@ -187,7 +147,7 @@ def _caption_facts(captions: Iterable[str]) -> tuple[list[int], int]:
 def _over_length(
     captions: Sequence[str], tokenizer: Callable[[list[str]], Any], max_length: int, progress: bool
 ) -> dict[str, int]:
-    """How many captions are longer than the text tower takes, and how much of them is cut."""
+    """How many captions are longer than the text tower's limit, and how many of their tokens are cut."""
     suspects = [text for text in captions if len(text.encode()) + EXTRA_TOKENS > max_length]
     lengths: list[int] = []
     starts = range(0, len(suspects), CAPTION_CHUNK)
@@ -206,34 +166,34 @@ def _over_length(
 
 
 def _histogram(values: np.ndarray) -> dict[int, int]:
-    found, counts = np.unique(values, return_counts=True)
-    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+    distinct, counts = np.unique(values, return_counts=True)
+    return dict(zip(distinct.tolist(), counts.tolist(), strict=True))
 
 
-# ---------------------------------------------------------------- the report
+# --- The report ---
 
 
 def report_table(report: Mapping[str, Any]) -> pd.DataFrame:
-    """A report as a table to show: finding, count, detail."""
+    """A report as a table: finding, count, detail."""
     rows = [row for make in ROWS for row in make(report)]
     return pd.DataFrame(rows, columns=["finding", "count", "detail"])
 
 
 def save_report(report: Mapping[str, Any], path: str | Path) -> Path:
-    """Write a report as JSON, one key a line; `path` is the file or the folder for `data_report.json`."""
+    """Write a report as JSON, one key per line; `path` is the file or the folder for `data_report.json`."""
     path = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items()]
     return write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def load_report(path: str | Path) -> dict[str, Any]:
-    """A saved report. Raises: LabError if it is not there or is no report."""
+    """A saved report. Raises: LabError if it does not exist or is not a report."""
     path = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         report["captions_per_image"] = {int(key): n for key, n in report["captions_per_image"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LabError(f"{path} is no data report; make one with `python dataset.py check DIR`") from error
+        raise LabError(f"{path} is not a data report; make one with `python dataset.py check DIR`") from error
     return report
 
 
@@ -246,7 +206,7 @@ def _amounts(report: Mapping[str, Any]) -> Rows:
     yield "images", report["images"], f"{splits} ({source})" if source else splits
     each = sorted(report["captions_per_image"])
     mean = report["captions"] / max(report["images"], 1)
-    detail = f"{each[0]} to {each[-1]} an image, {mean:.2f} on average" if each else ""
+    detail = f"{each[0]} to {each[-1]} per image, {mean:.2f} on average" if each else ""
     yield "captions", report["captions"], detail
 
 
@@ -255,7 +215,7 @@ def _sizes(report: Mapping[str, Any]) -> Rows:
     if sizes:
         (width, height), count = sizes.most_common(1)[0]
         least, most = min(map(min, sizes)), max(map(max, sizes))
-        detail = f"sides from {least} to {most} px; {count:,} images are {width} x {height}"
+        detail = f"sides of {least} to {most} px; {count:,} images are {width} x {height}"
         yield "sizes", len(sizes), detail
 
 
@@ -272,13 +232,13 @@ def _undecodable(report: Mapping[str, Any]) -> Rows:
 
 def _equal_files(report: Mapping[str, Any]) -> Rows:
     groups = [" = ".join(group["paths"]) for group in report["duplicates"]]
-    yield "equal files in several splits", len(groups), _some(groups)
-    yield "equal files in one split", report["duplicates_within"], ""
+    yield "identical files in several splits", len(groups), _some(groups)
+    yield "identical files in one split", report["duplicates_within"], ""
 
 
 def _texts(report: Mapping[str, Any]) -> Rows:
     yield "empty captions", report["empty_captions"], "left out" if report["empty_captions"] else ""
-    yield "undecodable text", report["undecodable_text"], _examples(report, "repaired text")
+    yield "repaired or damaged captions", report["undecodable_text"], _examples(report, "repaired text")
     over = report["over_length"]
     if over is not None:
         share = over["tokens_cut"] / max(over["tokens"], 1)
@@ -298,8 +258,8 @@ def _others(report: Mapping[str, Any]) -> Rows:
 
 
 def _examples(report: Mapping[str, Any], kind: str) -> str:
-    found = [problem for problem in report["problems"] if problem["kind"] == kind]
-    return _some([f"{problem['where']} ({problem['what']})" for problem in found])
+    problems = [problem for problem in report["problems"] if problem["kind"] == kind]
+    return _some([f"{problem['where']} ({problem['what']})" for problem in problems])
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""A picture file becomes RGB pixels here and nowhere else: rightly, or with an error that says why not."""
+"""Decoding of image files: RGB pixels, or an error that says why a file cannot be decoded."""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ from core.errors import LabError, choose
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning level: 268 MB of RGB
 MAX_BYTES = 512 * 2**20
-MAX_PASSES = (
-    16 * MAX_PIXELS
-)  # scans times pixels of a JPEG: the usual ten scans of the largest image, and some
+MAX_PASSES = 16 * MAX_PIXELS  # scans times pixels of a JPEG; ten scans are usual
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else [])]
 if find_spec("pillow_heif"):
     import pillow_heif
 
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
-UNREAD_BRANDS = {  # of ISO media files, whose images Pillow may lack a plugin for
+UNREAD_BRANDS = {  # of ISO media files, for which Pillow may lack a plugin
     **dict.fromkeys(
         (b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIC; install pillow-heif or convert to JPEG"
     ),
@@ -46,7 +44,7 @@ _TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_PILLOW_ERRORS = (  # what its readers raise on damaged files
+_PILLOW_ERRORS = (  # what Pillow raises on damaged files
     OSError,
     SyntaxError,
     ValueError,
@@ -64,7 +62,7 @@ _PILLOW_ERRORS = (  # what its readers raise on damaged files
 
 
 class UndecodableImage(LabError):  # noqa: N818
-    """A picture that cannot be decoded rightly.
+    """An image that cannot be decoded correctly.
 
     Args:
         cause: a few words, the same for every file with the same fault.
@@ -78,21 +76,21 @@ class UndecodableImage(LabError):  # noqa: N818
 
     def __str__(self) -> str:
         detail = f" ({self.detail})" if self.detail else ""
-        return f"{self.path or 'the picture'} cannot be decoded: {self.cause}{detail}"
+        return f"{self.path or 'the image'} cannot be decoded: {self.cause}{detail}"
 
 
 def decode_rgb(source: str | os.PathLike[str] | bytes, size: int, resize: str = "crop") -> np.ndarray:
-    """The picture as a square of RGB pixels.
+    """The image as a square of RGB pixels.
 
     A JPEG at least twice as large as needed is decoded at a fraction of its size, then resized with
     antialiased bilinear weights. Against Pillow's full decoding and the same weights this takes 0.55
-    of the time at 640 x 480 -> 224, and photographs differ by 2 grey levels on average (3 where the
+    of the time at 640 x 480 -> 224, and photographs differ by 2 gray levels on average (3 where the
     fraction alone does it, as at 448 -> 224).
 
     Args:
-        source: path or bytes of a picture file.
+        source: path or bytes of an image file.
         size: side of the square, pixels.
-        resize: `crop` takes the largest centred square, `squash` the whole picture.
+        resize: `crop` takes the largest centered square, `squash` the whole image.
     Returns: (size, size, 3) uint8.
     Raises: UndecodableImage, with a short `cause`.
     """
@@ -102,10 +100,10 @@ def decode_rgb(source: str | os.PathLike[str] | bytes, size: int, resize: str = 
 
 
 def decode(source: str | os.PathLike[str] | bytes, size: int | None = None) -> Image.Image:
-    """The picture in RGB: upright by its EXIF orientation, alpha on white, an animation's first frame.
+    """The image in RGB: upright by its EXIF orientation, alpha on white, an animation's first frame.
 
     Args:
-        source: path or bytes of a picture file.
+        source: path or bytes of an image file.
         size: pixels that the shorter side needs; a larger JPEG may come out reduced to no less.
     Raises: UndecodableImage, with a short `cause`.
     """
@@ -119,7 +117,7 @@ def decode(source: str | os.PathLike[str] | bytes, size: int | None = None) -> I
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """A picture file's bytes. Raises: UndecodableImage if it cannot be read or is far too large."""
+    """An image file's bytes. Raises: UndecodableImage if it cannot be read or is far too large."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -134,21 +132,21 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def stored_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in a picture file's header, before any rotation; for files that `decode` takes."""
+    """(width, height) in an image file's header, before any rotation; for files that `decode` can read."""
     with _opened(data) as image:
         return image.size
 
 
 def _decode_jpeg(data: bytes, size: int | None) -> Image.Image | None:
-    """A plain JPEG, reduced where it may be; None where Pillow should look at the file."""
+    """A plain JPEG, reduced where possible; None where Pillow has to read the file."""
     if data[:2] != b"\xff\xd8":
         return None
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, color_space, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(width, height)
         _check_scans(data, width * height)
-        if colours not in ("YCbCr", "Gray", "RGB"):
-            simplejpeg.decode_jpeg(data, "CMYK")  # for its complaints alone
+        if color_space not in ("YCbCr", "Gray", "RGB"):
+            simplejpeg.decode_jpeg(data, "CMYK")  # only to see whether it reports damage
             return None
         least = min(size or width, width, height)
         reduction = {"min_height": least, "min_width": least, "min_factor": 2}
@@ -156,16 +154,13 @@ def _decode_jpeg(data: bytes, size: int | None) -> Image.Image | None:
     except ValueError as error:
         if isinstance(error, UndecodableImage):
             raise
-        _refuse_damage(str(error))
+        if str(error).startswith("Corrupt JPEG data") and "extraneous bytes" not in str(error):
+            raise UndecodableImage(
+                "damaged JPEG", str(error)
+            ) from error  # lost pixels, which Pillow would hide
         return None
     image = Image.fromarray(pixels)
     return _upright(image, _orientation(data)) if b"Exif\0\0" in data else image
-
-
-def _refuse_damage(complaint: str) -> None:
-    """Of libjpeg's complaints, those about lost pixels, which Pillow would hide; it judges the others."""
-    if complaint.startswith("Corrupt JPEG data") and "extraneous bytes" not in complaint:
-        raise UndecodableImage("damaged JPEG", complaint)
 
 
 def _decode_any(data: bytes) -> Image.Image:
@@ -199,7 +194,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _check_scans(data: bytes, pixels: int) -> None:
-    """Refuse a JPEG that has every pixel decoded hundreds of times; coded data never contains the marker of a scan."""
+    """Refuse a JPEG whose pixels are decoded hundreds of times; coded data never contains the marker of a scan."""
     scans = data.count(b"\xff\xda") if data[:2] == b"\xff\xd8" else 0
     if scans * pixels > MAX_PASSES:
         raise UndecodableImage("too many scans", f"{scans} scans of {pixels:,} pixels")
@@ -210,7 +205,7 @@ def _explain(data: bytes, error: BaseException) -> UndecodableImage:
     if isinstance(error, Image.DecompressionBombError):
         return UndecodableImage("too many pixels")
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<svg")):
-        return UndecodableImage("a web page or XML, not a picture")
+        return UndecodableImage("a web page or XML, not an image")
     if (
         data[4:8] == b"ftyp"
         and data[8:12] in UNREAD_BRANDS
@@ -218,13 +213,13 @@ def _explain(data: bytes, error: BaseException) -> UndecodableImage:
     ):
         return UndecodableImage(UNREAD_BRANDS[data[8:12]])
     if isinstance(error, Image.UnidentifiedImageError):
-        return UndecodableImage("no known picture format")
+        return UndecodableImage("unknown image format")
     if "truncated" in str(error):
         return UndecodableImage("truncated")
     return UndecodableImage("damaged", str(error)[:80])
 
 
-# ---------------------------------------------------------------- orientation and colour
+# --- Orientation and color ---
 
 
 def _orientation(data: bytes) -> int:
@@ -232,7 +227,7 @@ def _orientation(data: bytes) -> int:
         with _opened(data) as image:
             return _exif_orientation(image)
     except _PILLOW_ERRORS:
-        return 1  # broken metadata is no broken picture
+        return 1  # the metadata may be damaged, the pixels are not
 
 
 def _exif_orientation(image: Image.Image) -> int:
@@ -255,7 +250,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _on_white(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
-        image.info.pop("transparency")  # a grey level that Pillow cannot carry over to 8 bits
+        image.info.pop("transparency")  # a gray level that Pillow cannot carry over to 8 bits
         return _from_16_bit(image)
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
@@ -266,16 +261,16 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     """0..65535 becomes 0..255; Pillow's own conversion clips everything over 255 to white."""
     pixels = np.asarray(image)  # (H, W)
     if pixels.min() < 0 or pixels.max() > 65535:
-        raise UndecodableImage("grey levels beyond 16 bits")
+        raise UndecodableImage("gray levels beyond 16 bits")
     return Image.fromarray(((pixels.astype(np.int32) + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
 def _from_float(image: Image.Image) -> Image.Image:
-    raise UndecodableImage("floating-point grey levels", "white is not defined")
+    raise UndecodableImage("floating-point gray levels", "white is not defined")
 
 
 def _from_cmyk(image: Image.Image) -> Image.Image:
-    """Pillow takes every CMYK JPEG for Adobe's, whose inks are stored inverted; others are not."""
+    """Pillow inverts every CMYK JPEG, which is right only for those that Adobe's programs wrote."""
     if image.format == "JPEG" and "adobe" not in image.info:
         image = ImageChops.invert(image)
     return image.convert("RGB")
@@ -289,16 +284,16 @@ _CONVERSIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-# ---------------------------------------------------------------- which part of the picture is kept
+# --- Which part of the image is kept ---
 
 
-def _centred_square(width: int, height: int) -> tuple[float, float, float, float]:
+def _centered_square(width: int, height: int) -> tuple[float, float, float, float]:
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 
 
 BOXES: dict[str, Callable[[int, int], tuple[float, float, float, float] | None]] = {
-    "crop": _centred_square,
+    "crop": _centered_square,
     "squash": lambda width, height: None,
 }

@@ -1,20 +1,18 @@
-"""Generated scenes: captioned pictures of coloured shapes, written to disk in COCO 2014's layout.
+"""Generated scenes: captioned images of colored shapes, written to disk in COCO 2014's layout.
 
-A scene is a symbolic description first; picture, captions and labels are made from it, so what is
-true of a picture is known exactly. Everything is a function of (seed, split, index).
+A scene is a symbolic description first; image and captions are made from it, so what is true of an image is known
+exactly. Everything is a function of (seed, split, index).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,25 +22,24 @@ from tqdm.auto import tqdm
 
 from core.errors import LabError
 from core.files import read_json, write_errors, write_json, write_text
+from core.processes import in_processes
 from sources.scenes import (
     BACKGROUNDS,
     HOLES,
     OUTLINES,
     PAINTS,
-    SHAPES,
     SPLITS,
     SURFACES,
     TINT_PAINTS,
     TINTS,
     Colour,
-    Point,
     Scene,
     SceneObject,
     describe,
     plan_split,
 )
 
-# --- Pictures ---
+# --- Images ---
 
 
 _OVERSAMPLING = 4
@@ -79,20 +76,14 @@ def _draw_dots(pen: ImageDraw.ImageDraw, side: int, period: float, fill: Colour,
 _SURFACE_PENS = {"striped": _draw_stripes, "dotted": _draw_dots}
 
 
-def outline_of(points: list[Point], thing: SceneObject, scale: float, x: float, y: float) -> list[Point]:
-    c, s = math.cos(math.radians(thing.angle)) * scale, math.sin(math.radians(thing.angle)) * scale
-    return [(x + c * px - s * py, y + s * px + c * py) for px, py in points]
-
-
 def _draw_object(canvas: Image.Image, thing: SceneObject, rng: random.Random) -> None:
     side = canvas.width
     radius = thing.radius * side
     half = math.ceil(radius) + 3
     left, top = int(thing.x * side) - half, int(thing.y * side) - half
     n, k = 2 * half + 1, _OVERSAMPLING
-    place = partial(
-        outline_of, thing=thing, scale=radius * k, x=(thing.x * side - left) * k, y=(thing.y * side - top) * k
-    )
+    c, s = (f(math.radians(thing.angle)) * (radius * k) for f in (math.cos, math.sin))
+    x, y = (thing.x * side - left) * k, (thing.y * side - top) * k
     colour = _mix(PAINTS[thing.colour], (rng.randrange(256),) * 3, 0.05)
     paint, mask = Image.new("RGB", (n * k, n * k), colour), Image.new("L", (n * k, n * k))
     pen, cutter = ImageDraw.Draw(paint), ImageDraw.Draw(mask)
@@ -102,7 +93,7 @@ def _draw_object(canvas: Image.Image, thing: SceneObject, rng: random.Random) ->
     edge = _mix(colour, (0, 0, 0), 0.38)
     for outline, inside in ((OUTLINES[thing.shape], 255), (HOLES.get(thing.shape), 0)):
         if outline:
-            points = place(outline)
+            points = [(x + c * px - s * py, y + s * px + c * py) for px, py in outline]
             cutter.polygon(points, fill=inside)
             pen.line([*points, *points[:2]], fill=edge, width=round(k * side * 0.024), joint="curve")
     small = mask.reduce(k)
@@ -133,12 +124,12 @@ def _field(kind: str, side: int, rng: random.Random) -> np.ndarray:
     return np.zeros((side, side))
 
 
-def draw(scene: Scene, rng: random.Random, image_size: int = 112) -> Image.Image:
-    """The picture of a scene, RGB of (image_size, image_size), anti-aliased.
+def render(scene: Scene, rng: random.Random, image_size: int = 112) -> Image.Image:
+    """The image of a scene, RGB of (image_size, image_size), anti-aliased.
 
     Args:
         scene: what to draw.
-        rng: decides what no caption tells: shades, where stripes begin, the clouds' form.
+        rng: decides what no caption mentions: shades, where stripes begin, the shape of the clouds.
         image_size: side in pixels.
     """
     light = np.array(TINT_PAINTS[scene.tint], dtype=np.float32)
@@ -155,11 +146,11 @@ def draw(scene: Scene, rng: random.Random, image_size: int = 112) -> Image.Image
 
 
 GENERATOR_VERSION = 1  # raise it whenever the same settings would give other bytes
-IDS_PER_SPLIT = 1_000_000  # picture `index` of the n-th split, from 1, has the id n * IDS_PER_SPLIT + index
+IDS_PER_SPLIT = 1_000_000  # image `index` of the n-th split, from 1, has the id n * IDS_PER_SPLIT + index
 
 
 def image_ids(split: str, count: int) -> range:
-    """The ids of a split's pictures; no two splits share one."""
+    """The ids of a split's images; no two splits share one."""
     start = (SPLITS.index(split) + 1) * IDS_PER_SPLIT
     return range(start, start + count)
 
@@ -168,25 +159,8 @@ def _file_name(split: str, image_id: int) -> str:
     return f"COCO_{split}2014_{image_id:012d}.jpg"
 
 
-def _instance(image_id: int, number: int, thing: SceneObject, side: int) -> dict[str, Any]:
-    """One object in COCO's words: its outline and box in pixels. A ring's hole counts as filled."""
-    points = outline_of(OUTLINES[thing.shape], thing, thing.radius * side, thing.x * side, thing.y * side)
-    xs, ys = np.array(points).T
-    left, top, width, height = xs.min(), ys.min(), np.ptp(xs), np.ptp(ys)
-    area = abs(xs @ np.roll(ys, 1) - ys @ np.roll(xs, 1)) / 2
-    return {
-        "id": image_id * 10 + number,
-        "image_id": image_id,
-        "category_id": SHAPES.index(thing.shape) + 1,
-        "bbox": [round(float(v), 2) for v in (left, top, width, height)],
-        "segmentation": [[round(float(v), 1) for point in points for v in point]],
-        "area": round(float(area), 2),
-        "iscrowd": 0,
-    }
-
-
 def _annotations(split: str, scenes: list[Scene], seed: int, side: int) -> dict[str, Any]:
-    """The split's annotation files by kind."""
+    """The content of the split's annotation files by kind."""
     ids = image_ids(split, len(scenes))
     head = {
         "info": {
@@ -205,15 +179,8 @@ def _annotations(split: str, scenes: list[Scene], seed: int, side: int) -> dict[
         for index, (image_id, scene) in enumerate(zip(ids, scenes, strict=True))
         for k, text in enumerate(describe(scene, random.Random(f"{seed}/{split}/{index}/captions")))
     ]
-    instances = [
-        _instance(image_id, k, thing, side)
-        for image_id, scene in zip(ids, scenes, strict=True)
-        for k, thing in enumerate(scene.objects)
-    ]
-    categories = [{"id": k, "name": name, "supercategory": "shape"} for k, name in enumerate(SHAPES, start=1)]
     return {
         "captions": {**head, "annotations": captions},
-        "instances": {**head, "categories": categories, "annotations": instances},
         "scenes": [{"image_id": i, **asdict(scene)} for i, scene in zip(ids, scenes, strict=True)],
     }
 
@@ -242,29 +209,14 @@ class _Job(NamedTuple):
 
 
 def _draw_file(job: _Job) -> None:
-    picture = draw(job.scene, random.Random(job.key), job.side)
-    picture.save(job.path, quality=95, subsampling=0)  # chroma at full size: the shapes are small
-
-
-def _draw_files(jobs: list[_Job], num_workers: int | None) -> None:
-    """Draw by several processes; by default only on Linux, where they start at no cost."""
-    if num_workers is None:
-        num_workers = min(len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1, len(jobs) // 64 + 1)
-    bar = partial(tqdm, total=len(jobs), desc="drawing scenes", unit="picture", mininterval=0.5)
-    if num_workers <= 1:
-        for job in bar(jobs):
-            _draw_file(job)
-        return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with context.Pool(num_workers) as pool:
-        for _ in bar(pool.imap_unordered(_draw_file, jobs, chunksize=32)):
-            pass
+    image = render(job.scene, random.Random(job.key), job.side)
+    image.save(job.path, quality=95, subsampling=0)  # chroma at full size: the shapes are small
 
 
 def _is_finished(folder: Path, settings: dict[str, int], counts: dict[str, int]) -> bool:
-    """Whether the folder holds this very set, whole.
+    """Whether the folder holds this set, complete.
 
-    Raises: LabError if it holds another set, or files that are none of ours.
+    Raises: LabError if it holds another set, or files that `write_scenes` did not write.
     """
     marker, begun = folder / "scenes.json", folder / "scenes.unfinished.json"
     if not marker.is_file():
@@ -272,12 +224,12 @@ def _is_finished(folder: Path, settings: dict[str, int], counts: dict[str, int])
         if others and not begun.is_file():
             raise LabError(f"{others[0]} exists and was not made by write_scenes; choose another folder")
         return False
-    found = read_json(marker)
-    if found != settings:
-        other = sorted(key for key in settings if found.get(key) != settings[key])
-        told = ", ".join(f"{key} {found.get(key)}, not {settings[key]}" for key in other)
+    written = read_json(marker)
+    if written != settings:
+        other = sorted(key for key in settings if written.get(key) != settings[key])
+        differences = ", ".join(f"{key} {written.get(key)}, not {settings[key]}" for key in other)
         raise LabError(
-            f"{folder} holds scenes of other settings ({told}); choose another folder or delete it"
+            f"{folder} holds scenes of other settings ({differences}); choose another folder or delete it"
         )
     return all(len(list((folder / f"{s}2014").glob("*.jpg"))) == count for s, count in counts.items())
 
@@ -297,19 +249,18 @@ def write_scenes(
     seed: int = 0,
     num_workers: int | None = None,
 ) -> Path:
-    """Write the generated set to disk; a finished one is left as it is, an unfinished one made anew.
+    """Write the generated set to disk; a finished one is left as it is, an unfinished one written again.
 
-    `{split}2014/COCO_{split}2014_{id:012d}.jpg` are the pictures; beside them stand
-    `annotations/captions_{split}2014.json` (five a picture, from brief to full), `instances_...`
-    (categories are shapes) and `scenes_...` (what is shown, see `load_scenes`). Every picture of the
-    split novel has a pair of `HELD_OUT_PAIRS`; no other picture has one.
+    `{split}2014/COCO_{split}2014_{id:012d}.jpg` are the images, `annotations/captions_{split}2014.json` their
+    captions (five per image, from brief to full) and `annotations/scenes_{split}2014.json` what they show, see
+    `load_scenes`. Every image of the split novel has a pair of `HELD_OUT_PAIRS`; no other image has one.
 
     Args:
-        folder: where to; made if need be.
-        num_train, num_val, num_test, num_novel: pictures in each split.
+        folder: output folder; created if it does not exist.
+        num_train, num_val, num_test, num_novel: images in each split.
         image_size: side in pixels.
         seed: decides everything; the number of workers decides nothing.
-        num_workers: processes that draw; None for one a core (on Linux).
+        num_workers: processes that draw; None: one per core on Linux, else none.
     Returns: the folder.
     Raises: LabError if the folder holds something else or a number is out of range.
     """
@@ -336,7 +287,9 @@ def write_scenes(
             path = folder / f"{split}2014" / _file_name(split, image_id)
             jobs.append(_Job(path, scene, f"{seed}/{split}/{index}/pixels", image_size))
     with write_errors(folder / "scenes.json"):
-        _draw_files(jobs, num_workers)
+        workers = 1 if num_workers is None and sys.platform != "linux" else num_workers
+        results = in_processes(_draw_file, jobs, workers)
+        list(tqdm(results, "drawing scenes", len(jobs), unit="img", mininterval=0.5))
     os.replace(begun, folder / "scenes.json")
     return folder
 
@@ -353,15 +306,15 @@ def _begin(folder: Path, settings: dict[str, int]) -> Path:
     return begun
 
 
-# --- Class folders of one shape each, for pairs ---
+# --- Class folders of one shape each, for side-by-side images ---
 
 
 PAIR_COLOURS = ("red", "blue")
 PAIR_SHAPES = ("circle", "square", "triangle", "star", "heart")
 PAIR_CLASSES = tuple((colour, shape) for colour in PAIR_COLOURS for shape in PAIR_SHAPES)
-"""Colour and shape of each class: neither alone tells one from all others."""
-RADII = (0.24, 0.36)  # fractions of the side, so that 32 pixels show which shape it is
-SHAPES_VERSION = 1  # raise it whenever the same settings would give other pictures
+"""Color and shape of each class: neither alone identifies it."""
+RADII = (0.24, 0.36)  # fractions of the side, so that a shape is recognizable at 32 pixels
+SHAPES_VERSION = 1  # raise it whenever the same settings would give other images
 
 
 def sample_scene(colour: str, shape: str, rng: random.Random) -> Scene:
@@ -383,8 +336,8 @@ def write_shapes(
     """Write `{train,test}/{colour}_{shape}/{number}.png` of the ten classes; a finished set is left as it is.
 
     Args:
-        folder: where to; it appears whole or not at all.
-        num_train, num_test: pictures of each class.
+        folder: output folder; it appears complete or not at all.
+        num_train, num_test: images of each class.
         image_size: side in pixels.
         seed: decides everything.
     Returns: the folder.
@@ -400,15 +353,15 @@ def write_shapes(
     shutil.rmtree(beside, ignore_errors=True)
     counts = {"train": num_train, "test": num_test}
     total = len(PAIR_CLASSES) * sum(counts.values())
-    with write_errors(folder), tqdm(total=total, desc="drawing shapes", unit="picture") as bar:
+    with write_errors(folder), tqdm(total=total, desc="drawing shapes", unit="img") as bar:
         for split, count in counts.items():
             for colour, shape in PAIR_CLASSES:
                 place = beside / split / f"{colour}_{shape}"
                 place.mkdir(parents=True)
                 for number in range(count):
                     rng = random.Random(f"{seed}/{split}/{colour} {shape}/{number}")
-                    picture = draw(sample_scene(colour, shape, rng), rng, image_size)
-                    picture.save(place / f"{number:04d}.png")
+                    image = render(sample_scene(colour, shape, rng), rng, image_size)
+                    image.save(place / f"{number:04d}.png")
                     bar.update()
     write_json(beside / "shapes.json", settings)
     if folder.exists():
@@ -420,9 +373,7 @@ def write_shapes(
 def _check_same(folder: Path, settings: dict[str, int]) -> None:
     """Raises: LabError if the folder holds anything but the set of these settings."""
     marker = folder / "shapes.json"
-    found = read_json(marker) or None
-    if found != settings:
-        what = (
-            "was not made by write_shapes" if found is None else f"holds shapes of other settings ({found})"
-        )
+    written = read_json(marker)
+    if written != settings:
+        what = f"holds shapes of other settings ({written})" if written else "was not made by write_shapes"
         raise LabError(f"{folder} {what}; choose another folder or delete it.")

@@ -1,4 +1,4 @@
-"""The two forms in which a cache keeps pictures: raw pixels, and small JPEGs."""
+"""Images decoded once and kept on disk by row: as raw pixels, or as small JPEGs where the disk is short."""
 
 from __future__ import annotations
 
@@ -6,77 +6,72 @@ import hashlib
 import json
 import math
 import mmap
-import multiprocessing.connection
 import os
 import shutil
-import signal
-import sys
-import threading
 import time
 import zlib
 from collections import Counter
 from collections.abc import Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import cached_property
-from io import FileIO
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
 import simplejpeg
 import torch
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from core.errors import LabError
-from core.files import DamagedFileError, atomic_path, fingerprint, make_folder, read_json, write_json
+from core.files import DamagedFileError, atomic_path, fingerprint, locked, make_folder, read_json, write_json
+from core.processes import in_processes
 from core.tensor_files import file_checksum
 from sources.decode import FORMATS, UndecodableImage, decode_rgb
 from sources.table import CaptionTable, stamp
 
+# --- The two forms on disk ---
+
+
 JPEG_QUALITY = 90
 
 
-class BaseStore:
-    """Pictures in one file, by row: written by several processes, flushed by one, then read."""
+class RawStore:
+    """N square images in one file, as pixels by row: written by several processes, flushed by one, then read."""
 
-    file_name: str
+    file_name = "pictures.u8"
 
     def __init__(self, folder: Path, count: int, size: int) -> None:
         self.path = folder / self.file_name
         self.shape = (count, size, size, 3)
-        self.file: FileIO
 
-    def open(self) -> None:
-        # no memory map: on a full disk writing to one is a SIGBUS, here it is an OSError
-        self.file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
+    @staticmethod
+    def bytes_per_image(size: int) -> int:
+        """Disk space that an image of this side takes."""
+        return size * size * 3
 
-    def close(self) -> None:
-        self.file.close()
+    def present(self) -> np.ndarray:
+        """(N,) bool: rows that are inside the file."""
+        return np.arange(self.shape[0]) < file_length(self.path) // self.bytes_per_image(self.shape[1])
 
-    def write(self, start: int, data: bytes) -> None:
-        self.file.seek(start)
-        left = memoryview(data)
-        while left:  # an unbuffered write may stop short
-            left = left[self.file.write(left) or 0 :]
+    def prepare(self, done: np.ndarray) -> None:
+        """Make the file ready for the rows that are not `done`."""
+        with open(self.path, "ab") as file:
+            file.truncate(math.prod(self.shape))  # sparse until rows are written
 
-    def place(self, row: int) -> tuple[int, int]:
+    def span(self, row: int) -> tuple[int, int]:
         """Start and length of a row's bytes."""
-        raise NotImplementedError
+        length = math.prod(self.shape[1:])
+        return row * length, length
 
     def stored(self, row: int) -> memoryview:
         """A row's bytes as they are on disk."""
-        start, length = self.place(row)
+        start, length = self.span(row)
         return memoryview(self.map)[start : start + length]
-
-    def flush(self) -> None:
-        """Everything written so far reaches the disk, whichever process wrote it."""
-        os.fsync(self.file.fileno())
 
     @cached_property
     def map(self) -> mmap.mmap:
@@ -84,66 +79,56 @@ class BaseStore:
         with open(self.path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-
-class RawStore(BaseStore):
-    """Pixels as they are, row after row; decoding processes write theirs in place."""
-
-    file_name = "pictures.u8"
-
     @staticmethod
-    def bytes_per_picture(size: int) -> int:
-        return size * size * 3
-
-    def present(self) -> np.ndarray:
-        """(N,) bool: rows that lie inside the file."""
-        return np.arange(self.shape[0]) < file_length(self.path) // self.bytes_per_picture(self.shape[1])
-
-    def prepare(self, done: np.ndarray) -> None:
-        """Make the file ready for the rows that are not `done`."""
-        with open(self.path, "ab") as file:
-            file.truncate(math.prod(self.shape))  # sparse until rows are written
-
-    def place(self, row: int) -> tuple[int, int]:
-        each = math.prod(self.shape[1:])
-        return row * each, each
-
-    @staticmethod
-    def encode(picture: np.ndarray) -> bytes:
+    def encode(image: np.ndarray) -> bytes:
         """The bytes that are stored of an image."""
-        return picture.tobytes()
+        return image.tobytes()
 
-    def pack(self, row: int, data: bytes) -> bytes:
-        """In a decoding process: what the parent is to write, here nothing any more."""
-        self.write(self.place(row)[0], data)
+    def write_in_worker(self, row: int, data: bytes) -> bytes:
+        """Write a row where several processes can; returns the bytes that are left to the parent."""
+        self.write(self.span(row)[0], data)
         return b""
 
-    def commit(self, row: int, data: bytes) -> None:
-        """In the parent: write what `pack` returned."""
+    def write_in_parent(self, row: int, data: bytes) -> None:
+        """Write the bytes that `write_in_worker` returned."""
+
+    def write(self, start: int, data: bytes) -> None:
+        # no memory map: on a full disk writing to one is a SIGBUS, here it is an OSError
+        with open(self.path, "r+b") as file:
+            file.seek(start)
+            file.write(data)
+
+    def flush(self) -> None:
+        """Everything written so far reaches the disk, whichever process wrote it."""
+        with open(self.path, "r+b") as file:
+            os.fsync(file.fileno())
 
     def read(self, rows: np.ndarray) -> np.ndarray:
+        """(B, S, S, 3) uint8."""
         if hasattr(mmap, "MADV_WILLNEED"):  # ask for all rows at once: 5 times as fast from a cold SSD
-            each = math.prod(self.shape[1:])
-            for start in (rows * each).tolist():
+            for row in rows.tolist():
+                start, length = self.span(row)
                 before = start % mmap.PAGESIZE
-                self.map.madvise(mmap.MADV_WILLNEED, start - before, each + before)
-        return np.frombuffer(self.map, dtype=np.uint8).reshape(self.shape)[rows]  # (B, S, S, 3)
+                self.map.madvise(mmap.MADV_WILLNEED, start - before, length + before)
+        return np.frombuffer(self.map, dtype=np.uint8).reshape(self.shape)[rows]
 
 
-class JpegStore(BaseStore):
-    """One JPEG a picture, in the order they were finished, and a table (N, 2) of starts and lengths."""
+class JpegStore(RawStore):
+    """One JPEG per image, in the order they were finished, and a table (N, 2) of starts and lengths."""
 
     file_name = "pictures.jpegs"
 
-    def __init__(self, folder: Path, count: int, size: int) -> None:
-        super().__init__(folder, count, size)
-        self.table_path = folder / "table.i64"
-        self.table = np.zeros((count, 2), dtype="<i8")
-        if file_length(self.table_path) == self.table.nbytes:
-            self.table = np.fromfile(self.table_path, dtype="<i8").reshape(count, 2)
+    @property
+    def table_path(self) -> Path:
+        return self.path.with_name("table.i64")
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        return _read_numbers(self.table_path, "<i8", self.shape[0])
 
     @staticmethod
-    def bytes_per_picture(size: int) -> int:
-        """An estimate with room to spare: Flickr8k at 224 px took 0.35 bytes a pixel, tables included."""
+    def bytes_per_image(size: int) -> int:
+        # generous: Flickr8k at 224 px took 0.35 bytes per pixel, tables included
         return size * size // 2 + 700
 
     def present(self) -> np.ndarray:
@@ -153,40 +138,39 @@ class JpegStore(BaseStore):
         self.table[~done] = 0
         self.end = int(self.table.sum(axis=1).max())
         with open(self.path, "ab") as file:
-            file.truncate(self.end)  # what came after it has no bit
+            file.truncate(self.end)  # rows behind it are not marked as finished
 
-    def place(self, row: int) -> tuple[int, int]:
+    def span(self, row: int) -> tuple[int, int]:
         start, length = self.table[row].tolist()
         return start, length
 
     @staticmethod
-    def encode(picture: np.ndarray) -> bytes:
-        return simplejpeg.encode_jpeg(picture, quality=JPEG_QUALITY, colorsubsampling="420")
+    def encode(image: np.ndarray) -> bytes:
+        return simplejpeg.encode_jpeg(image, quality=JPEG_QUALITY, colorsubsampling="420")
 
-    def pack(self, row: int, data: bytes) -> bytes:
+    def write_in_worker(self, row: int, data: bytes) -> bytes:
         return data
 
-    def commit(self, row: int, data: bytes) -> None:
+    def write_in_parent(self, row: int, data: bytes) -> None:
         self.write(self.end, data)
         self.table[row] = self.end, len(data)
         self.end += len(data)
 
     def flush(self) -> None:
         super().flush()
-        with atomic_path(self.table_path) as beside:
-            self.table.tofile(beside)
+        _write_array(self.table_path, self.table)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        pictures = np.empty((len(rows), *self.shape[1:]), dtype=np.uint8)  # (B, S, S, 3)
+        images = np.empty((len(rows), *self.shape[1:]), dtype=np.uint8)  # (B, S, S, 3)
         step = max(1, min(torch.get_num_threads(), len(rows)))
         with ThreadPoolExecutor(step) as pool:  # simplejpeg lets other threads run
-            list(pool.map(lambda i: self._decode(rows[i::step], pictures[i::step]), range(step)))
-        return pictures
+            list(pool.map(lambda i: self._decode(rows[i::step], images[i::step]), range(step)))
+        return images
 
-    def _decode(self, rows: np.ndarray, pictures: np.ndarray) -> None:
-        for (start, length), picture in zip(self.table[rows], pictures, strict=True):
+    def _decode(self, rows: np.ndarray, images: np.ndarray) -> None:
+        for row, image in zip(rows.tolist(), images, strict=True):
             try:
-                simplejpeg.decode_jpeg(self.map[start : start + length], buffer=picture)
+                simplejpeg.decode_jpeg(self.stored(row), buffer=image)
             except ValueError as error:
                 raise LabError(
                     f"{self.path} is damaged ({error}); delete its folder and run again."
@@ -197,8 +181,21 @@ def file_length(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-Store = RawStore | JpegStore
-FORMS: dict[str, type[RawStore] | type[JpegStore]] = {"raw": RawStore, "jpeg": JpegStore}
+def _read_numbers(path: Path, dtype: str, count: int) -> np.ndarray:
+    """(count, 2) of a file of 8-byte numbers; zeros where it does not have as many."""
+    if file_length(path) != 16 * count:
+        return np.zeros((count, 2), dtype=dtype)
+    return np.fromfile(path, dtype=dtype).reshape(count, 2)
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    with atomic_path(path) as beside:
+        array.tofile(beside)
+
+
+FORMS: dict[str, type[RawStore]] = {"raw": RawStore, "jpeg": JpegStore}
+
+# --- The cache ---
 
 
 FORMAT_VERSION = 2  # raise it when the same file gives other pixels, or the layout changes
@@ -212,36 +209,33 @@ HEADER, BITMAP, CONTENTS = "header.json", "finished.bits", "rows.u64"
 INDEX_FILES = (BITMAP, CONTENTS, "table.i64")
 CHECKPOINT_SECONDS = 5.0  # a kill loses at most this much work
 ROWS_PER_TASK = 16
-DISK_MARGIN = 1.05  # free space wanted, as a multiple of what is still to be written
-
-Digests = tuple[int, int]  # of an image file's bytes, and the CRC-32 of what is stored of it
-Result = tuple[int, bytes | None, str, Digests]  # row, bytes for the parent to write, cause if undecodable
+DISK_MARGIN = 1.05  # free space that a build needs, as a multiple of what is still to be written
 
 
 class ImageCache:
-    """A finished cache: uint8 pictures by row, memory-mapped.
+    """A finished cache: uint8 images by row, memory-mapped.
 
-    Pictures lie on disk as (N, S, S, 3), as decoders write them. Rows are copied whole, so gathering is
-    as fast as in (N, 3, S, S); the `channels_last` view it gives is resized twice as fast by torch on
-    a CPU, and is the layout convolutions prefer.
+    Images are stored as (N, S, S, 3), as decoders write them. Rows are copied whole, so gathering is as fast as in
+    (N, 3, S, S); the `channels_last` view it gives is resized twice as fast by torch on a CPU, and is the layout
+    that convolutions prefer.
 
-    A row is checked against its CRC-32 on first use (0.05 ms an image of 224 px); a damaged one is decoded again.
+    A row is checked against its CRC-32 on first use (0.05 ms per image of 224 px); a damaged one is decoded again.
 
     Args:
         folder: a cache's own folder; `open_or_build` finds or makes it.
         source: the image files, to decode damaged rows again.
     Attributes:
-        bad: row -> cause, for pictures that could not be decoded; they have no pixels here.
+        bad: row -> cause, for images that could not be decoded; they have no pixels here.
         size: side S in pixels.
-        form: `raw`, or `jpeg` for the small form.
-    Raises: LabError if the folder holds no finished cache.
+        form: `raw` or `jpeg`.
+    Raises: LabError if the folder has no finished cache.
     """
 
-    def __init__(self, folder: str | Path, source: _Source | None = None) -> None:
+    def __init__(self, folder: str | Path, source: Source | None = None) -> None:
         self.folder, self._source = Path(folder), source
         header = _read_header(self.folder)
         if header is None:
-            raise LabError(f"{folder} holds no finished image cache; make it with ImageCache.open_or_build.")
+            raise LabError(f"{folder} has no finished image cache; make it with ImageCache.open_or_build.")
         self.size: int = header["size"]
         self.form: str = header["form"]
         self.resize: str = header["resize"]
@@ -252,13 +246,13 @@ class ImageCache:
         self._checked = np.zeros(header["count"], dtype=bool)
 
     @cached_property
-    def contents(self) -> np.ndarray:
-        """(N,) uint64 digest of each image file's bytes: equal for equal files, wherever they lie; 0 for bad ones."""
-        return _read_contents(self.folder, len(self))[:, 0].copy()
+    def _digests(self) -> np.ndarray:
+        return _read_numbers(self.folder / CONTENTS, "<u8", len(self))
 
     @cached_property
-    def _checksums(self) -> list[int]:
-        return _read_contents(self.folder, len(self))[:, 1].tolist()
+    def contents(self) -> np.ndarray:
+        """(N,) uint64 digest of each image file's bytes: equal for equal files, whatever their path; 0 for bad ones."""
+        return self._digests[:, 0].copy()
 
     @property
     def identity(self) -> str:
@@ -279,64 +273,73 @@ class ImageCache:
         progress: bool = True,
         jpeg: bool | None = None,
     ) -> ImageCache:
-        """Open the cache of these pictures below `folder`, or decode them into it first.
+        """Open the cache of these images below `folder`, or decode them into it first.
 
-        A cache belongs to the paths, sizes and modification times of its pictures, the size, the resize
-        rule and the decoders' versions, wherever `root` lies. A second process waits for the first.
+        A cache belongs to the paths, sizes and modification times of its image files, the size, the resize rule and
+        the decoders' versions, wherever `root` is. A second process waits for the first.
 
         Args:
             root: the data's folder.
-            paths: N picture files, relative to `root`; a picture's row is its place in this list.
-            size: side of the square pictures.
+            paths: N image files, relative to `root`; an image's row is its position in this list.
+            size: side of the square images.
             folder: where caches are kept, each in a folder of its own.
-            resize: `crop` or `squash`, as in `pictures.decode_rgb`.
-            num_workers: decoding processes; none: one a core.
+            resize: `crop` or `squash`, as in `decode.decode_rgb`.
+            num_workers: decoding processes; None: one per core.
             progress: show size, disk space and a progress bar.
-            jpeg: keep pictures as JPEGs of quality 90, about an eighth of the bytes and slower to
-                gather; none: only if the disk is too short for raw pixels.
-        Raises: LabError if the disk is too short, or no picture at all can be decoded.
+            jpeg: keep images as JPEGs of quality 90, about an eighth of the bytes and slower to gather; None: only if
+                the disk is too short for raw pixels.
+        Raises: LabError if the disk is too short, or no image at all can be decoded.
         """
-        source = _Source(str(root), tuple(paths), size, resize)
+        source = Source(str(root), tuple(paths), size, resize)
         if not source.paths:
-            raise LabError("an image cache needs at least one picture; the list of paths is empty.")
+            raise LabError("an image cache needs at least one image; the list of paths is empty.")
         forms = [form for form in FORMS if jpeg is None or jpeg == (form == "jpeg")]
         name = f"images_{size}px_{resize}_{source.key[:16]}"
         folders = {form: Path(folder) / f"{name}_{form}" for form in forms}
         finished = _find_finished(folders, source)
         if finished is None:
-            with _lock(Path(folder) / f"{name}.lock", progress):
+            with ExitStack() as stack:
+                lock_file = Path(folder) / f"{name}.lock"
+                try:
+                    stack.enter_context(locked(lock_file, timeout=0))
+                except Timeout:
+                    if progress:
+                        print("Another process is building this image cache; waiting for it.")
+                    stack.enter_context(locked(lock_file))
                 finished = _find_finished(folders, source)  # by the process that was waited for
                 if finished is None:
                     form = _choose_form(folders, source, progress)
                     finished = folders[form]
-                    _build(source, finished, form, _cores() if num_workers is None else num_workers, progress)
-        opened = cls(finished, source)
-        if opened.bad and progress:
-            causes = ", ".join(f"{cause}: {n:,}" for cause, n in Counter(opened.bad.values()).most_common())
-            print(f"{len(opened.bad):,} of {len(opened):,} pictures are left out as undecodable ({causes}).")
-        return opened
+                    _build(source, finished, form, num_workers, progress)
+        cache = cls(finished, source)
+        if cache.bad and progress:
+            causes = ", ".join(f"{cause}: {n:,}" for cause, n in Counter(cache.bad.values()).most_common())
+            print(
+                f"{len(cache.bad):,} of {len(cache):,} images cannot be decoded and are left out ({causes})."
+            )
+        return cache
 
     def __len__(self) -> int:
-        """Rows, those of bad pictures included."""
+        """Rows, those of bad images included."""
         return len(self._good)
 
     def __reduce__(self) -> tuple[type[ImageCache], tuple[Path]]:
-        return ImageCache, (self.folder,)  # a worker process maps the file anew instead of copying it
+        return ImageCache, (self.folder,)  # a worker process maps the file again instead of copying it
 
     def gather(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """(B, 3, S, S) uint8 in memory format `channels_last`: a copy of these rows, in this order.
 
-        Raises: LabError for the row of a bad picture, or of a damaged one that cannot be decoded again;
-            IndexError for a row that does not exist.
+        Raises: LabError for the row of a bad image, or of a damaged one that cannot be decoded again; IndexError for
+            a row that does not exist.
         """
         index = np.asarray(rows, dtype=np.int64)
         if index.size and not 0 <= index.min() <= index.max() < len(self):
             raise IndexError(f"rows {index.min()} to {index.max()} are not all among {len(self)} rows")
         if not self._good[index].all():
             row = int(index[~self._good[index]][0])
-            raise LabError(f"row {row} has no picture ({self.bad[row]}); leave out the rows in `bad`.")
+            raise LabError(f"row {row} has no image ({self.bad[row]}); leave out the rows in `bad`.")
         for row in index[~self._checked[index]].tolist():
-            if zlib.crc32(self._store.stored(row)) != self._checksums[row]:
+            if zlib.crc32(self._store.stored(row)) != self._digests[row, 1]:
                 self._repair(row)
             self._checked[row] = True
         return torch.from_numpy(self._store.read(index)).permute(0, 3, 1, 2)  # (B, 3, S, S)
@@ -348,22 +351,20 @@ class ImageCache:
         if source is None:
             raise DamagedFileError(store.path, f"row {row}", advice)
         try:
-            picture = decode_rgb(os.path.join(source.root, source.paths[row]), source.size, source.resize)
-            data = store.encode(np.ascontiguousarray(picture))
-            if zlib.crc32(data) != self._checksums[row]:
-                raise DamagedFileError(store.path, f"{source.paths[row]}, which is another file now", advice)
-            store.open()
-            with closing(store):
-                store.write(store.place(row)[0], data)
-                store.flush()
+            image = decode_rgb(os.path.join(source.root, source.paths[row]), source.size, source.resize)
+            data = store.encode(np.ascontiguousarray(image))
+            if zlib.crc32(data) != self._digests[row, 1]:
+                raise DamagedFileError(store.path, f"{source.paths[row]}, whose file has changed", advice)
+            store.write(store.span(row)[0], data)
+            store.flush()
         except (UndecodableImage, OSError) as error:
             raise DamagedFileError(store.path, f"{source.paths[row]}: {error}", advice) from error
         print(f"{store.path} was damaged at {source.paths[row]}; that image is decoded again.")
 
 
 @dataclass(frozen=True)
-class _Source:
-    """What is cached: picture files below a root, and how each is made square."""
+class Source:
+    """What is cached: image files below a root, and how each is made square."""
 
     root: str
     paths: tuple[str, ...]
@@ -372,30 +373,34 @@ class _Source:
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 of all that decides the pixels, and of nothing else: not of where the root lies."""
+        """SHA-256 of all that decides the pixels, and of nothing else: not of where the root is."""
         settings = json.dumps({**VERSIONS, "size": self.size, "resize": self.resize})
         files = (f"{path}\0{stamp(os.path.join(self.root, path))}" for path in self.paths)
         return fingerprint([settings, *files])
 
+    def store(self, folder: Path, form: str) -> RawStore:
+        return FORMS[form](folder, len(self.paths), self.size)
 
-# --- header and bitmap -----------------------------------------------------------------------------
+
+# --- Header and bitmap ---
 
 
-def _read_header(folder: Path, source: _Source | None = None) -> dict[str, Any] | None:
+def _read_header(folder: Path, source: Source | None = None) -> dict[str, Any] | None:
     """The header of a finished cache, of `source` if given; None unless its files are all there."""
     try:
         header = read_json(folder / HEADER)
         store = FORMS[header["form"]](folder, header["count"], header["size"])
-        absent = np.flatnonzero(~_read_done(store)).tolist()
-        whole = absent == sorted(int(row) for row in header["bad"])
-        whole = whole and all(file_checksum(folder / name) == code for name, code in header["files"].items())
+        absent = np.flatnonzero(~read_finished(store)).tolist()
+        complete = absent == sorted(int(row) for row in header["bad"]) and all(
+            file_checksum(folder / name) == code for name, code in header["files"].items()
+        )
         fits = header["format"] == FORMAT_VERSION and (source is None or header["fingerprint"] == source.key)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return header if whole and fits else None
+    return header if complete and fits else None
 
 
-def _write_header(folder: Path, source: _Source, form: str, bad: dict[int, str]) -> None:
+def write_header(folder: Path, source: Source, form: str, bad: dict[int, str]) -> None:
     header = {
         **VERSIONS,
         "fingerprint": source.key,
@@ -409,181 +414,140 @@ def _write_header(folder: Path, source: _Source, form: str, bad: dict[int, str])
     write_json(folder / HEADER, header, seal=True)
 
 
-def _read_done(store: Store) -> np.ndarray:
-    """(N,) bool: rows that the bitmap says are on disk, and that lie inside the files found there."""
-    path, count = store.path.parent / BITMAP, store.shape[0]
+def read_finished(store: RawStore) -> np.ndarray:
+    """(N,) bool: rows that the bitmap says are on disk, and that are inside the files there."""
+    path, count = store.path.with_name(BITMAP), store.shape[0]
     if file_length(path) != (count + 7) // 8 or file_length(path.with_name(CONTENTS)) != 16 * count:
         return np.zeros(count, dtype=bool)
     return np.unpackbits(np.fromfile(path, dtype=np.uint8), count=count).astype(bool) & store.present()
 
 
-def _read_contents(folder: Path, count: int) -> np.ndarray:
-    """(N, 2) digest of each file's bytes and CRC-32 of what is stored of it; zeros where there are not as many."""
-    path = folder / CONTENTS
-    fits = file_length(path) == 16 * count
-    return (np.fromfile(path, dtype="<u8") if fits else np.zeros(2 * count, dtype="<u8")).reshape(count, 2)
+def write_finished(store: RawStore, digests: np.ndarray, finished: np.ndarray) -> None:
+    """Write the bitmap, after the digests of the rows that it names."""
+    _write_array(store.path.with_name(CONTENTS), digests)
+    _write_array(store.path.with_name(BITMAP), np.packbits(finished))
 
 
-def _write_contents(folder: Path, contents: np.ndarray) -> None:
-    with atomic_path(folder / CONTENTS) as beside:
-        contents.tofile(beside)
-
-
-def _write_done(store: Store, done: np.ndarray) -> None:
-    with atomic_path(store.path.parent / BITMAP) as beside:
-        np.packbits(done).tofile(beside)
-
-
-def _find_finished(folders: dict[str, Path], source: _Source) -> Path | None:
+def _find_finished(folders: dict[str, Path], source: Source) -> Path | None:
     return next((folder for folder in folders.values() if _read_header(folder, source)), None)
 
 
-# --- building --------------------------------------------------------------------------------------
+# --- Building ---
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _lock(path: Path, progress: bool) -> AcquireReturnProxy:
-    """The lock of one cache, a context; it ends with its process, however that ends."""
-    lock = FileLock(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return lock.acquire(timeout=0)
-    except Timeout:
-        if progress:
-            print("Another process is building this image cache; waiting for it.")
-        return lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        raise LabError(
-            f"{path.parent} cannot hold an image cache ({error}); set cache_dir to a local disk."
-        ) from error
-
-
-def _choose_form(folders: dict[str, Path], source: _Source, progress: bool) -> str:
-    """The first form the disk has room for; unfinished builds of a larger form then make way for it."""
+def _choose_form(folders: dict[str, Path], source: Source, progress: bool) -> str:
+    """The first form the disk has room for; unfinished builds of a larger form are then deleted."""
     count, parent = len(source.paths), next(iter(folders.values())).parent
     free = room = shutil.disk_usage(parent).free
     too_big: dict[str, str] = {}
     for form, folder in folders.items():
-        each = FORMS[form].bytes_per_picture(source.size)
-        missing = int((~_read_done(FORMS[form](folder, count, source.size))).sum())
+        each = FORMS[form].bytes_per_image(source.size)
+        missing = int((~read_finished(source.store(folder, form))).sum())
         need = f"{missing * each / 1e9:.2f} GB as {form}"
         if missing * each * DISK_MARGIN <= room:
             for other in too_big:
                 shutil.rmtree(folders[other], ignore_errors=True)
             if progress:
-                note = f", too few for {', '.join(too_big.values())}" if too_big else ""
+                note = f", too little for {', '.join(too_big.values())}" if too_big else ""
                 print(
-                    f"Image cache: {missing:,} pictures to decode take {need}; {free / 1e9:.1f} GB are free{note}."
+                    f"Image cache: {missing:,} images to decode take {need}; {free / 1e9:.1f} GB are free{note}."
                 )
             return form
         room += (count - missing) * each
         too_big[form] = need
     raise LabError(
         f"the image cache needs {' or '.join(too_big.values())}, and {parent} has {free / 1e9:.2f} GB free; "
-        "free some, set cache_dir to another disk, or choose a smaller image_size."
+        "free some space, set cache_dir to another disk, or choose a smaller image_size."
     )
 
 
-def _build(source: _Source, folder: Path, form: str, num_workers: int, progress: bool) -> None:
+def _build(source: Source, folder: Path, form: str, num_workers: int | None, progress: bool) -> None:
     """Decode what the bitmap lacks, then write the header. Raises: LabError if it cannot be finished."""
     make_folder(folder)
     for leftover in (folder / HEADER, *folder.glob(".*.tmp")):
         leftover.unlink(missing_ok=True)
-    store = FORMS[form](folder, len(source.paths), source.size)
-    earlier = FORMS[form](folder, len(source.paths), source.size)
-    done, contents = _read_done(earlier), _read_contents(folder, len(source.paths))
-    for row in np.flatnonzero(done).tolist():  # what an earlier build wrote, or was damaged since
-        done[row] = zlib.crc32(earlier.stored(row)) == contents[row, 1]
-    _write_contents(folder, contents)
-    _write_done(store, done)  # before a file that was cut is made whole again
+    earlier, store = source.store(folder, form), source.store(folder, form)
+    finished, digests = read_finished(earlier), _read_numbers(folder / CONTENTS, "<u8", len(source.paths))
+    for row in np.flatnonzero(finished).tolist():  # what an earlier build wrote may have been damaged since
+        finished[row] = zlib.crc32(earlier.stored(row)) == digests[row, 1]
+    write_finished(store, digests, finished)  # before a file that was cut gets its full length again
     try:
-        store.prepare(done)
-        store.open()
-        with closing(store):
-            bad = _decode_missing(source, store, done, num_workers, progress)
-    except BrokenProcessPool as error:
-        raise LabError(
-            "a decoding process was killed, most often for want of memory; run again with fewer num_workers, "
-            "finished pictures are kept."
-        ) from error
+        store.prepare(finished)
+        results = _decode_missing(source, store, np.flatnonzero(~finished), num_workers)
+        bar = tqdm(
+            total=len(finished),
+            initial=int(finished.sum()),
+            desc="image cache",
+            unit="img",
+            disable=not progress,
+        )
+        with bar, closing(results):
+            bad = _collect(results, store, digests, finished, bar)
     except OSError as error:
         raise LabError(
-            f"the image cache {folder} cannot be written ({error.strerror or error}); free some disk and run "
-            "again, finished pictures are kept."
+            f"the image cache {folder} cannot be written ({error.strerror or error}); free some disk space and run "
+            "again, images that are finished are kept."
         ) from error
-    if len(bad) == len(done):
-        raise LabError(f"no picture can be decoded ({source.paths[0]}: {bad[0]}, ...); see data_dir.")
-    _write_header(folder, source, form, bad)
+    if len(bad) == len(finished):
+        raise LabError(f"no image can be decoded ({source.paths[0]}: {bad[0]}, ...); see data_dir.")
+    write_header(folder, source, form, bad)
+
+
+class _Decoded(NamedTuple):
+    """A row's outcome: why it cannot be decoded or "", the digests of its file and of what is stored, and the bytes
+    that are left to the parent process."""
+
+    row: int
+    cause: str
+    digests: tuple[int, int] = (0, 0)
+    data: bytes = b""
 
 
 def _decode_missing(
-    source: _Source, store: Store, done: np.ndarray, num_workers: int, progress: bool
+    source: Source, store: RawStore, rows: np.ndarray, num_workers: int | None
+) -> Generator[_Decoded, None, None]:
+    files = [(row, os.path.join(source.root, source.paths[row])) for row in rows.tolist()]
+    blank = type(store)(store.path.parent, *store.shape[:2])  # without the tables that the parent fills
+    decode = partial(_decode_row, blank, source.size, source.resize)
+    return in_processes(decode, files, num_workers, chunk_size=ROWS_PER_TASK)
+
+
+def _decode_row(store: RawStore, size: int, resize: str, file: tuple[int, str]) -> _Decoded:
+    row, path = file
+    try:
+        image = decode_rgb(path, size, resize)  # (S, S, 3)
+    except UndecodableImage as error:
+        return _Decoded(row, error.cause)
+    data = store.encode(np.ascontiguousarray(image))
+    return _Decoded(row, "", (content_digest(path), zlib.crc32(data)), store.write_in_worker(row, data))
+
+
+def _collect(
+    results: Generator[_Decoded, None, None],
+    store: RawStore,
+    digests: np.ndarray,
+    finished: np.ndarray,
+    bar: tqdm,
 ) -> dict[int, str]:
-    """Fill the store and the bitmap `done`; returns row -> cause of the undecodable."""
-
-    contents = _read_contents(store.path.parent, len(done))
-
-    def checkpoint() -> float:
-        store.flush()
-        _write_contents(store.path.parent, contents)
-        _write_done(store, done)
-        return time.monotonic()
-
+    """Write what workers left to this process, and mark rows as finished; returns row -> cause of the undecodable."""
     bad: dict[int, str] = {}
-    rows = np.flatnonzero(~done).tolist()
-    start = len(done) - len(rows)
-    bar = tqdm(total=len(done), initial=start, desc="image cache", unit="img", disable=not progress)
     saved = time.monotonic()
-    with bar, closing(_results(source, store, rows, num_workers)) as results:
-        try:
-            for row, data, cause, digests in results:
-                if data is None:
-                    bad[row] = cause
-                else:
-                    store.commit(row, data)
-                    done[row], contents[row] = True, digests
-                bar.update()
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    saved = checkpoint()
-        finally:
-            checkpoint()
+    try:
+        for row, cause, row_digests, data in results:
+            if cause:
+                bad[row] = cause
+            else:
+                store.write_in_parent(row, data)
+                digests[row], finished[row] = row_digests, True
+            bar.update()
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                store.flush()
+                write_finished(store, digests, finished)
+                saved = time.monotonic()
+    finally:
+        store.flush()
+        write_finished(store, digests, finished)
     return bad
-
-
-def _results(
-    source: _Source, store: Store, rows: list[int], num_workers: int
-) -> Generator[Result, None, None]:
-    """What became of each row, in order."""
-    tasks = [rows[first : first + ROWS_PER_TASK] for first in range(0, len(rows), ROWS_PER_TASK)]
-    num_workers = min(num_workers, len(tasks))
-    if num_workers <= 1:
-        for task in tasks:
-            yield from _decode(source, store, task)
-        return
-    # A fork starts at once and needs no guard in the user's script; elsewhere than on Linux it is unsafe.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    own = type(store)(store.path.parent, *store.shape[:2])  # each worker opens its own file
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (source, own)) as pool:
-        for results in pool.map(_decode_in_worker, tasks):
-            yield from results
-
-
-def _decode(source: _Source, store: Store, rows: list[int]) -> list[Result]:
-    results: list[Result] = []
-    for row in rows:
-        try:
-            path = os.path.join(source.root, source.paths[row])
-            picture = decode_rgb(path, source.size, source.resize)  # (S, S, 3)
-        except UndecodableImage as error:
-            results.append((row, None, error.cause, (0, 0)))
-        else:
-            data = store.encode(np.ascontiguousarray(picture))
-            digests = content_digest(path), zlib.crc32(data)
-            results.append((row, store.pack(row, data), "", digests))
-    return results
 
 
 def content_digest(path: str | os.PathLike[str]) -> int:
@@ -592,33 +556,10 @@ def content_digest(path: str | os.PathLike[str]) -> int:
         return int.from_bytes(hashlib.file_digest(file, "sha256").digest()[:8], "little")
 
 
-_worker: tuple[_Source, Store]  # what a worker process works on
-
-
-def _start_worker(source: _Source, store: Store) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers an interrupt
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    store.open()
-    _worker = source, store
-
-
-def _exit_with_parent() -> None:
-    """A parent that was killed leaves no worker behind."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _decode_in_worker(rows: list[int]) -> list[Result]:
-    return _decode(*_worker, rows)
-
-
 def open_images(
     table: CaptionTable, cache_dir: str | Path, size: int, resize: str, num_workers: int = 0
 ) -> ImageCache:
-    """The table's pictures, decoded once."""
+    """The table's images, decoded once."""
     folder = Path(cache_dir) / "images"
     return ImageCache.open_or_build(
         table.root, table.paths, size=size, resize=resize, folder=folder, num_workers=num_workers or None

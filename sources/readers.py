@@ -79,7 +79,7 @@ def caption_rows(folder: DataFolder, file: str) -> Iterator[Row]:
             folder.problems.add("malformed row", file, f"no CSV row ({error})", f"line {number}")
             continue
         if len(row) != len(names):
-            what = f"{len(row)} columns in place of {len(names)}"
+            what = f"{len(row)} columns, expected {len(names)}"
             folder.problems.add("malformed row", file, what, f"line {number}")
             continue
         cells = dict(zip(names, row, strict=True))

@@ -1,10 +1,9 @@
-"""The data check finds what was planted, counts it, and its findings leave bad pictures out."""
+"""The data check finds what was planted, counts it, and its figure can be drawn."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from small_data import SHARED
 from core.errors import LabError
 from plots import figures
 from sources import check as sources_check
-from sources.check import check, load_report, report_table, save_report, without_bad
+from sources.check import check, load_report, report_table, save_report
 from sources.readers import read_captions
 
 
@@ -33,7 +32,7 @@ def words(texts: list[str]) -> list[list[str]]:
 
 @pytest.fixture
 def planted(tmp_path: Path) -> Path:
-    """Ten pictures: two undecodable, one of them in train twice, one of train also in test."""
+    """Ten images: two undecodable, one of them in train twice, one of train also in test."""
     (tmp_path / "Images").mkdir()
     pictures = {f"{n}.jpg": jpeg(n) for n in range(7)}
     pictures |= {"wide.jpg": jpeg(7, (60, 20)), "empty.jpg": b"", "page.jpg": b"<html>404</html>"}
@@ -69,9 +68,9 @@ def test_what_was_planted_is_found(report):
     assert report["captions_per_image"] == {1: 8, 2: 4}
     assert report["bad_images"] == {
         "Images/empty.jpg": "empty file",
-        "Images/page.jpg": "a web page or XML, not a picture",
+        "Images/page.jpg": "a web page or XML, not an image",
     }
-    assert report["undecodable"] == {"empty file": 1, "a web page or XML, not a picture": 1}
+    assert report["undecodable"] == {"empty file": 1, "a web page or XML, not an image": 1}
     assert sorted(report["image_sizes"]) == [[24, 18]] * 9 + [[60, 20]]
     assert sorted(report["caption_lengths"]) == [1, 2] + [4] * 12 + [30, 50]
     assert report["duplicates"] == [
@@ -112,24 +111,24 @@ def test_the_table_shows_every_finding(report):
         "sizes": 2,
         "undecodable images": 2,
         "empty file": 1,
-        "a web page or XML, not a picture": 1,
-        "equal files in several splits": 1,
-        "equal files in one split": 1,
+        "a web page or XML, not an image": 1,
+        "identical files in several splits": 1,
+        "identical files in one split": 1,
         "empty captions": 2,
-        "undecodable text": 2,
+        "repaired or damaged captions": 2,
         "captions over 20 tokens": 2,
         "malformed rows": 1,
         "refused paths": 1,
         "missing images": 1,
         "images without captions": 0,
     }
-    assert detail["equal files in several splits"] == "Images/0.jpg = Images/copy.jpg"
+    assert detail["identical files in several splits"] == "Images/0.jpg = Images/copy.jpg"
     assert detail["captions over 20 tokens"].startswith("44 tokens cut, 52% of theirs")
-    assert "captions.txt: line 21 (1 columns in place of 2)" in detail["malformed rows"]
+    assert "captions.txt: line 21 (1 columns, expected 2)" in detail["malformed rows"]
 
 
 def test_processes_find_the_same(table, report, monkeypatch):
-    monkeypatch.setattr(sources_check, "FEW", 2)
+    monkeypatch.setattr(sources_check, "MIN_IMAGES_FOR_PROCESSES", 2)
     monkeypatch.setattr(sources_check, "CHUNK", 3)
     again = check(table, tokenizer=words, max_length=20, num_workers=2, progress=False)
     assert again == report
@@ -142,24 +141,10 @@ def test_saved_reports_come_back_equal(report, tmp_path):
     assert len(path.read_text().splitlines()) == len(report) + 2  # a key a line
     json.loads(path.read_text())
     path.write_text("{}")
-    with pytest.raises(LabError, match="no data report; make one with"):
+    with pytest.raises(LabError, match="is not a data report; make one with"):
         load_report(path)
-    with pytest.raises(LabError, match="no data report"):
+    with pytest.raises(LabError, match="is not a data report"):
         load_report(tmp_path / "none.json")
-
-
-def test_bad_pictures_are_out_until_they_are_repaired(table, report, planted):
-    kept = without_bad(table, report)
-    assert len(kept) == 10
-    assert not set(kept.paths) & set(report["bad_images"])
-    assert len(kept.captions) == 14
-    (planted / "Images" / "empty.jpg").write_bytes(jpeg(20))
-    assert len(without_bad(table, report)) == 11
-    os.remove(planted / "Images" / "page.jpg")
-    assert len(without_bad(table, report)) == 12  # it is the reader that leaves it out then
-    clean = check(without_bad(table, report).split("val"), progress=False)
-    assert clean["bad_images"] == {}
-    assert without_bad(kept, clean) is kept
 
 
 def test_the_figure_can_be_drawn(report, tmp_path):

@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from core import processes
 from core.errors import LabError
 from sources import image_cache
 from sources.decode import UndecodableImage
@@ -135,7 +136,7 @@ def test_photographs_take_an_eighth_as_jpegs(build, tmp_path):
     cache = build(root=folder, paths=names, size=224, jpeg=True)
     share = store_file(cache).stat().st_size / (40 * 224 * 224 * 3)
     assert 1 / 12 < share < 1 / 6
-    assert share <= image_cache.FORMS["jpeg"].bytes_per_picture(224) / (224 * 224 * 3)
+    assert share <= image_cache.FORMS["jpeg"].bytes_per_image(224) / (224 * 224 * 3)
 
 
 def test_other_processes_get_the_cache_by_its_folder(build, data):
@@ -143,13 +144,14 @@ def test_other_processes_get_the_cache_by_its_folder(build, data):
     sent = pickle.dumps(cache)
     assert len(sent) < 1000
     assert torch.equal(pickle.loads(sent).gather([5]), as_batch(data[2][5:6]))
-    with pytest.raises(LabError, match="holds no finished image cache"):
+    with pytest.raises(LabError, match="has no finished image cache"):
         ImageCache(cache.folder.parent)
 
 
 def test_processes_started_afresh_build_it_too(build, data, monkeypatch):
     spawn = multiprocessing.get_context("spawn")  # as on macOS and Windows
-    monkeypatch.setattr(image_cache.multiprocessing, "get_context", lambda method: spawn)
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda method: spawn)
+    monkeypatch.setattr(image_cache, "ROWS_PER_TASK", 4)
     assert torch.equal(build(num_workers=2).gather(range(40)), as_batch(data[2]))
 
 
@@ -166,10 +168,10 @@ def test_bad_pictures_are_named_and_have_no_pixels(build, data, jpeg, capsys):
         assert sorted(cache.bad) == [3, 17]
         assert all(cache.bad.values())
         assert len(cache) == 40
-        with pytest.raises(LabError, match="row 17 has no picture"):
+        with pytest.raises(LabError, match="row 17 has no image"):
             cache.gather([0, 17])
         assert (cache.gather([16, 18]).int() - as_batch(pixels[[16, 18]]).int()).abs().max() <= 12 * jpeg
-        assert "2 of 40 pictures are left out" in capsys.readouterr().out
+        assert "2 of 40 images cannot be decoded and are left out" in capsys.readouterr().out
 
 
 def test_a_bad_picture_that_is_put_right_is_read(build, data):
@@ -182,9 +184,9 @@ def test_a_bad_picture_that_is_put_right_is_read(build, data):
 
 
 def test_no_pictures_at_all_is_an_error(build, data, tmp_path):
-    with pytest.raises(LabError, match="at least one picture"):
+    with pytest.raises(LabError, match="at least one image"):
         build(paths=[])
-    with pytest.raises(LabError, match="no picture can be decoded"):
+    with pytest.raises(LabError, match="no image can be decoded"):
         build(paths=["train/none.png", "train/neither.png"])
     assert not list((tmp_path / "cache").glob("*/header.json"))
 
@@ -283,7 +285,6 @@ def test_damage_inside_the_jpegs_is_an_error(build):
 
 @pytest.mark.parametrize("jpeg", [False, True])
 def test_an_interrupted_build_continues(build, data, monkeypatch, decoded, jpeg):
-    monkeypatch.setattr(image_cache, "ROWS_PER_TASK", 4)
     decode = image_cache.decode_rgb
 
     def interrupted(path, size, resize):
@@ -297,7 +298,7 @@ def test_an_interrupted_build_continues(build, data, monkeypatch, decoded, jpeg)
     monkeypatch.setattr(image_cache, "decode_rgb", decode)
     decoded.clear()
     cache = build(jpeg=jpeg)
-    assert decoded == [f"{row:03d}.png" for row in range(20, 40)]
+    assert decoded == [f"{row:03d}.png" for row in range(21, 40)]
     assert (cache.gather(range(40)).int() - as_batch(data[2]).int()).abs().max() <= 12 * jpeg
 
 
@@ -309,14 +310,14 @@ def test_rows_reach_the_disk_before_their_bits(build, monkeypatch):
         events.append("rows")
         original(self)
 
-    def write_done(store, done, original=image_cache._write_done):
+    def write_finished(store, digests, finished, original=image_cache.write_finished):
         events.append("bits")
-        counts.append(int(done.sum()))
-        original(store, done)
+        counts.append(int(finished.sum()))
+        original(store, digests, finished)
 
     monkeypatch.setattr(image_cache, "CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(image_cache.RawStore, "flush", flush)
-    monkeypatch.setattr(image_cache, "_write_done", write_done)
+    monkeypatch.setattr(image_cache, "write_finished", write_finished)
     build()
     assert events == ["bits"] + ["rows", "bits"] * 41  # an empty bitmap first; the last checkpoint at the end
     assert counts == [0, *range(1, 41), 40]
@@ -408,7 +409,7 @@ def test_a_killed_worker_is_an_error_and_the_build_continues(build, data, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(image_cache, "decode_rgb", killed)
-        with pytest.raises(LabError, match="a decoding process was killed"):
+        with pytest.raises(LabError, match="a worker process was killed"):
             build(num_workers=2)
     assert torch.equal(build().gather(range(40)), as_batch(data[2]))
 
@@ -421,10 +422,10 @@ def set_free(monkeypatch, free: int) -> None:
 
 
 def test_a_short_disk_gets_the_jpeg_form(build, monkeypatch, capsys):
-    set_free(monkeypatch, 40 * image_cache.FORMS["raw"].bytes_per_picture(224))  # no margin
+    set_free(monkeypatch, 40 * image_cache.FORMS["raw"].bytes_per_image(224))  # no margin
     cache = build(size=224, progress=True)
     assert cache.form == "jpeg"
-    assert "0.00 GB as jpeg; 0.0 GB are free, too few for 0.01 GB as raw" in capsys.readouterr().out
+    assert "0.00 GB as jpeg; 0.0 GB are free, too little for 0.01 GB as raw" in capsys.readouterr().out
     assert build(size=224).form == "jpeg"  # opened, though there would be room now
 
 
@@ -439,7 +440,7 @@ def test_a_full_disk_is_an_error_before_the_first_picture(build, decoded, monkey
 
 def test_what_is_written_already_counts(build, data, decoded, monkeypatch):
     """A build that stopped for want of room needs only the rest; what it wrote makes way for JPEGs."""
-    write = image_cache.BaseStore.write
+    write = image_cache.RawStore.write
 
     def full(self, start, data):
         if start >= 30 * SIZE * SIZE * 3:
@@ -448,7 +449,7 @@ def test_what_is_written_already_counts(build, data, decoded, monkeypatch):
 
     monkeypatch.setattr(image_cache, "ROWS_PER_TASK", 1)
     with monkeypatch.context() as patched:
-        patched.setattr(image_cache.BaseStore, "write", full)
+        patched.setattr(image_cache.RawStore, "write", full)
         with pytest.raises(LabError, match=r"cannot be written \(No space left"):
             build()
     decoded.clear()
@@ -461,8 +462,8 @@ def test_what_is_written_already_counts(build, data, decoded, monkeypatch):
     assert len(decoded) == 10
 
 
-def test_a_folder_that_cannot_be_made_is_told(build, data):
-    with pytest.raises(LabError, match="cannot hold an image cache .*; set cache_dir"):
+def test_a_folder_that_cannot_be_made_is_an_error(build, data):
+    with pytest.raises(LabError, match="cannot be made .*; choose another folder"):
         build(folder=data[0] / data[1][0])
 
 

@@ -119,12 +119,12 @@ TRIED: dict[str, tuple[bytes, tuple[int, int, int] | str]] = {
     "1 x 3000 PNG": (saved(flat(size=(1, 3000)), "PNG"), RED),
     "broken EXIF": (saved(flat(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\xff\xff"), RED),
     "empty file": (b"", "empty file"),
-    "web page saved as .jpg": (b"\n<!DOCTYPE html><html>404</html>", "a web page or XML, not a picture"),
-    "SVG": (b'<?xml version="1.0"?><svg/>', "a web page or XML, not a picture"),
+    "web page saved as .jpg": (b"\n<!DOCTYPE html><html>404</html>", "a web page or XML, not an image"),
+    "SVG": (b'<?xml version="1.0"?><svg/>', "a web page or XML, not an image"),
     "an iPhone's HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC; install pillow-heif or convert to JPEG"),
-    "text": (b"this is no picture", "no known picture format"),
-    "PostScript (would start Ghostscript)": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "no known picture format"),
-    "JPEG's first three bytes": (b"\xff\xd8\xff", "no known picture format"),
+    "text": (b"this is no image", "unknown image format"),
+    "PostScript (would start Ghostscript)": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "unknown image format"),
+    "JPEG's first three bytes": (b"\xff\xd8\xff", "unknown image format"),
     "half a JPEG": (JPEG[: len(JPEG) // 2], "truncated"),
     "JPEG without its last 20 bytes": (JPEG[:-20], "truncated"),
     "half a progressive JPEG": (saved(scenery(), "JPEG", progressive=True)[:9000], "truncated"),
@@ -139,9 +139,9 @@ TRIED: dict[str, tuple[bytes, tuple[int, int, int] | str]] = {
     "PNG with a wrong checksum": (saved(scenery((96, 80)), "PNG").replace(b"IDAT", b"IDAT\0", 1), "damaged"),
     "decompression bomb of 10^10 pixels": (png_claiming(100_000, 100_000), "too many pixels"),
     "PNG of 10^8 pixels": (png_claiming(10_000, 10_000), "too many pixels"),
-    "PNG of 0 x 10 pixels": (png_claiming(0, 10), "no known picture format"),
-    "floating-point TIFF": (saved(flat(0.5, mode="F"), "TIFF"), "floating-point grey levels"),
-    "32-bit grey TIFF": (saved(flat(2**30, mode="I"), "TIFF"), "grey levels beyond 16 bits"),
+    "PNG of 0 x 10 pixels": (png_claiming(0, 10), "unknown image format"),
+    "floating-point TIFF": (saved(flat(0.5, mode="F"), "TIFF"), "floating-point gray levels"),
+    "32-bit grey TIFF": (saved(flat(2**30, mode="I"), "TIFF"), "gray levels beyond 16 bits"),
 }
 
 
@@ -221,7 +221,7 @@ def test_exif_orientation(file_format, orientation):
     ("size", "resize"), [((640, 480), "crop"), ((480, 640), "squash"), ((500, 375), "crop")]
 )
 def test_the_fast_way_stays_near_pillow(size, resize):
-    """Reduced decoding against Pillow's full one: 2 grey levels on average, 10 at the 99th percentile."""
+    """Reduced decoding against Pillow's full one: 2 gray levels on average, 10 at the 99th percentile."""
     data = saved(scenery(size), "JPEG", quality=90)
     with Image.open(io.BytesIO(data)) as image:
         side = min(size)
