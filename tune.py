@@ -1,4 +1,4 @@
-"""Search spaces, and studies that outlive their workers: storage, who tries what, who resumes a dead one's trial."""
+"""Grids of settings, search spaces, and Optuna studies that resume after a kill."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import math
 import platform
 import shutil
 import sys
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -19,38 +18,36 @@ import optuna
 import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
 from optuna.exceptions import OptunaError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from sqlalchemy.exc import SQLAlchemyError
 from tqdm.auto import tqdm
 
 from config import Config, load_yaml, make_config, run_name
 from core.errors import LabError, nearest
-from core.files import atomic_path, disk_full, is_disk_full
+from core.files import disk_full, is_disk_full, locked, write_text
 from evaluate import compare_runs, evaluate_run, readable
 from interface.cli import Parser, one_sentence, parse_config, run_command
 from metrics import recalls_of, told
 from plots.style import saved
-from plots.tuning import importances, parallel_coordinates, slices, study_history
 from train import fit
 from utils import Run, goodness
 
-# --- Spaces ---
+# --- Search spaces ---
 
 
 class Dimension(BaseModel):
     """The values of one field.
 
     Args:
-        type: how values are drawn.
-        low, high: both ends, included; of `float` and `int`.
-        log: draw evenly over the logarithm.
+        type: how values are sampled.
+        low, high: both limits, included; of `float` and `int`.
+        log: sample uniformly on a logarithmic scale.
         choices: of `categorical`.
-        when: other fields and the value, or list of values, that each must have; else the field stays as
-            the configuration has it.
+        when: other fields and the value, or list of values, that each must have; otherwise the field keeps the
+            configuration's value.
         also: further fields that get the same value.
     """
 
@@ -64,7 +61,7 @@ class Dimension(BaseModel):
     also: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def _whole(self) -> Dimension:
+    def _check(self) -> Dimension:
         if self.type == "categorical":
             if not self.choices or self.low is not None or self.high is not None:
                 raise ValueError("type categorical takes choices, and no low or high")
@@ -75,62 +72,62 @@ class Dimension(BaseModel):
             raise ValueError("low must be less than high, and more than 0 where log is true")
         return self
 
-    def ends(self) -> tuple[Any, ...]:
+    def limits(self) -> tuple[Any, ...]:
         """The choices, or low and high in the field's own type."""
         if self.type == "categorical":
             return self.choices
-        make = float if self.type == "float" else int
-        return tuple(make(end) for end in (self.low, self.high) if end is not None)
+        cast = float if self.type == "float" else int
+        return tuple(cast(limit) for limit in (self.low, self.high) if limit is not None)
 
-    def draw(self, trial: Any, field: str) -> Any:
-        """A value, from an Optuna trial."""
+    def suggest(self, trial: Any, field: str) -> Any:
+        """A value from an Optuna trial."""
         if self.type == "categorical":
             return trial.suggest_categorical(field, self.choices)
         suggest = trial.suggest_float if self.type == "float" else trial.suggest_int
-        return suggest(field, *self.ends(), log=self.log)
+        return suggest(field, *self.limits(), log=self.log)
 
     def applies(self, values: dict[str, Any]) -> bool:
         """Whether every field of `when` has one of its values."""
         return all(
-            values[field] in (wanted if isinstance(wanted, list) else [wanted])
-            for field, wanted in self.when.items()
+            values[field] in (allowed if isinstance(allowed, list) else [allowed])
+            for field, allowed in self.when.items()
         )
 
 
 Space = dict[str, Dimension]
-"""Field -> its values; a field stands after those that its `when` names."""
+"""Field -> its values; a field comes after those that its `when` names."""
 
 
 def read_space(path: str | Path) -> Space:
-    """A space from its file.
+    """Read a search space from a YAML file.
 
-    Raises: LabError naming the line that is wrong: an unknown field, ends that are none, a `when` that names
-        a later field, a value that the configuration does not take.
+    Raises: LabError naming the wrong line: an unknown field, missing limits, a `when` that names a later field, a
+        value that the configuration does not take.
     """
-    space: Space = {}
-    for field, given in _load(Path(path)).items():
+    lines, space = _load(Path(path)), {}
+    for field, line in lines.items():
         where = f"{path}: {field}"
         try:
-            space[field] = Dimension.model_validate(given)
+            space[field] = Dimension.model_validate(line)
         except ValidationError as error:
             first = error.errors()[0]
             name = "".join(f"{part}: " for part in first["loc"])
             raise LabError(f"{where}: {name}{first['msg'].removeprefix('Value error, ')}.") from None
         for other in (field, *space[field].also):
             _check_field(where, other)
-            for end in space[field].ends():
-                Config(**{other: end})  # raises the one explanation
+            for limit in space[field].limits():
+                Config(**{other: limit})  # raises where the configuration does not take it
         for other in space[field].when:
             _check_field(where, other)
-            if other not in space and other in _load(Path(path)):
-                raise LabError(f"{where}: when names {other!r}, which must stand above it.")
+            if other not in space and other in lines:
+                raise LabError(f"{where}: when names {other!r}, which must come before it.")
     return space
 
 
 def _check_field(where: str, field: str) -> None:
     if field not in Config.model_fields:
         hint = nearest(field, list(Config.model_fields)) or "."
-        raise LabError(f"{where}: {field!r} is no field of the configuration{hint}")
+        raise LabError(f"{where}: {field!r} is not a field of the configuration{hint}")
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -138,21 +135,21 @@ def _load(path: Path) -> dict[str, Any]:
         raise LabError(f"search space {path} does not exist; give the path of a .yaml file.")
     lines = load_yaml(path)
     if not isinstance(lines, dict) or not lines:
-        raise LabError(f"{path} must hold `field: {{type: ..., ...}}` lines.")
+        raise LabError(f"{path} must contain `field: {{type: ..., ...}}` lines.")
     return lines
 
 
-def draw(space: Space, trial: Any, config: Config) -> dict[str, Any]:
-    """A trial's value of every field that applies; the others keep the configuration's."""
+def suggest(space: Space, trial: Any, config: Config) -> dict[str, Any]:
+    """A trial's value of every field that applies; the other fields keep the configuration's."""
     values: dict[str, Any] = {}
     for field, dimension in space.items():
         if dimension.applies({**dict(config), **values}):
-            values.update(dict.fromkeys((field, *dimension.also), dimension.draw(trial, field)))
+            values.update(dict.fromkeys((field, *dimension.also), dimension.suggest(trial, field)))
     return values
 
 
 def expand(space: Space, params: dict[str, Any]) -> dict[str, Any]:
-    """A finished trial's values of all fields, from the drawn ones."""
+    """A trial's values of all fields, from the sampled ones."""
     return {name: value for field, value in params.items() for name in (field, *space[field].also)}
 
 
@@ -164,189 +161,159 @@ def describe(space: Space) -> dict[str, str]:
 # --- Studies ---
 
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-
-LOCK_SECONDS = 120
-
-
-def open_storage(storage: str, folder: Path) -> BaseStorage:
-    """Where a study is kept.
+def open_study(folder: Path, identity: dict[str, str], storage: str = "journal") -> optuna.Study:
+    """The study in a folder, created if absent.
 
     Args:
+        identity: what the study searches, name -> text; equal for all calls.
         storage: `journal`, a file in the folder that several processes may share; or the URL of a database, for
             several machines.
+    Raises: LabError if the study searches something else, or its storage cannot be opened.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if storage == "journal" and (old := folder / "study.db").exists():
+        raise LabError(
+            f"{old} contains a study of an earlier version; give another folder, or --storage sqlite:///{old}."
+        )
+    with locked(folder / "turn.lock"):
+        try:
+            study = optuna.create_study(
+                study_name=folder.name,
+                storage=_open_storage(storage, folder),
+                direction="maximize",
+                sampler=optuna.samplers.RandomSampler(),  # unused: `_add_trial` samples all values of a trial
+                load_if_exists=True,
+            )
+        except LabError:
+            raise
+        except Exception as error:
+            if is_disk_full(error) or not _is_storage_error(error):
+                raise
+            cause = (str(error).splitlines() or [type(error).__name__])[0]
+            raise LabError(
+                f"the study in {folder} (storage {storage}) cannot be opened: {cause}; give another folder, or check "
+                "the storage."
+            ) from error
+        _check_identity(study, folder, identity)
+    return study
+
+
+def _is_storage_error(error: Exception) -> bool:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return isinstance(
+        error, (ValueError, LookupError, RuntimeError, ImportError, OptunaError, SQLAlchemyError)
+    )
+
+
+def _open_storage(storage: str, folder: Path) -> Any:
     if storage == "journal":
         path = folder / "study.journal"
+        lock: Any = FileLock(f"{path}.flock")  # freed when its process is killed; Optuna's own stay for 30 s
         if path.is_file():
-            _drop_unfinished_line(path)
-        # the system frees this lock when its process is killed; Optuna's own ones stay for 30 s
-        lock: Any = FileLock(f"{path}.flock")
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+            with lock:
+                _drop_unfinished_line(path)
+        backend = JournalFileBackend(str(path), lock_obj=lock)
+        return optuna.storages.JournalStorage(backend)
     if "://" in storage:
-        return RDBStorage(storage)
+        return storage
     raise LabError(f"storage {storage!r} does not exist; choose journal, or give the URL of a database.")
 
 
 def _drop_unfinished_line(path: Path) -> None:
-    """Cut a journal behind its last whole line: a full disk or a kill may have left a part of one."""
-    with FileLock(f"{path}.flock"), open(path, "r+b") as file:
+    """Cut a journal after its last complete line: a full disk or a kill may have left part of one."""
+    with open(path, "r+b") as file:
         content = file.read()
         if not content.endswith(b"\n"):
             file.truncate(content.rfind(b"\n") + 1)
 
 
-class Worker:
-    """One process's part in a study: `with Worker(...) as worker`, then `worker.ask(...)` until it gives None.
+def _check_identity(study: optuna.Study, folder: Path, identity: dict[str, str]) -> None:
+    known = study.user_attrs.get("about")
+    if known is None:
+        study.set_user_attr("about", identity)
+    elif known != identity:
+        wrong = [n for n in sorted(known.keys() | identity.keys()) if known.get(n) != identity.get(n)]
+        raise LabError(
+            f"{folder} contains a study of another {', '.join(wrong)} ({wrong[0]}: {known.get(wrong[0])} there, "
+            f"{identity.get(wrong[0])} here); give this one another folder."
+        )
 
-    While it lives it holds the lock of a file of its own. Where a trial is running and that file is free, the
-    trial's worker was killed: the next worker that asks resumes this very trial. So a study that was killed at
-    any point has the trials of an undisturbed one.
+
+@contextmanager
+def next_trial(
+    study: optuna.Study, folder: Path, num_trials: int, sample: Callable[[Trial], Any], seed: int = 0
+) -> Iterator[Trial | None]:
+    """A trial to run: one whose process was killed, or a new one; None once `num_trials` have been started.
+
+    While a process runs a trial it holds the trial's lock file, and the system frees that lock when the process
+    ends. A trial that is running and whose lock is free was interrupted and is resumed, so a study that was killed
+    at any point has the trials of an undisturbed one.
 
     Args:
-        folder: of the study; workers that share it see one another's deaths.
-        about: what the study is of, name -> text; must be equal for all its workers.
-        storage: as in `open_storage`.
-        seed: of the sampler; a trial's values follow from it, the trial's number and the trials before.
-    Raises: LabError if the study is of something else, or its storage cannot be opened.
+        sample: called with a new trial, suggests all of its values.
+        seed: a trial's values follow from it, the trial's number and the trials before.
     """
+    with ExitStack() as held:
+        with locked(folder / "turn.lock"):
+            trials = study.get_trials(deepcopy=False)
+            running = (trial for trial in trials if trial.state == TrialState.RUNNING)
+            trial = next((trial for trial in running if _claim(study, folder, trial, held)), None)
+            if trial is None and len(trials) < num_trials:
+                trial = _add_trial(study, sample, seed)
+                _claim(study, folder, trial, held)
+        yield None if trial is None else Trial(study, trial._trial_id)
 
-    def __init__(self, folder: Path, about: dict[str, str], storage: str = "journal", seed: int = 0) -> None:
-        self.folder, self.storage, self.seed = folder, storage, seed
-        self.name = f"{platform.node()}-{uuid.uuid4().hex[:12]}"
-        self.about = about
 
-    def __enter__(self) -> Worker:
-        self.lock = self._lock(f"workers/{self.name}")
-        self.lock.acquire()
-        try:
-            with self._turn():
-                self.study = self._open()
-                self._check()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
-        (self.folder / "workers" / f"{self.name}.lock").unlink(missing_ok=True)
-
-    def _open(self) -> optuna.Study:
-        if self.storage == "journal" and (old := self.folder / "study.db").exists():
-            raise LabError(
-                f"{old} holds a study of an earlier version; give another folder, or --storage sqlite:///{old}."
-            )
-        try:
-            return optuna.create_study(
-                study_name=self.folder.name,
-                storage=open_storage(self.storage, self.folder),
-                direction="maximize",
-                sampler=optuna.samplers.RandomSampler(),  # unused: `_add` draws all values of a trial
-                load_if_exists=True,
-            )
-        except LabError:
-            raise
-        except (ValueError, LookupError, RuntimeError, ImportError, SQLAlchemyError, OptunaError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise LabError(
-                f"the study in {self.folder} (storage {self.storage}) cannot be opened: {first}; "
-                "give another folder, or check the storage."
-            ) from error
-
-    def _lock(self, name: str) -> FileLock:
-        path = self.folder / f"{name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path)
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        with self._lock("turn").acquire(timeout=LOCK_SECONDS):
-            yield
-
-    def _check(self) -> None:
-        known = self.study.user_attrs.get("about")
-        if known is None:
-            self.study.set_user_attr("about", self.about)
-        elif known != self.about:
-            wrong = [n for n in sorted(known.keys() | self.about.keys()) if known.get(n) != self.about.get(n)]
-            n = wrong[0]
-            raise LabError(
-                f"{self.folder} holds a study of another {', '.join(wrong)} ({n}: {known.get(n)} there, "
-                f"{self.about.get(n)} here); give this one another folder."
-            )
-
-    def ask(self, num_trials: int, draw_values: Callable[[Trial], Any]) -> Trial | None:
-        """A trial to run: one whose worker was killed, or a new one; None once as many were begun.
-
-        Args: draw_values: draws all values of a new trial, as `draw` does.
-        """
-        with self._turn():
-            trial = self._abandoned()
-            if trial is None:
-                if len(self.trials()) >= num_trials:
-                    return None
-                self._add(draw_values)
-                trial = next(t for t in self.trials()[::-1] if t.user_attrs.get("worker") == self.name)
-            resumed = Trial(self.study, trial._trial_id)
-            resumed.set_user_attr("worker", self.name)
-            return resumed
-
-    def _abandoned(self) -> FrozenTrial | None:
-        """The first running trial whose worker is dead."""
-        for trial in self.trials():
-            if trial.state == TrialState.RUNNING and not self._lives(trial.user_attrs.get("worker")):
-                latest = self.trials()[trial.number]
-                # a worker that ended its trial and left since the first look is no dead one
-                if latest.state == TrialState.RUNNING:
-                    return latest
-        return None
-
-    def _add(self, draw_values: Callable[[Trial], Any]) -> None:
-        """Add the next trial with all its values in one write, so that a kill leaves a whole trial or none."""
-        number = len(self.trials())
-        seed = np.random.SeedSequence((self.seed, number)).generate_state(1)[0]
-        sampler = optuna.samplers.TPESampler(
-            multivariate=True, group=True, constant_liar=True, seed=int(seed)
-        )
-        in_memory = optuna.create_study(direction="maximize", sampler=sampler)
-        in_memory.add_trials(self.trials())
-        trial = in_memory.ask()
-        draw_values(trial)
-        self.study.add_trial(
-            optuna.trial.create_trial(
-                state=TrialState.RUNNING,
-                params=trial.params,
-                distributions=trial.distributions,
-                user_attrs={"worker": self.name},
-            )
-        )
-
-    def _lives(self, worker: str | None) -> bool:
-        """Whether a worker holds its lock; one of another machine whose lock is not here counts as alive."""
-        if worker is None or worker == self.name:
-            return worker is not None
-        path = self.folder / "workers" / f"{worker}.lock"
-        if not path.exists():
-            return not worker.startswith(f"{platform.node()}-")
-        try:
-            with FileLock(path, timeout=0):
-                pass
-        except Timeout:
-            return True
-        path.unlink(missing_ok=True)
+def _claim(study: optuna.Study, folder: Path, trial: FrozenTrial, held: ExitStack) -> bool:
+    """Take a running trial's lock; False if another process holds it or the trial has ended meanwhile."""
+    path = _trial_folder(folder, trial.number) / "lock"
+    here = platform.node()
+    if trial.user_attrs.get("machine", here) != here and not path.exists():
+        return False  # of a machine that shares the database and not this folder
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held.enter_context(FileLock(path).acquire(timeout=0))
+    except Timeout:
         return False
+    return study.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING
 
-    def trials(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False)
+
+def _add_trial(study: optuna.Study, sample: Callable[[Trial], Any], seed: int) -> FrozenTrial:
+    """Add the next trial with all its values in one write, so that a kill leaves a complete trial or none."""
+    earlier = study.get_trials(deepcopy=False)
+    trial_seed = np.random.SeedSequence((seed, len(earlier))).generate_state(1)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.TPESampler(
+            multivariate=True, group=True, constant_liar=True, seed=int(trial_seed)
+        )
+    in_memory = optuna.create_study(direction="maximize", sampler=sampler)
+    in_memory.add_trials(earlier)
+    trial = in_memory.ask()
+    sample(trial)
+    here = {"machine": platform.node()}
+    study.add_trial(
+        optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs=here,
+        )
+    )
+    added = study.get_trials(deepcopy=False)[len(earlier) :]  # other machines may have added theirs
+    return next(trial for trial in added[::-1] if trial.user_attrs == here)
+
+
+def _trial_folder(folder: Path, number: int) -> Path:
+    return folder / "trials" / f"{number:04d}"
 
 
 def is_behind(study: optuna.Study, number: int) -> bool:
     """Whether a trial is below the best third at a rung that it has just reached (1, 3, 9, ... epochs).
 
-    As Optuna's SuccessiveHalvingPruner, but a function of the reported values alone: asked again after a kill, it
-    gives the same answer. That one notes which rungs it has judged before the verdict is carried out.
+    Same decisions as Optuna's SuccessiveHalvingPruner, which stores the rung before its decision is carried out; this
+    one depends on the reported values alone, so it decides the same when it is asked again after a kill.
 
     Source: ASHA, Li et al. 2020.
     """
@@ -355,7 +322,7 @@ def is_behind(study: optuna.Study, number: int) -> bool:
     rung = 1
     while rung <= step:
         if all(earlier < rung for earlier in before):
-            reached = [_at_rung(trial, rung) for trial in trials]
+            reached = [_value_at_rung(trial, rung) for trial in trials]
             values = sorted(value for value in reached if not np.isnan(value))
             if not trials[number].intermediate_values[step] >= values[-max(1, len(values) // 3)]:
                 return True
@@ -363,14 +330,19 @@ def is_behind(study: optuna.Study, number: int) -> bool:
     return False
 
 
-def _at_rung(trial: FrozenTrial, rung: int) -> float:
-    """A trial's value at its first report from a rung on; nan where it has none."""
+def _value_at_rung(trial: FrozenTrial, rung: int) -> float:
+    """A trial's value at its first report at or after a rung; nan without one."""
     steps = [step for step in trial.intermediate_values if step >= rung]
     return trial.intermediate_values[min(steps)] if steps else np.nan
 
 
+def completed(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that were trained to their end."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
 def trials_table(study: optuna.Study) -> pd.DataFrame:
-    """One row a trial: `number`, `state`, `value` (of a pruned one its last), `epochs`, `reason`, the fields tried."""
+    """One row per trial: `number`, `state`, `value` (the last one if pruned), `epochs`, `reason`, the fields tried."""
     rows = []
     for trial in study.get_trials(deepcopy=False):
         last = trial.last_step
@@ -386,6 +358,240 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+# --- Searches ---
+
+
+DATA_FIELDS = frozenset({"data_dir", "reader", "train_splits", "val_splits", "max_samples", "split_seed"})
+"""A space with one of these has trials over different data on purpose."""
+
+FAILURES = (LabError, RuntimeError, ValueError, ArithmeticError, MemoryError)  # of a trial, not of the study
+
+
+class OtherDataError(LabError):
+    """The data differ from those of a study's earlier trials."""
+
+
+def study_folder(config: Config, space: str | Path) -> Path:
+    """Default folder of a configuration's study over a space."""
+    return config.runs_dir / "tuning" / f"{config.preset}_{Path(space).stem}"
+
+
+def tune(
+    config: Config,
+    space: Space,
+    folder: str | Path,
+    *,
+    num_trials: int = 60,
+    storage: str = "journal",
+    trial_settings: dict[str, Any] | None = None,
+    show: bool = True,
+    train: Callable[..., Run] = fit,
+) -> optuna.Study:
+    """Search a space, or resume a search; the best settings are written to best_config.yaml in the folder.
+
+    Values are sampled by TPE; after each epoch successive halving (ASHA, Li et al. 2020) stops a trial that is
+    behind at that epoch. A trial's value is its best validation `best_metric`. A trial that fails is kept with
+    its reason.
+
+    Args:
+        config: what every trial starts from.
+        folder: of the study; its trials' runs are in `trials/`, without checkpoints.
+        num_trials: of all processes and all calls together.
+        storage: `journal`, a file in the folder, or the URL of a database.
+        trial_settings: fields that differ in trials only, such as `train_splits=("tune",)`.
+        train: called with a trial's configuration, `show` and `on_epoch`.
+    Returns: the Optuna study. Interrupted, it raises KeyboardInterrupt; the next call resumes.
+    Raises: LabError if the folder contains a study of another space, configuration or data, or no trial finished;
+        DiskFullError if no space is left, after which the same call resumes.
+    """
+    folder = Path(folder)
+    trial_config = config.updated(**{"checkpoint_dir": None, **(trial_settings or {})})
+    identity = {**describe(space), "configuration": _settings(trial_config)}
+
+    def sample(trial: Trial) -> dict[str, Any]:
+        return suggest(space, trial, trial_config)
+
+    with (
+        _disk_full_in_one_sentence(folder),
+        tqdm(total=num_trials, desc=folder.name, unit="trial", disable=not show) as bar,
+    ):
+        study = open_study(folder, identity, storage)
+        running = True
+        while running:
+            write_best(study, config, space, folder)  # also what a killed process has left to write
+            _show(bar, study, config.best_metric)
+            with next_trial(study, folder, num_trials, sample, config.seed) as trial:
+                running = trial is not None
+                if trial:
+                    run_trial(study, trial, trial_config, space, folder, train)
+    if not completed(study):
+        reasons = [t.user_attrs["reason"] for t in study.trials if "reason" in t.user_attrs]
+        reason = reasons[0] if reasons else "all were pruned; raise num_trials."
+        raise LabError(f"no trial of {folder} has finished: {reason}")
+    return study
+
+
+@contextmanager
+def _disk_full_in_one_sentence(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, LabError) or not is_disk_full(error):
+            raise
+        raise disk_full(folder / "study.journal") from error
+
+
+def _changes(config: Config) -> dict[str, Any]:
+    """The preset and the fields that differ from it, as JSON values."""
+    values = config.model_dump(mode="json")
+    return {"preset": config.preset} | {
+        name: values[name] for name in config.differences(make_config(config.preset))
+    }
+
+
+def _settings(config: Config) -> str:
+    """What all trials have in common, folders apart."""
+    changes = {name: value for name, value in _changes(config).items() if not name.endswith("_dir")}
+    return yaml.safe_dump(changes, default_flow_style=True, width=10**6).strip()
+
+
+def _show(bar: tqdm, study: optuna.Study, metric: str) -> None:
+    if completed(study):
+        bar.set_postfix({f"best {metric}": f"{study.best_value:.4g}"}, refresh=False)
+    bar.n = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+    bar.refresh()
+
+
+def _check_data(study: optuna.Study, run: Run, space: Space) -> None:
+    """Keep the data's digests in the study. Raises: OtherDataError if earlier trials were trained on other data."""
+    data = {part: about["sha256"] for part, about in run.training.get("data", {}).items()}
+    if not data or DATA_FIELDS & space.keys():
+        return
+    known = study.user_attrs.get("data")
+    if known is None:
+        study.set_user_attr("data", data)
+    elif known != data:
+        raise OtherDataError(
+            f"the trials of study {study.study_name!r} were trained on other images or captions than "
+            f"{run.config.data_dir} contains now; give this search another folder."
+        )
+
+
+def run_trial(
+    study: optuna.Study,
+    trial: Trial,
+    config: Config,
+    space: Space,
+    folder: Path,
+    train: Callable[..., Run] = fit,
+) -> None:
+    """Train one trial's settings and report the result to the study.
+
+    A trial whose process was killed resumes from its run's checkpoint and is judged again from its last report on.
+    """
+    metric = config.best_metric
+    reported = study.get_trials(deepcopy=False)[trial.number].intermediate_values
+    next_epoch = max(reported, default=1)  # a kill may have come between this report and its judgement
+
+    def report(history: pd.DataFrame) -> None:
+        nonlocal next_epoch
+        if metric not in history:  # no epoch was validated yet
+            return
+        measured = history.dropna(subset=[metric])
+        for epoch, value in zip(measured["epoch"].astype(int), measured[metric], strict=True):
+            if epoch < next_epoch:
+                continue
+            if epoch not in reported:
+                trial.report(float(goodness(value, metric)), step=epoch)
+            if epoch < config.num_epochs and is_behind(study, trial.number):
+                raise optuna.TrialPruned
+            next_epoch = epoch + 1
+
+    try:
+        settings = config.updated(**expand(space, trial.params), runs_dir=_trial_folder(folder, trial.number))
+        run = train(settings, show=False, on_epoch=report)
+        if not run.finished:
+            raise KeyboardInterrupt  # the trial stays open, and the next call resumes it
+        _check_data(study, run, space)
+        report(run.history)
+        value = float(goodness(run.history[metric], metric).max())
+        if math.isnan(value):
+            raise LabError(f"its {metric} is nan")
+        study.tell(trial, value)
+    except optuna.TrialPruned:
+        study.tell(trial, state=TrialState.PRUNED)
+    except FAILURES as error:
+        if is_disk_full(error) or isinstance(error, OtherDataError):
+            raise  # not caused by these values: the trial stays open, and the study stops
+        trial.set_user_attr("reason", f"{type(error).__name__}: {error}")
+        study.tell(trial, state=TrialState.FAIL)
+    _remove_weights(study, folder)
+
+
+def _remove_weights(study: optuna.Study, folder: Path) -> None:
+    """Delete the checkpoints of all ended trials, and their weights except those of the best trial."""
+    best = study.best_trial.number if completed(study) else None
+    for trial in study.get_trials(deepcopy=False):
+        runs = _trial_folder(folder, trial.number)
+        if trial.state.is_finished():
+            for checkpoints in runs.glob("*/checkpoints"):
+                shutil.rmtree(checkpoints, ignore_errors=True)
+            for weights in runs.glob("*/best.safetensors") if trial.number != best else ():
+                weights.unlink(missing_ok=True)
+
+
+def best_config(study: optuna.Study, config: Config, space: Space) -> Config:
+    """The configuration with the best trial's values. Raises: LabError if no trial has finished."""
+    if not completed(study):
+        raise LabError("no trial of this study has finished; run more.")
+    return config.updated(**expand(space, study.best_params))
+
+
+def write_best(study: optuna.Study, config: Config, space: Space, folder: Path) -> None:
+    """Write best_config.yaml once a trial has finished: the best settings, as `train.py --config` takes them."""
+    if completed(study):
+        changes = _changes(best_config(study, config, space))
+        write_text(folder / "best_config.yaml", yaml.safe_dump(changes, sort_keys=False))
+
+
+def study_figures(study: optuna.Study, metric: str, folder: Path | None = None) -> dict[str, Figure]:
+    """Optuna's figures of a study: history, importance (fANOVA, Hutter et al. 2014), parallel coordinates, slices.
+
+    The last two show the most important fields.
+
+    Args: folder: where each is saved as PNG.
+    Raises: LabError if no trial has finished.
+    """
+    from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
+    from optuna.visualization import matplotlib as draw
+
+    if not completed(study):
+        raise LabError("no trial of this study has finished; there is nothing to plot.")
+    fields = list(study.best_params)
+    axes: dict[str, Any] = {}
+    style: Any = {"figure.figsize": (8, 4), "savefig.bbox": "tight"}  # Optuna sets the rest, globally
+    with pyplot.rc_context(style), warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # of values that are all equal, and of Optuna's experimental functions
+        axes["history"] = draw.plot_optimization_history(study, target_name=metric)
+        if len({trial.value for trial in completed(study)}) > 1:
+            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+            fields = list(optuna.importance.get_param_importances(study, evaluator=evaluator))
+            axes["importance"] = draw.plot_param_importances(study, evaluator=evaluator, target_name=metric)
+        axes["parallel"] = draw.plot_parallel_coordinate(study, params=fields[:6], target_name=metric)
+        axes["slices"] = draw.plot_slice(study, params=fields[:4], target_name=metric)
+        for panel in np.ravel(axes["slices"]):
+            panel.tick_params("x", labelrotation=30)
+            panel.xaxis.set_minor_formatter(NullFormatter())
+        figures = {name: np.ravel(panels)[0].figure for name, panels in axes.items()}
+        for name, figure in figures.items():
+            saved(figure, folder and folder / f"{name}.png")
+            pyplot.close(figure)
+    return figures
 
 
 # --- Grids ---
@@ -409,23 +615,48 @@ def grid_settings(config: Config, grid: Mapping[str, Sequence[Any]]) -> list[Con
 
 
 def run_grid(config: Config, grid: Mapping[str, Sequence[Any]], *, show: bool = True) -> pd.DataFrame:
-    """Train and compare every combination; what is finished is only read, what was cut goes on.
+    """Train and compare every combination; finished runs are only read, interrupted ones are resumed.
 
         run_grid(config, {"use_batch_norm": [False, True], "seed": [0, 1, 2]})
 
     Args:
         grid: field -> values; seeds are averaged in the table.
-        show: one progress bar over the whole grid, an epoch a step.
-    Returns: `compare_runs` of the combinations finished so far: interrupted, the grid says how far it is, and
-        the next call goes on.
+        show: one progress bar over the whole grid, one step per epoch.
+    Returns: `compare_runs` of the combinations finished so far; after an interruption the next call resumes.
     Raises: LabError as `grid_settings`, or if not one combination is finished.
     """
     runs = [run for run in train_all(grid_settings(config, grid), show=show) if run.finished]
     return compare_runs(runs)
 
 
+def grid_table(config: Config, tables: Mapping[str, Mapping[str, dict[str, Any]]]) -> pd.DataFrame:
+    """Train a configuration under every combination of named settings; one row per combination.
+
+        grid_table(config, {"head": {"mlp": {"image_head": "mlp"}, ...}, "loss": {...}})
+
+    Interrupted, the table contains what is finished, and the next call resumes.
+
+    Args: tables: name of a column -> name of a setting -> its fields; a later column's fields replace earlier ones.
+    Returns: recalls of the first test split in percent with their 95 % intervals, and seconds of training.
+    """
+    combinations = list(product(*tables.values()))
+    settings = []
+    for names in combinations:
+        fields = [table[name] for table, name in zip(tables.values(), names, strict=True)]
+        settings.append(config.updated(**{field: value for part in fields for field, value in part.items()}))
+    rows = []
+    for names, run in zip(combinations, train_all(settings), strict=False):
+        row: dict[str, Any] = dict(zip(tables, names, strict=True))
+        if run.finished:
+            metrics = evaluate_run(run, show=False)[run.config.test_splits[0]]
+            row |= {name: told(metrics, name) for name in recalls_of(metrics)}
+            row["seconds"] = round(run.training["train_seconds"], 1)
+        rows.append(row)
+    return pd.DataFrame(rows).set_index(list(tables))
+
+
 def train_all(settings: Sequence[Config], *, show: bool = True) -> list[Run]:
-    """Train every configuration in turn under one bar; stops after one that was interrupted."""
+    """Train every configuration in turn with one progress bar; stops after one that was interrupted."""
     runs: list[Run] = []
     with tqdm(total=sum(setting.num_epochs for setting in settings), unit="epoch", disable=not show) as bar:
         for setting in settings:
@@ -439,7 +670,7 @@ def train_all(settings: Sequence[Config], *, show: bool = True) -> list[Run]:
 
 
 def _train_one(setting: Config, bar: tqdm) -> Run:
-    """Train, the bar moving on by the epochs behind; a run that stopped early moves it to its end."""
+    """Train while the bar counts epochs; a run that stopped early counts all of its epochs."""
     start = bar.n
 
     def move(history: Sized) -> None:
@@ -451,273 +682,7 @@ def _train_one(setting: Config, bar: tqdm) -> Run:
     return run
 
 
-# --- Searches ---
-
-
-DATA_FIELDS = frozenset({"data_dir", "reader", "train_splits", "val_splits", "max_samples", "split_seed"})
-"""Where a space holds one of these, its trials are of different data by intention."""
-
-
-FAILURES = (LabError, RuntimeError, ValueError, ArithmeticError, MemoryError)  # of a trial, not of the study
-Settings = Mapping[str, dict[str, Any]]
-"""Name -> fields of the configuration."""
-
-
-def study_folder(config: Config, space: str | Path) -> Path:
-    """Where a configuration's study over a space is kept, unless another folder is named."""
-    return config.runs_dir / "tuning" / f"{config.preset}_{Path(space).stem}"
-
-
-def tune(
-    config: Config,
-    space: Space,
-    folder: str | Path,
-    *,
-    num_trials: int = 60,
-    storage: str = "journal",
-    trial_settings: dict[str, Any] | None = None,
-    show: bool = True,
-    train: Callable[..., Run] = fit,
-) -> optuna.Study:
-    """Search a space, or go on with a search; the best settings stand in the folder's best_config.yaml.
-
-    Values are drawn by TPE; after each epoch successive halving (ASHA, Li et al. 2020) stops a trial that is
-    behind at that epoch. A trial's value is its best validation `best_metric`. A trial that fails is kept with
-    its reason.
-
-    Args:
-        config: what every trial starts from.
-        folder: of the study; its trials' runs lie in `trials/`, without checkpoints.
-        num_trials: of all workers and all calls together.
-        storage: `journal`, a file in the folder, or the URL of a database.
-        trial_settings: fields that differ in trials only, such as `train_splits=("tune",)`.
-        train: called with a trial's configuration, `show` and `on_epoch`.
-    Returns: the Optuna study. Interrupted, it raises KeyboardInterrupt; the next call goes on.
-    Raises: LabError if the folder holds a study of another space, configuration or data, or no trial finished;
-        DiskFullError if no space is left, after which the same call resumes.
-    """
-    folder = Path(folder)
-    trial_config = config.updated(**{"checkpoint_dir": None, **(trial_settings or {})})
-    about = {**describe(space), "configuration": _settings(trial_config)}
-    with (
-        _disk_full_in_one_sentence(folder),
-        Worker(folder, about, storage, config.seed) as worker,
-        tqdm(total=num_trials, desc=folder.name, unit="trial", disable=not show) as bar,
-    ):
-        while trial := worker.ask(num_trials, lambda trial: draw(space, trial, trial_config)):
-            _show(bar, worker.study, config.best_metric)
-            run_trial(worker.study, trial, trial_config, space, folder, train)
-            write_best(worker.study, config, space, folder)
-        write_best(worker.study, config, space, folder)  # the last worker may have been killed before its own
-        _show(bar, worker.study, config.best_metric)
-    if not _done(worker.study):
-        raise LabError(f"no trial of {folder} has finished: {_first_reason(worker.study)}")
-    return worker.study
-
-
-@contextmanager
-def _disk_full_in_one_sentence(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, LabError) or not is_disk_full(error):
-            raise
-        raise disk_full(folder / "study.journal") from error
-
-
-def _settings(config: Config) -> str:
-    """What trials have in common, places apart."""
-    names = config.differences(make_config(config.preset))
-    changed = {name: config.model_dump(mode="json")[name] for name in names if not name.endswith("_dir")}
-    return yaml.safe_dump({"preset": config.preset, **changed}, default_flow_style=True, width=10**6).strip()
-
-
-def _show(bar: tqdm, study: optuna.Study, metric: str) -> None:
-    trials = study.get_trials(deepcopy=False)
-    done = _done(study)
-    if done:
-        bar.set_postfix({f"best {metric}": f"{max(t.value or 0.0 for t in done):.4g}"}, refresh=False)
-    bar.n = sum(t.state.is_finished() for t in trials)
-    bar.refresh()
-
-
-def _done(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-
-
-def _first_reason(study: optuna.Study) -> str:
-    reasons = (trial.user_attrs.get("reason") for trial in study.get_trials(deepcopy=False))
-    return next((reason for reason in reasons if reason), "all were pruned; raise num_trials.")
-
-
-class OtherDataError(LabError):
-    """The data are others than those of a study's earlier trials."""
-
-
-def _check_data(study: optuna.Study, run: Run, space: Space) -> None:
-    """Keep the data's digests in the study. Raises: OtherDataError if earlier trials were trained on other data."""
-    data = {part: about["sha256"] for part, about in run.training.get("data", {}).items()}
-    if not data or DATA_FIELDS & space.keys():
-        return
-    known = study.user_attrs.get("data")
-    if known is None:
-        study.set_user_attr("data", data)
-    elif known != data:
-        raise OtherDataError(
-            f"the trials of study {study.study_name!r} were trained on other images or captions than "
-            f"{run.config.data_dir} holds now; give this search another folder."
-        )
-
-
-def run_trial(
-    study: optuna.Study,
-    trial: Trial,
-    config: Config,
-    space: Space,
-    folder: Path,
-    train: Callable[..., Run] = fit,
-) -> None:
-    """Train one trial's settings and tell the study how it ended.
-
-    A trial whose worker was killed finds its run's checkpoint in its folder and is judged from its last report on.
-    """
-    home = folder / "trials" / f"{trial.number:04d}"
-    metric = config.best_metric
-    reported = study.get_trials(deepcopy=False)[trial.number].intermediate_values
-    first = max(reported, default=1)  # a kill may have come between this report and its judgement
-
-    def report(history: pd.DataFrame) -> None:
-        nonlocal first
-        if metric not in history:  # no epoch was validated yet
-            return
-        measured = history.dropna(subset=[metric])
-        for epoch, value in zip(measured["epoch"].astype(int), measured[metric], strict=True):
-            if epoch < first:
-                continue
-            if epoch not in reported:
-                trial.report(float(goodness(value, metric)), step=epoch)
-            if epoch < config.num_epochs and is_behind(study, trial.number):
-                raise optuna.TrialPruned
-            first = epoch + 1
-
-    try:
-        settings = config.updated(**expand(space, trial.params), runs_dir=home)
-        run = train(settings, show=False, on_epoch=report)
-        if not run.finished:
-            raise KeyboardInterrupt  # the trial stays open, and the next worker takes it up
-        _check_data(study, run, space)
-        report(run.history)
-        value = float(goodness(run.history[metric], metric).max())
-        if math.isnan(value):
-            raise LabError(f"its {metric} is nan")
-        study.tell(trial, value)
-    except optuna.TrialPruned:
-        study.tell(trial, state=TrialState.PRUNED)
-    except FAILURES as error:
-        if is_disk_full(error) or isinstance(error, OtherDataError):
-            raise  # not a fault of these values: the trial stays open, and the study stops
-        trial.set_user_attr("reason", f"{type(error).__name__}: {error}")
-        study.tell(trial, state=TrialState.FAIL)
-    _tidy(study, folder)
-
-
-def _tidy(study: optuna.Study, folder: Path) -> None:
-    """Drop the checkpoints of all ended trials, and their weights except the best one's."""
-    for trial in study.get_trials(deepcopy=False):
-        home = folder / "trials" / f"{trial.number:04d}"
-        if trial.state.is_finished():
-            for checkpoints in home.glob("*/checkpoints"):
-                shutil.rmtree(checkpoints, ignore_errors=True)
-            if not _done(study) or study.best_trial.number != trial.number:
-                for weights in home.glob("*/best.safetensors"):
-                    weights.unlink(missing_ok=True)
-
-
-def best_config(study: optuna.Study, config: Config, space: Space) -> Config:
-    """The configuration with the best trial's values. Raises: LabError if no trial has finished."""
-    if not _done(study):
-        raise LabError("no trial of this study has finished; run more.")
-    return config.updated(**expand(space, study.best_params))
-
-
-def write_best(study: optuna.Study, config: Config, space: Space, folder: Path) -> Path | None:
-    """best_config.yaml: the configuration with the best trial's values, as `train.py --config` takes it."""
-    if not _done(study):
-        return None
-    best = best_config(study, config, space)
-    base = make_config(best.preset)
-    changed = {name: best.model_dump(mode="json")[name] for name in best.differences(base)}
-    path = folder / "best_config.yaml"
-    with atomic_path(path) as beside:
-        beside.write_text(
-            yaml.safe_dump({"preset": best.preset, **changed}, sort_keys=False), encoding="utf-8"
-        )
-    return path
-
-
-def field_importances(study: optuna.Study, seed: int = 0) -> dict[str, float]:
-    """Share of the values' variance that each field used by every finished trial explains; {} for too few.
-
-    Source: fANOVA, Hutter et al. 2014.
-    """
-    values = {trial.value for trial in _done(study)}
-    if len(values) < 2:
-        return {}
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
-    return optuna.importance.get_param_importances(study, evaluator=evaluator)
-
-
-def study_figures(
-    study: optuna.Study, space: Space, metric: str, folder: Path | None = None
-) -> dict[str, Any]:
-    """History, importance, parallel coordinates and slices by name; saved as PNG where a folder is given.
-
-    Raises: LabError if no trial has finished.
-    """
-    trials = trials_table(study)
-    log = {field for field, dimension in space.items() if dimension.log}
-    shares = field_importances(study)
-    figures: dict[str, Any] = {
-        "history": study_history(trials, metric),
-        **({"importance": importances(shares)} if shares else {}),
-        "parallel": parallel_coordinates(trials, metric, log),
-        "slices": slices(trials, metric, log),
-    }
-    for name, figure in figures.items() if folder else ():
-        saved(figure, Path(str(folder)) / f"{name}.png")
-    return figures
-
-
-# --- comparison ---
-
-
-def crossed(config: Config, rows: Settings, columns: Settings) -> dict[tuple[str, str], Config]:
-    """A configuration under every setting of two tables, by their names.
-
-    Args: rows, columns: name -> fields; a column's come last.
-    """
-    return {
-        (row, column): config.updated(**{**rows[row], **columns[column]})
-        for row in rows
-        for column in columns
-    }
-
-
-def grid_table(configs: Mapping[tuple[str, str], Config], names: Sequence[str]) -> pd.DataFrame:
-    """Train every configuration of a grid; a row each: its recalls in percent with their 95 % intervals.
-
-    Interrupted, the table holds what is finished, and the next call goes on.
-
-    Args: names: what rows and columns of the grid are, for the table.
-    Returns: recalls of the first test split as text, and seconds of training.
-    """
-    table = []
-    for (row, column), run in zip(configs, train_all(list(configs.values())), strict=False):
-        found = evaluate_run(run, show=False)[run.config.test_splits[0]] if run.finished else {}
-        recalls = {name: told(found, name) for name in recalls_of(found)}
-        seconds = {"seconds": round(run.training["train_seconds"], 1)} if run.finished else {}
-        table.append({names[0]: row, names[1]: column, **recalls, **seconds})
-    return pd.DataFrame(table).set_index(list(names))
+# --- Command line ---
 
 
 def compare(arguments: list[str]) -> None:
@@ -745,15 +710,15 @@ def main(
     folder: str = "",
     tune_split: str = "",
 ) -> None:
-    """Search, draw the study's figures, and say where the best settings lie."""
+    """Search, draw the study's figures, and print the best trials and the output paths."""
     dimensions = read_space(space)
     home = Path(folder) if folder else study_folder(config, space)
     settings = {"train_splits": (tune_split,)} if tune_split else {}
     study = tune(config, dimensions, home, num_trials=num_trials, storage=storage, trial_settings=settings)
-    study_figures(study, dimensions, config.best_metric, home / "figures")
+    study_figures(study, config.best_metric, home / "figures")
     best = trials_table(study).query("state == 'complete'").nlargest(5, "value")
     print(best.drop(columns=["state", "reason"]).to_string(index=False))
-    print(f"{home}: best_config.yaml, figures/, the study itself")
+    print(f"{home}: best_config.yaml, figures/, study.journal")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from matplotlib import pyplot
 from optuna.storages.journal import JournalFileBackend
 from small_disk import small_disk
 from test_pairs_data import write_split
@@ -23,9 +24,8 @@ from config import Config, load_config, make_config
 from core.errors import LabError
 from core.files import DiskFullError, write_json
 from dataset import embeddings_at
-from plots.tuning import _Axis, fields_of, importances, parallel_coordinates, slices, study_history
 from train import fit
-from tune import Worker, draw, expand, is_behind, read_space, trials_table
+from tune import expand, is_behind, next_trial, open_study, read_space, suggest, trials_table
 
 
 def write_space(folder, text):
@@ -47,13 +47,13 @@ queue_size: {type: categorical, choices: [64, 128], when: {negatives: [queue, ba
 
 def test_a_space_draws_what_applies(tmp_path):
     space = read_space(write_space(tmp_path, SPACE))
-    assert space["learning_rate"].ends() == (1e-4, 1e-2)
+    assert space["learning_rate"].limits() == (1e-4, 1e-2)
     config = make_config("projection_heads")
     fixed = {"learning_rate": 1e-3, "image_head": "mlp", "head_num_layers": 3, "queue_size": 64}
     trial = optuna.trial.FixedTrial(fixed)
-    assert draw(space, trial, config) == {"learning_rate": 1e-3, "image_head": "mlp", "text_head": "mlp"}
+    assert suggest(space, trial, config) == {"learning_rate": 1e-3, "image_head": "mlp", "text_head": "mlp"}
     trial = optuna.trial.FixedTrial({**fixed, "image_head": "attention"})
-    values = draw(space, trial, config.updated(negatives="queue"))
+    values = suggest(space, trial, config.updated(negatives="queue"))
     assert (values["head_num_layers"], values["queue_size"], values["text_head"]) == (3, 64, "attention")
     assert expand(space, trial.params) == values
 
@@ -61,7 +61,7 @@ def test_a_space_draws_what_applies(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: {type: float, low: 1, high: 2}", "'learning_rat' is no field .* did you mean 'learning_rate'"),
+        ("learning_rat: {type: float, low: 1, high: 2}", "is not a field .* did you mean 'learning_rate'"),
         ("learning_rate: {type: float, low: 2, high: 1}", "learning_rate: low must be less than high"),
         ("learning_rate: {type: float, low: 0, high: 1, log: true}", "more than 0 where log is true"),
         ("learning_rate: {type: float, high: 1}", "type float takes low and high, and no choices"),
@@ -69,10 +69,10 @@ def test_a_space_draws_what_applies(tmp_path):
         ("image_head: {type: categorical, low: 1, high: 2}", "type categorical takes choices"),
         ("batch_size: {type: categorical, choices: [0]}", "'batch_size' takes .* not 0"),
         ("learning_rate: 0.1", "learning_rate: Input should be a valid dictionary"),
-        ("head_dropout: {type: float, low: 0, high: 0.5, when: {image_haed: mlp}}", "'image_haed' is no field"),
+        ("head_dropout: {type: float, low: 0, high: 0.5, when: {image_haed: mlp}}", "'image_haed' is not a field"),
         ("head_dropout: {type: float, low: 0, high: 0.5, when: {loss: infonce}}\n"
-         "loss: {type: categorical, choices: [infonce]}", "when names 'loss', which must stand above it"),
-        ("- a\n- b", "must hold `field: {type: ..., ...}` lines"),
+         "loss: {type: categorical, choices: [infonce]}", "when names 'loss', which must come before it"),
+        ("- a\n- b", "must contain `field: {type: ..., ...}` lines"),
         ("a: [", "cannot be read as YAML"),
     ],
 )  # fmt: skip
@@ -127,8 +127,23 @@ def test_a_study_finds_a_peak_prunes_and_leaves_its_best(tmp_path):
     weights = list((tmp_path / "study" / "trials").glob("*/run/best.safetensors"))
     assert f"trials/{study.best_trial.number:04d}/run" in ["/".join(path.parts[-4:-1]) for path in weights]
     assert not list((tmp_path / "study" / "trials").glob("*/run/checkpoints"))
-    shares = tune.field_importances(study)
-    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_figures_show_the_study_and_leave_no_style_behind(tmp_path):
+    config, space = make_config("projection_heads", num_epochs=4), read_space(write_space(tmp_path, LINE))
+    before = dict(pyplot.rcParams)
+    study = tune.tune(config, space, tmp_path / "study", num_trials=12, show=False, train=trained)
+    figures = tune.study_figures(study, "rsum", tmp_path / "figures")
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == set(figures)
+    points, best = figures["history"].axes[0].collections[0], figures["history"].axes[0].lines[0]
+    assert len(points.get_offsets()) == len(tune.completed(study))
+    assert best.get_ydata()[-1] == study.best_value
+    assert len(figures["importance"].axes[0].patches) == 2
+    assert dict(pyplot.rcParams) == before
+    assert pyplot.get_fignums() == []
+    nothing = optuna.create_study()
+    with pytest.raises(LabError, match="no trial of this study has finished; there is nothing to plot"):
+        tune.study_figures(nothing, "rsum")
 
 
 def test_epochs_without_validation_are_neither_reported_nor_judged(tmp_path):
@@ -160,7 +175,7 @@ def test_halving_judges_as_optuna_does(tmp_path):
                 break
 
 
-def test_a_study_that_was_cut_goes_on_as_it_would_have(tmp_path):
+def test_a_study_with_more_trials_continues_as_it_would_have(tmp_path):
     config = make_config("projection_heads")
     space = read_space(write_space(tmp_path, LINE))
     whole = tune.tune(config, space, tmp_path / "whole", num_trials=8, show=False, train=trained)
@@ -198,7 +213,7 @@ def test_a_study_of_another_space_or_configuration_is_refused(tmp_path):
     tune.tune(config, space, tmp_path / "study", num_trials=1, show=False, train=trained)
     other = read_space(write_space(tmp_path, LINE.replace("high: 1.0", "high: 0.9", 1)))
     with pytest.raises(
-        LabError, match=r"holds a study of another learning_rate \(.*1.0.* there, .*0.9.* here\)"
+        LabError, match=r"contains a study of another learning_rate \(.*1.0.* there, .*0.9.* here\)"
     ):
         tune.tune(config, other, tmp_path / "study", num_trials=2, show=False, train=trained)
     longer = config.updated(num_epochs=99)
@@ -237,23 +252,23 @@ def test_a_study_that_cannot_be_opened_is_one_sentence(tmp_path):
         tune.tune(config, space, tmp_path / "old", **options)
 
 
-def test_a_worker_that_ends_its_trial_and_leaves_is_no_dead_one(tmp_path):
-    with Worker(tmp_path, {}) as other:
-        worker = Worker(tmp_path, {}).__enter__()
-        trial = worker.ask(2, lambda trial: None)
-        lives = other._lives
+def test_a_trial_that_ends_while_another_process_looks_is_not_run_again(tmp_path, monkeypatch):
+    study = open_study(tmp_path, {})
+    first = next_trial(study, tmp_path, 2, lambda trial: None)
+    trial, claim = first.__enter__(), tune._claim
 
-        def ends_first(name: str | None) -> bool:  # between the other's two looks
-            if name == worker.name:
-                worker.study.tell(trial, 1.0)
-                worker.__exit__()
-            return lives(name)
+    def ends_first(study, folder, running, held):
+        if running.number == 0:
+            study.tell(trial, 1.0)
+            first.__exit__(None, None, None)
+        return claim(study, folder, running, held)
 
-        other._lives = ends_first
-        assert other.ask(2, lambda trial: None).number == 1
+    monkeypatch.setattr(tune, "_claim", ends_first)
+    with next_trial(study, tmp_path, 2, lambda trial: None) as other:
+        assert other.number == 1
 
 
-def test_a_study_goes_on_over_its_own_data_alone(tmp_path):
+def test_a_study_resumes_over_its_own_data_only(tmp_path):
     config, space = make_config("projection_heads"), read_space(write_space(tmp_path, LINE))
 
     def over(digest):
@@ -269,7 +284,7 @@ def test_a_study_goes_on_over_its_own_data_alone(tmp_path):
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
 
 
-def test_an_interrupted_trial_is_taken_up_where_it_was(tmp_path):
+def test_an_interrupted_trial_is_resumed(tmp_path):
     config, space = make_config("projection_heads"), read_space(write_space(tmp_path, LINE))
     places = []
 
@@ -316,7 +331,7 @@ def test_a_study_killed_at_any_write_draws_the_trials_of_an_undisturbed_one(tmp_
     config = make_config("projection_heads", num_epochs=4, runs_dir=tmp_path / "runs")
     space, fork = read_space(write_space(tmp_path, LINE)), multiprocessing.get_context("fork")
     whole = tune.tune(config, space, tmp_path / "whole", num_trials=14, show=False, train=trained)
-    for number in (2, 4, 5, 6, 7, 8, 9, 10, 25):
+    for number in (2, 4, 5, 6, 7, 8, 9, 10, 15):
         child = fork.Process(
             target=_killed_at_write, args=(config, space, tmp_path / "killed", number, moment)
         )
@@ -393,9 +408,10 @@ def test_four_workers_lose_no_trial_and_double_none_even_when_one_is_killed(tmp_
     for worker in [*others, *start(1)]:
         worker.join()
         assert worker.exitcode == 0
-    with Worker(tmp_path / "study", _about(space)) as worker:
-        table = trials_table(worker.study)
-        assert worker.ask(16, lambda trial: None) is None
+    study = open_study(tmp_path / "study", _identity(space))
+    table = trials_table(study)
+    with next_trial(study, tmp_path / "study", 16, lambda trial: None) as trial:
+        assert trial is None
     assert table["number"].tolist() == list(range(16))
     assert table["state"].isin(["complete", "pruned"]).all()
     assert table["learning_rate"].is_unique
@@ -403,9 +419,9 @@ def test_four_workers_lose_no_trial_and_double_none_even_when_one_is_killed(tmp_
     assert runs == {f"{number:04d}": 1 + (number == 5) for number in range(16)}
 
 
-def _about(space):
-    about = {"configuration": tune._settings(make_config("projection_heads"))}
-    return {**tune.describe(read_space(space)), **about}
+def _identity(space):
+    settings = tune._settings(make_config("projection_heads"))
+    return {**tune.describe(read_space(space)), "configuration": settings}
 
 
 # ---------------------------------------------------------------- with real training
@@ -438,59 +454,3 @@ def test_tuning_trains_on_its_part_and_best_config_trains_on_all(tmp_path, capsy
     assert run.training["data"]["train"]["images"] == 60
     tune.compare([str(tmp_path / "small.yaml"), str(tmp_path / "study" / "best_config.yaml"), "--seed", "0"])
     assert "i2t_recall@1" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------- figures
-
-
-@pytest.fixture
-def trials():
-    rng = np.random.default_rng(0)
-    count = 30
-    heads = rng.choice(["mlp", "attention"], count)
-    return pd.DataFrame({
-        "number": range(count),
-        "state": ["fail" if row == 3 else "pruned" if row % 3 == 1 else "complete" for row in range(count)],
-        "value": [np.nan if row == 3 else 150 + 3 * row + rng.normal() for row in range(count)],
-        "epochs": 5, "reason": "",
-        "learning_rate": 10 ** rng.uniform(-4, -2, count),
-        "image_head": heads,
-        "head_num_layers": np.where(heads == "attention", rng.integers(1, 4, count).astype(float), np.nan),
-    })  # fmt: skip
-
-
-def test_axes_place_values_between_0_and_1_and_unused_ones_below():
-    axis = _Axis(pd.Series([1e-4, 3e-4, 1e-3, 2e-3, 1e-2, np.nan]), log=True)
-    assert axis.places(pd.Series([1e-4, 1e-3, 1e-2, np.nan])).tolist() == pytest.approx(
-        [0, 0.5, 1, _Axis.UNUSED]
-    )
-    assert [text for _, text in axis.ticks()] == ["0.0001", "0.001", "0.01"]
-    sizes = _Axis(pd.Series([2048.0, 512.0, np.nan]), log=True)  # few values: side by side
-    assert sizes.ticks() == [(0, "512"), (1, "2048")]
-    heads = _Axis(pd.Series(["mlp", "clip", "mlp"]), log=False)
-    assert heads.places(pd.Series(["clip", "mlp"])).tolist() == [0, 1]
-    assert heads.ticks() == [(0, "clip"), (1, "mlp")]
-
-
-def test_figures_show_what_the_study_holds(trials, tmp_path):
-    assert fields_of(trials) == ["learning_rate", "image_head", "head_num_layers"]
-    history = study_history(trials, "rsum", tmp_path / "history.png")
-    best = trials.loc[trials["state"] == "complete", "value"].max()
-    line = next(line for line in history.axes[0].lines if line.get_drawstyle() == "steps-post")
-    assert line.get_ydata()[-1] == best
-    labels = [text.get_text() for text in history.axes[0].get_legend().get_texts()]
-    assert labels[:3] == ["finished (19)", "pruned (10)", "failed (1)"]
-    lines = parallel_coordinates(trials, "rsum", {"learning_rate"}, tmp_path / "parallel.png")
-    assert len(lines.axes[0].collections[0].get_segments()) == 19
-    panels = slices(trials, "rsum", {"learning_rate"}, tmp_path / "slices.png")
-    assert [axes.get_xscale() for axes in panels.axes] == ["log", "linear", "linear"]
-    bars = importances({"learning_rate": 0.7, "image_head": 0.3}, tmp_path / "importance.png")
-    assert [bar.get_width() for bar in bars.axes[0].patches] == [30, 70]
-    assert len(list(tmp_path.glob("*.png"))) == 4
-
-
-def test_nothing_finished_is_said(trials):
-    with pytest.raises(LabError, match="no trial has finished yet"):
-        study_history(trials.assign(state="fail"), "rsum")
-    with pytest.raises(LabError, match="at least two finished trials"):
-        importances({})
