@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from interface import cli
+
+    cli.dataset()
+    raise SystemExit
+
 import functools
 import hashlib
 import inspect
@@ -27,7 +33,6 @@ from config import Config
 from core.errors import LabError, choose
 from core.files import fingerprint
 from core.ids import SWAPPED
-from interface.cli import Parser, one_sentence
 from models import CLIPModel
 from retrieval.mining import NONE, check_negatives, mine_random, mine_semantic
 from sources.check import check, report_table, save_report
@@ -44,7 +49,7 @@ from sources.embeddings import (
     read_pairs,
     row_digests,
 )
-from sources.fetch import SOURCES, fetch, is_interrupted, is_linked
+from sources.fetch import fetch, is_interrupted, is_linked
 from sources.image_cache import ImageCache, open_images
 from sources.readers import READERS, read_captions
 from sources.side_by_side import (
@@ -690,30 +695,15 @@ def check_data(config: Config, folder: str | Path = "outputs/data_check") -> pd.
     return report_table(report).set_index("finding")
 
 
-def main() -> None:
-    """`python dataset.py fetch NAME` and `python dataset.py check DIR`."""
-    parser = Parser(description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    fetching = commands.add_parser("fetch", help="bring a data set to data/NAME")
-    fetching.add_argument("name", help=", ".join(SOURCES))
-    fetching.add_argument("--data_dir", default="data", help="folder of the data sets' folders")
-    fetching.add_argument("--karpathy", action="store_true", help="Karpathy's split file too")
-    checking = commands.add_parser("check", help="say what is wrong with a folder's pictures and captions")
-    checking.add_argument("data_dir", metavar="DIR")
-    checking.add_argument("--reader", default="coco", help=", ".join(READERS))
-    for name in ("karpathy_file", "annotation_file", "image_root"):
-        checking.add_argument(f"--{name}", help=Config.model_fields[name].description)
-    checking.add_argument("--split_seed", type=int, default=0)
-    checking.add_argument("--text_tower", default="minilm", help="whose tokenizer measures captions")
-    checking.add_argument("--folder", default="outputs/data_check", help="where report and figure go")
-    given = vars(parser.parse_args())
-    with one_sentence():
-        if given.pop("command") == "fetch":
-            print(fetch(**given))
-            return
-        folder = given.pop("folder")
-        print(check_data(Config(**given), folder).to_string())
-        print(f"{folder}: data_report.json, data_report.png")
+def fetch_command(name: str, **options: Any) -> None:
+    """Download a data set and print its folder."""
+    print(fetch(name, **options))
+
+
+def check_command(folder: str, **fields: Any) -> None:
+    """Check a folder of images and captions and print the report."""
+    print(check_data(Config(**fields), folder).to_string())
+    print(f"{folder}: data_report.json, data_report.png")
 
 
 # --- The training set ---
@@ -1109,7 +1099,3 @@ def open_dataset(config: Config, splits: Sequence[str], *, progress: bool = True
         )
     openers = {**dict.fromkeys(READERS, open_captioned), **OPENERS}
     return choose(openers, config.reader, "reader")(config, splits, progress=progress)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,12 @@
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from interface import cli
+
+    cli.encode()
+    raise SystemExit
+
 import time
 from pathlib import Path
 
@@ -16,29 +21,18 @@ import pandas as pd
 
 from config import Config
 from dataset import load_table, prepare_data
-from interface.cli import Parser, one_sentence, run_command
-from sources.embeddings import COCO_PAIRS, ENCODERS, SPLITS_FILE, split_pairs, write_pairs
+from sources.embeddings import ENCODERS, SPLITS_FILE, split_pairs, write_pairs
 from sources.table import UNUSED
 from towers.features import WHOLE, cached_image_features, cached_text_features
 from towers.image import image_size
 from training.distributed import barrier, is_main, join_group, rank, world_size
 
 
-def split_command() -> None:
-    """`python encode.py split DIR`."""
-    parser = Parser(description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    splitting = commands.add_parser("split", help="divide a folder by image, once")
-    splitting.add_argument("folder", metavar="DIR")
-    for name, count in COCO_PAIRS.items():
-        splitting.add_argument(f"--{name}_pairs", type=int, default=count)
-    splitting.add_argument("--seed", type=int, default=0)
-    given = vars(parser.parse_args())
-    given.pop("command")
-    with one_sentence():
-        sizes = split_pairs(**given)
-        print("\n".join(f"{name:7} {count:>9,} pairs" for name, count in sizes.items()))
-        print(f"{Path(given['folder']) / SPLITS_FILE}: the images of each; no image is on two sides")
+def split_command(folder: str, **options: int) -> None:
+    """Divide a folder of embeddings into splits and print their sizes."""
+    for name, count in split_pairs(folder, **options).items():
+        print(f"{name:7} {count:>9,} pairs")
+    print(f"{Path(folder) / SPLITS_FILE}: the images of each split; no image is in two splits")
 
 
 def text_cache_report(config: Config) -> pd.DataFrame:
@@ -125,10 +119,3 @@ def main(config: Config, folder: str = "outputs/embeddings") -> None:
     print(preencode(config, folder).to_string())
     print(f"{folder}: {{split}}_image_embeddings.pt, {{split}}_text_embeddings.pt, {{split}}_metadata.json")
     print(f"{config.cache_dir / 'features'}: the same by image and caption, for towers in mode 'cached'")
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["split"]:
-        split_command()
-    else:
-        run_command(main, __doc__)

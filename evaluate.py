@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from interface import cli
+
+    cli.evaluate()
+    raise SystemExit
+
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,10 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from config import Config
 from core.errors import LabError, choose
 from core.files import StaleCacheError, csv_text, make_folder, write_json, write_text
-from interface.cli import Parser, one_sentence
 from metrics import chance, figures_of, is_recall, metrics_table, recalls_of
 from plots.figures import learning_curves, recall_bars
 from reports.compare import (
@@ -529,9 +531,6 @@ def export_run(run: Run, folder: str | Path) -> list[Path]:
     return [card, *written]
 
 
-PLACES = ("data_dir", "cache_dir", "device")
-
-
 def evaluate_command(folder: str, places: dict[str, Any], **options: Any) -> None:
     """Evaluate a run, print its table, and say where everything lies."""
     run = load_run(folder, **places)
@@ -555,78 +554,6 @@ def search_run(folder: str, text: str, places: dict[str, Any], **options: Any) -
 
 def export_command(folder: str, output: str | None, places: dict[str, Any]) -> None:
     """Export a run's model, and say which files it became."""
-    pass  # it needs transformers, which is slow to import
-
     run = load_run(folder, **places)
     for path in export_run(run, Path(output) if output else run.folder / "export"):
         print(path)
-
-
-def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--comprehensive", action="store_true", help="every table and figure there is")
-    parser.add_argument("--labelled", action="append", default=[], metavar="DIR",
-                        help="class folders or CIFAR's files to classify; may be given again")  # fmt: skip
-    parser.add_argument("--again", action="store_true", help="measure again what metrics.json holds")
-    parser.add_argument(
-        "--output_file", help="a further copy of the page, metrics or results: .html, .json, .csv, .md"
-    )
-
-
-def _compare_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--folder", default="outputs/comparison", help="where tables, figures and report.html go"
-    )
-    parser.add_argument("--baseline", help="setting or run that the others are judged against; the first")
-
-
-def _search_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("text", nargs="?", default="", help="what the pictures should show")
-    parser.add_argument("--image", help="a picture that they should be like")
-    parser.add_argument("--minus", default="", help="what they should not show")
-    parser.add_argument("--k", type=int, default=10, help="how many pictures")
-
-
-def _export_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--folder", dest="output", help="where to; export/ in the run's folder")
-
-
-COMMANDS: dict[str, tuple[Callable[..., None], Callable[[argparse.ArgumentParser], None], str]] = {
-    "run": (evaluate_command, _evaluate_flags, "evaluate a run; the word may be left out"),
-    "compare": (compare_command, _compare_flags, "put finished runs side by side"),
-    "search": (search_run, _search_flags, "find a run's test pictures by text or picture"),
-    "export": (export_command, _export_flags, "write a run's model for other libraries"),
-}
-
-
-def make_parser() -> Parser:
-    """The command line; where data and device are found is told by the configuration's own fields."""
-    parser = Parser(description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, add_flags, words) in COMMANDS.items():
-        command = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
-        if name == "compare":
-            command.add_argument("folders", metavar="RUN", nargs="+", help="runs' folders, such as runs/*")
-        else:
-            command.add_argument("folder", metavar="RUN", help="a run's folder, such as runs/quickstart_s0")
-        add_flags(command)
-        for place in PLACES:
-            command.add_argument(
-                f"--{place}", help=f"{Config.model_fields[place].description} None: as trained."
-            )
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """`evaluate.py RUN ...` is `evaluate.py run RUN ...`."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0] not in (*COMMANDS, "-h", "--help"):
-        words.insert(0, "run")
-    given = vars(make_parser().parse_args(words))
-    command = COMMANDS[given.pop("command")][0]
-    places = {name: value for name in PLACES if (value := given.pop(name)) is not None}
-    with one_sentence():
-        command(places=places, **given)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,12 @@
-"""The parts of one run and how far they are; `train.fit` is the way to use it."""
+"""Train a run: `fit` in Python, `python train.py` in a shell."""
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from interface import cli
+
+    cli.train()
+    raise SystemExit
 
 import contextlib
 import math
@@ -28,7 +34,6 @@ from core.files import atomic_path, file_digest, write_json, write_text
 from core.tensor_files import load_tensors, save_tensors
 from dataset import OFF, make_loader, open_dataset, prepare_data
 from evaluate import report_run
-from interface.cli import run_command
 from losses import build_loss
 from models import build_model
 from plots.figures import learning_curves
@@ -640,22 +645,22 @@ def overfit(config: Config, images: int = 128, *, steps: int = 300, show: bool =
     return pd.DataFrame([row]).set_index("images")
 
 
+def _print_overfit(config: Config, images: int) -> None:
+    print(overfit(config, images).to_string())
+
+
 def main(
     config: Config,
     resume: str = "auto",
-    overfit_: int = 0,
+    overfit: int = 0,
     eval_only: bool = False,
     comprehensive: bool = False,
     output_file: str = "",
     no_plotting: bool = False,
 ) -> None:
-    """Train, evaluate on the test splits once, and say where everything lies.
-
-    `--overfit N` asks whether N images are learned by heart instead; `--eval_only` reports on the finished run;
-    `--no_plotting` draws no curves while it trains.
-    """
-    if overfit_:
-        print(overfit(config, overfit_).to_string())
+    """Train, evaluate once on the test splits, and print the output paths; the options are those of the shell."""
+    if overfit:
+        _print_overfit(config, overfit)
         return
     folder = config.runs_dir / run_name(config)
 
@@ -672,7 +677,3 @@ def main(
     if run.finished and is_main():
         report_run(run, comprehensive=comprehensive, output_file=output_file or None)
         print(f"{run.folder}: " + ", ".join(sorted(path.name for path in run.folder.iterdir())))
-
-
-if __name__ == "__main__":
-    run_command(main, __doc__)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from interface import cli
+
+    cli.tune()
+    raise SystemExit
+
 import math
 import platform
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
@@ -29,7 +34,6 @@ from config import Config, load_yaml, make_config, run_name
 from core.errors import LabError, nearest
 from core.files import disk_full, is_disk_full, locked, write_text
 from evaluate import compare_runs, evaluate_run, readable
-from interface.cli import Parser, one_sentence, parse_config, run_command
 from metrics import recalls_of, told
 from plots.style import saved
 from train import fit
@@ -685,21 +689,10 @@ def _train_one(setting: Config, bar: tqdm) -> Run:
 # --- Command line ---
 
 
-def compare(arguments: list[str]) -> None:
-    """`python tune.py compare FILE ... [--FIELD VALUE ...]`: train each file's settings, print one table."""
-    files = [word for word in arguments if word.endswith((".yaml", ".yml", ".json"))]
-    flags = [word for word in arguments if word not in files]
-    if not files:
-        raise LabError("give the configurations to compare, such as `python tune.py compare configs/*.yaml`.")
-    runs = [run for run in train_all([_read(file, flags) for file in files]) if run.finished]
+def compare(configs: Sequence[Config]) -> None:
+    """Train every configuration and print one table of the finished runs."""
+    runs = [run for run in train_all(configs) if run.finished]
     print(readable(compare_runs(runs)).to_string())
-
-
-def _read(file: str, flags: list[str]) -> Config:
-    parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("config_file")
-    parser.add_argument("--config", dest="config_flag")
-    return parse_config(parser, [file, *flags])
 
 
 def main(
@@ -719,11 +712,3 @@ def main(
     best = trials_table(study).query("state == 'complete'").nlargest(5, "value")
     print(best.drop(columns=["state", "reason"]).to_string(index=False))
     print(f"{home}: best_config.yaml, figures/, study.journal")
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["compare"]:
-        with one_sentence():
-            compare(sys.argv[2:])
-    else:
-        run_command(main, __doc__)

@@ -1,35 +1,39 @@
 """Command lines: fields are flags, files and presets come first, mistakes end in one sentence."""
 
 import io
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from config import Config, make_config
+from config import GROUPS, Config, make_config
 from interface.cli import run_command
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def called(*words: str) -> tuple[Config, str]:
-    seen = []
+    calls = []
 
-    def command(config: Config, resume: str = "auto") -> None:
-        seen.append((config, resume))
+    def command(config: Config, resume: str) -> None:
+        calls.append((config, resume))
 
-    run_command(command, "a command", list(words))
-    return seen[0]
+    run_command(command, "a command", {"resume": ("auto", "where to start")}, list(words))
+    return calls[0]
 
 
 def test_it_starts_from_quickstart():
     assert called() == (make_config("quickstart"), "auto")
 
 
-def test_flags_are_fields():
+def test_flags_are_fields(tmp_path):
     config, resume = called(
-        "--preset", "flickr8k", "--data_dir", "DIR", "--num_epochs", "20", "--use_batch_norm", "true",
+        "--preset", "flickr8k", "--data_dir", str(tmp_path), "--num_epochs", "20", "--use_batch_norm", "true",
         "--test_splits", "a,b", "--resume", "never",
     )  # fmt: skip
     expected = make_config(
-        "flickr8k", data_dir="DIR", num_epochs=20, use_batch_norm=True, test_splits=("a", "b")
+        "flickr8k", data_dir=tmp_path, num_epochs=20, use_batch_norm=True, test_splits=("a", "b")
     )
     assert (config, resume) == (expected, "never")
 
@@ -58,6 +62,7 @@ def test_a_file_comes_before_flags(tmp_path, words):
         (["--resum", "never"], "unrecognized arguments: --resum; did you mean '--resume'?"),
         (["--train_splits", "["], "error: the command line cannot be read: "),
         (["--device", "gpu"], "error: device 'gpu' does not exist"),
+        (["--data_dir", "nowhere"], "error: data_dir nowhere does not exist or is empty"),
     ],
 )
 def test_mistakes_end_in_one_sentence(words, message, capsys):
@@ -72,6 +77,24 @@ def test_mistakes_end_in_one_sentence(words, message, capsys):
 def test_a_redirected_stdout_of_another_encoding_stops_nothing(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
-    run_command(lambda config: print("写真.jpg → 1 Ä \udcff"), "a command", [])
+    run_command(lambda config: print("写真.jpg → 1 Ä \udcff"), "a command", {}, [])
     sys.stdout.flush()
     assert written.getvalue().decode("cp1252").strip() == "??.jpg ? 1 Ä ?"
+
+
+def test_help_is_grouped_and_shows_the_defaults_of_the_preset(capsys):
+    with pytest.raises(SystemExit):
+        called("--preset", "flickr8k", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f" {group}:" in text for group in GROUPS.values())
+    expected = make_config("flickr8k")
+    assert f"Passes over the training images. (default: {expected.num_epochs})" in text
+    assert "Splits trained on. (default: train)" in text
+    assert "--no-" not in text
+
+
+@pytest.mark.parametrize("script", ["train", "tune", "encode", "evaluate", "dataset"])
+def test_help_is_printed_without_torch(script):
+    code = f"import sys, runpy; sys.argv[1:] = ['--help']\ntry: runpy.run_path('{script}.py', run_name='__main__')"
+    code += "\nexcept SystemExit as ended: sys.exit(ended.code or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

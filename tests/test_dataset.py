@@ -18,12 +18,12 @@ from dataset import (
     COCOClipDataset,
     EpochBatches,
     load_table,
-    main,
     make_loader,
     open_dataset,
     prepare_data,
     split_sizes,
 )
+from interface import cli
 from losses import ContrastiveLoss
 from sources.readers import read_captions
 from sources.table import CaptionTable
@@ -160,14 +160,14 @@ def test_check_from_a_shell(tmp_path, monkeypatch, capsys):
     root = write_coco(tmp_path / "coco", {"train": 6})
     (root / "train2014" / "COCO_train2014_000000000002.jpg").write_bytes(b"<html>not found</html>")
     monkeypatch.setattr("sys.argv", ["dataset.py", "check", str(root), "--folder", str(tmp_path / "out")])
-    main()
+    cli.dataset()
     said = capsys.readouterr().out
     assert re.search(r"undecodable images +1 ", said)
     assert re.search(r"captions +18 +3 to 3 an image", said)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"data_report.json", "data_report.png"}
     monkeypatch.setattr("sys.argv", ["dataset.py", "fetch", "coco"])
     with pytest.raises(SystemExit, match="did you mean 'coco2014'"):
-        main()
+        cli.dataset()
 
 
 def test_the_fields_of_a_readers_files_are_flags(tmp_path, monkeypatch, capsys):
@@ -179,9 +179,9 @@ def test_the_fields_of_a_readers_files_are_flags(tmp_path, monkeypatch, capsys):
     check = ["dataset.py", "check", str(data), "--reader", "json", "--folder", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", check)
     with pytest.raises(SystemExit, match="name the file with annotation_file"):
-        main()
+        cli.dataset()
     monkeypatch.setattr("sys.argv", [*check, "--annotation_file", "mine.json", "--image_root", str(images)])
-    main()
+    cli.dataset()
     assert re.search(r"images +4 +train 4", capsys.readouterr().out)
     settings: dict = {"reader": "json", "image_root": images, "cache_dir": tmp_path / "cache"}
     for place in ({"data_dir": data, "annotation_file": "mine.json"}, {"data_dir": data / "mine.json"}):

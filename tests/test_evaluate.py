@@ -16,6 +16,7 @@ import evaluate
 from config import make_config
 from core.errors import LabError
 from evaluate import keep_measured, measured, ranks_of
+from interface import cli
 from metrics import metrics_table, retrieval_metrics
 from reports import compare, search, sections, zero_shot
 from reports.gallery import RANK_FIELDS, fitting_protocols, load_ranks, protocol_of, ranks_path, save_ranks
@@ -419,15 +420,15 @@ def test_labels_and_fields_say_what_sets_runs_apart(home):
 
 
 def test_command_line_prints_the_table_and_one_sentence(run, tmp_path, capsys):
-    evaluate.main([str(run.folder)])
+    cli.evaluate([str(run.folder)])
     shown = capsys.readouterr().out
     assert "novel full" in shown
     assert f"{run.folder}: metrics.json" in shown
     with pytest.raises(SystemExit) as ended:
-        evaluate.main([str(tmp_path / "none")])
+        cli.evaluate([str(tmp_path / "none")])
     assert ended.value.code == f"error: {tmp_path / 'none'} is not a run's folder (no config.yaml)."
     with pytest.raises(SystemExit) as ended:
-        evaluate.main(["compare", str(tmp_path)])
+        cli.evaluate(["compare", str(tmp_path)])
     assert "train one first" in ended.value.code
     assert f"{tmp_path} is left out: it is not a run." in capsys.readouterr().out
 
@@ -435,8 +436,8 @@ def test_command_line_prints_the_table_and_one_sentence(run, tmp_path, capsys):
 def test_search_and_export_get_what_the_shell_says(tmp_path, monkeypatch, capsys):
     config_of(tmp_path).save(tmp_path / "run" / "config.yaml")
     monkeypatch.setattr(evaluate, "search_command", lambda run, *words, **given: (run.name, *words, given))
-    evaluate.main(["search", str(tmp_path / "run"), "a dog", "--minus", "snow", "--k", "3"])
+    cli.evaluate(["search", str(tmp_path / "run"), "a dog", "--minus", "snow", "--k", "3"])
     assert capsys.readouterr().out.strip() == "('run', 'a dog', {'image': None, 'minus': 'snow', 'k': 3})"
     monkeypatch.setattr("evaluate.export_run", lambda run, folder: [folder / run.config.preset])
-    evaluate.main(["export", str(tmp_path / "run"), "--folder", str(tmp_path / "out")])
+    cli.evaluate(["export", str(tmp_path / "run"), "--folder", str(tmp_path / "out")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "quickstart")

@@ -13,8 +13,8 @@ from small_data import SHARED
 from config import make_config
 from core.errors import LabError
 from dataset import embeddings_at, make_loader, open_dataset
-from encode import split_command as preencoded_main
 from evaluate import evaluate_run
+from interface import cli
 from sources.embeddings import Rows, divide, read_pairs, same_rows, split_pairs, stacked
 from sources.table import CaptionTable
 from train import fit
@@ -71,7 +71,7 @@ def test_equal_rows_get_one_number():
 
 def test_a_folder_is_divided_by_image_once(coco2017, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["encode.py", "split", str(coco2017)])
-    preencoded_main()
+    cli.encode()
     assert "train         480 pairs" in capsys.readouterr().out
     division = json.loads((coco2017 / "splits.json").read_text())
     images = {name: set(ids) for name, ids in division["splits"].items()}

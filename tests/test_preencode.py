@@ -14,12 +14,11 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import encode
 from config import make_config
 from core.errors import LabError
 from dataset import COCOClipDataset, load_table, make_loader
 from encode import preencode
-from interface.cli import run_command
+from interface import cli
 from sources.embeddings import read_pairs, read_splits
 from sources.image_cache import open_images
 from towers import features as towers_features
@@ -145,13 +144,14 @@ def _config(coco, tmp_path, siglip_folder, mistral_folder, **settings):
     )  # fmt: skip
 
 
-def test_the_command_writes_both_layouts(coco, tmp_path, siglip_folder, mistral_folder, capsys):
+def test_the_command_writes_both_layouts(coco, tmp_path, siglip_folder, mistral_folder, capsys, monkeypatch):
     out = tmp_path / "out"
     words = (
         f"--image_tower siglip --image_weights {siglip_folder} --text_tower e5 --text_model {mistral_folder} "
         f"--data_dir {coco} --reader coco --cache_dir {tmp_path / 'cache'} --device cpu --folder {out}"
     )
-    run_command(encode.main, encode.__doc__, words.split())
+    monkeypatch.setattr("sys.argv", ["encode.py", *words.split()])
+    cli.encode()
     assert "pictures are 32 x 32 pixels, as image tower 'siglip' takes them" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == sorted(
         f"{split}_{end}"

@@ -22,7 +22,6 @@ from config import Config, make_config
 from core.errors import LabError
 from dataset import open_dataset
 from evaluate import evaluate_run
-from interface.cli import run_command
 from losses import InfoNCELoss, LabelledLoss
 from metrics import recalls_of
 from models import MAX_LOGIT_SCALE
@@ -285,20 +284,10 @@ def test_a_run_outlives_the_file_of_its_first_weights(small, tmp_path):
     assert whole_model(again).image_encoder.width == 1280  # as exports build it
 
 
-def test_overfit_learns_a_few_images_by_heart(small):
-    found = overfit(small.updated(learning_rate=3e-3), 16, steps=150, show=False)
-    assert found.loc[16, "accuracy"] > 0.95
+def test_overfit_memorizes_a_few_images(small, capsys):
+    train.main(small.updated(learning_rate=3e-3), overfit=16)
+    assert float(capsys.readouterr().out.split()[-1]) > 0.95
     assert overfit(small.updated(learning_rate=1e-9), 16, steps=20, show=False).loc[16, "accuracy"] < 0.6
-
-
-def test_overfit_from_a_shell(small, monkeypatch, tmp_path, capsys):
-    asked = []
-    monkeypatch.setattr(
-        train, "overfit", lambda config, images: asked.append(images) or pd.DataFrame([{"accuracy": 1}])
-    )
-    run_command(train.main, "", [str(small.save(tmp_path / "config.yaml")), "--overfit", "128"])
-    assert asked == [128]
-    assert "accuracy" in capsys.readouterr().out
 
 
 # --- precision ---

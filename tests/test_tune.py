@@ -24,6 +24,7 @@ from config import Config, load_config, make_config
 from core.errors import LabError
 from core.files import DiskFullError, write_json
 from dataset import embeddings_at
+from interface import cli
 from train import fit
 from tune import expand, is_behind, next_trial, open_study, read_space, suggest, trials_table
 
@@ -427,7 +428,7 @@ def _identity(space):
 # ---------------------------------------------------------------- with real training
 
 
-def test_tuning_trains_on_its_part_and_best_config_trains_on_all(tmp_path, capsys):
+def test_tuning_trains_on_its_part_and_best_config_trains_on_all(tmp_path, capsys, monkeypatch):
     folder = write_split(tmp_path / "embeddings", "train", list(range(60)))
     for seed, split in enumerate(("tune", "val", "test"), start=1):
         write_split(folder, split, list(range(100 * seed, 100 * seed + 12)), seed=seed)
@@ -452,5 +453,13 @@ def test_tuning_trains_on_its_part_and_best_config_trains_on_all(tmp_path, capsy
     best = load_config(tmp_path / "study" / "best_config.yaml")
     run = fit(best, show=False)
     assert run.training["data"]["train"]["images"] == 60
-    tune.compare([str(tmp_path / "small.yaml"), str(tmp_path / "study" / "best_config.yaml"), "--seed", "0"])
+    words = [
+        "compare",
+        str(tmp_path / "small.yaml"),
+        str(tmp_path / "study" / "best_config.yaml"),
+        "--seed",
+        "0",
+    ]
+    monkeypatch.setattr("sys.argv", ["tune.py", *words])
+    cli.tune()
     assert "i2t_recall@1" in capsys.readouterr().out
