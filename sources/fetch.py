@@ -1,43 +1,54 @@
-"""Where data comes from: the sets that can be fetched, and how each ends up whole in its folder."""
+"""Data sets by name: downloaded with kagglehub or pooch, checked, and placed in one folder per set."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import tarfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from core.errors import LabError, choose
-from sources.archives import kept, unpack
-from sources.downloads import disk_errors, download, human_size, kagglehub_copy, require_space
+from core.files import atomic_path, locked, make_folder, write_errors
 
-MARKER = ".fetched.json"  # in a set's folder, written last: what was fetched, with names and sizes
-WORK = ".fetch"  # beside the sets' folders: locks, and what is not whole yet
+MARKER = ".fetched.json"  # in the folder of a set: the parts that were downloaded
+WORK = ".fetch"  # beside the folders of the sets: locks and unfinished downloads
+KARPATHY = "karpathy"  # the part that is downloaded only on request
+TIMEOUT = 30.0  # seconds without a byte after which a connection counts as lost
+RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further attempt after a lost connection
+MOUNTS = {"KAGGLE_KERNEL_RUN_TYPE", "TBE_RUNTIME_ADDR"}  # set where Kaggle or Colab mount sets themselves
+CREDENTIALS = (
+    "public sets need no account: check the credentials in KAGGLE_API_TOKEN, KAGGLE_USERNAME and KAGGLE_KEY, or "
+    "~/.kaggle, and accept the terms of the set on its page"
+)
+DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One archive of a set.
+    """One archive of a data set.
 
     Args:
-        url: http://, https://, or kaggle://owner/set.
-        download_bytes: the archive's size, about.
-        unpacked_bytes: what `keep` takes up, about; an archive that holds twice as much is refused.
-        expects: by pattern of a path below the set's folder, how many files there are at least; `*`
-            spans folders. Only this tells that a part is whole which nobody fetched but put there.
-        checksum: "md5:..." or "sha256:..." of the archive, where a public source states one.
-        keep: patterns of the members to unpack, after `prefix` is taken off.
-        prefix: the archive's folder whose contents belong into the set's folder.
-        skip_copies: the archive holds files several times; unpack them once.
+        url: https://... of a zip or tar file, or kaggle://owner/name/versions/number.
+        download_bytes: approximate size of the archive.
+        unpacked_bytes: approximate size of the unpacked files; a zip or tar file with more than twice as
+            much is refused.
+        expects: minimum number of files per pattern of a path relative to the folder of the set; `*` also
+            matches `/`. A part with these files is complete, also if they were put there by hand.
+        checksum: "md5:..." or "sha256:..." of the archive, if it is published.
+        members: files to unpack from a zip file (empty: all), or files and then the folder of a Kaggle set.
+        prefix: folder of a Kaggle set that contains the members.
     """
 
     url: str
@@ -45,202 +56,86 @@ class Part:
     unpacked_bytes: float
     expects: Mapping[str, int]
     checksum: str | None = None
-    keep: Sequence[str] = ("*",)
+    members: Sequence[str] = ()
     prefix: str = ""
-    skip_copies: bool = False
+
+    @property
+    def handle(self) -> str:
+        """The handle that kagglehub takes, or "" for a plain address."""
+        return self.url.removeprefix("kaggle://") if self.url.startswith("kaggle://") else ""
+
+    @property
+    def kaggle_archive(self) -> Path:
+        """Where kagglehub keeps the unfinished download of a Kaggle set."""
+        owner, name, _, version = self.handle.split("/")
+        cache = os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub")
+        return Path(cache, "datasets", owner, name, f"{version}.archive")
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether kagglehub needs no download: it has a Kaggle set already, or the machine mounts it."""
+        return bool(MOUNTS & os.environ.keys()) or self.kaggle_archive.with_suffix(".complete").exists()
 
 
-@dataclass(frozen=True)
-class Source:
-    """A set: its parts by name, in the order they are fetched, and Karpathy's split of it if there is one."""
+def fetch(name: str, data_dir: str | Path = "data", *, karpathy: bool = False) -> Path:
+    """Download a data set to `data_dir`/`name`; files already on disk are not downloaded again.
 
-    parts: Mapping[str, Part]
-    karpathy: Part | None = None
-
-
-def fetch(
-    name: str,
-    data_dir: str | Path = "data",
-    *,
-    karpathy: bool = False,
-    timeout: float = 60.0,
-    progress: bool = True,
-) -> Path:
-    """Bring a data set to `data_dir`/`name`; at once, and asking no server, if it is there already.
-
-    An interrupted fetch, even a killed one, goes on where it was. Another process that fetches the
-    same set is waited for. Where kagglehub has the images already (its own cache, or a mount of
-    Kaggle or Colab) they are linked, not copied: see `is_linked`.
+    An interrupted download is resumed. If another process is downloading the same set, this one waits.
+    kagglehub keeps the images of Kaggle sets in its own cache (`KAGGLEHUB_CACHE`, or ~/.cache/kagglehub);
+    the folder of the set links to them.
 
     Args:
         name: a name of `SOURCES`.
-        karpathy: bring Karpathy's split too, as `dataset_*.json`.
-        timeout: seconds a server may be silent.
-    Returns: the set's folder.
-    Raises: LabError if the name is unknown, the disk is too small, or a server or an archive fails.
+        karpathy: also download Karpathy's split, `dataset_*.json`.
+    Returns: the folder of the set.
+    Raises: LabError if the name is unknown, a disk is too small, or a server or an archive fails.
 
     >>> fetch("flickr8k")  # doctest: +SKIP
     PosixPath('data/flickr8k')
     """
+    parts = dict(choose(SOURCES, name, "data set"))
+    if karpathy and KARPATHY not in parts:
+        names = ", ".join(name for name, parts in SOURCES.items() if KARPATHY in parts)
+        raise LabError(f"{name} has no Karpathy split; set karpathy to False, or fetch one of: {names}")
+    if not karpathy:
+        parts.pop(KARPATHY, None)
     folder = Path(data_dir) / name
-    parts = _wanted(name, karpathy)
+    work = folder.parent / WORK / name
     if _missing(folder, parts):
-        with _alone(name, folder.parent / WORK):
-            missing = _missing(folder, parts)  # less, if another process was waited for
-            _link_copies(folder, missing)
-            _fetch_missing(folder, _missing(folder, missing), timeout, progress)
+        with _alone(work.parent / f"{name}.lock", name):
+            missing = _missing(folder, parts)  # fewer if another process has finished
+            _check_space(name, missing, work)
+            make_folder(work)
+            for key, part in missing.items():
+                fetch_part = _fetch_kaggle if part.handle else _fetch_archive
+                record = fetch_part(f"{name} {key}", part, folder, work / key)
+                with atomic_path(folder / MARKER) as marker:
+                    marker.write_text(json.dumps({**_records(folder), key: record}))
+                (work / key).unlink(missing_ok=True)
+            shutil.rmtree(work, ignore_errors=True)
     return folder
 
 
 def is_linked(folder: str | Path) -> bool:
-    """Whether `fetch` linked a part of the set to where kagglehub has it, outside of `folder`."""
+    """Whether `fetch` linked a part of the set to kagglehub's copy, which is outside of `folder`."""
     return any(record.get("linked") for record in _records(Path(folder)).values())
 
 
 def is_interrupted(folder: str | Path) -> bool:
-    """Whether `fetch` began to bring a set to `folder` and did not end.
+    """Whether `fetch` started to download a set to `folder` and did not finish.
 
-    Files of a finished part that were changed or deleted since, and sets that were put there by hand, are the user's.
+    Files of a finished part that were changed or deleted since, and sets put there by hand, do not count.
     """
     folder = Path(folder)
     if folder.name not in SOURCES:
         return False
-    records, work = _records(folder), folder.parent / WORK / folder.name
-    return work.exists() or (bool(records) and not records.keys() >= SOURCES[folder.name].parts.keys())
-
-
-def _wanted(name: str, karpathy: bool) -> dict[str, Part]:
-    source = choose(SOURCES, name, "data set")
-    if not karpathy:
-        return dict(source.parts)
-    if source.karpathy is None:
-        names = ", ".join(name for name, source in SOURCES.items() if source.karpathy)
-        raise LabError(f"{name} has no Karpathy split; set karpathy to False, or fetch one of: {names}")
-    return {**source.parts, "karpathy": source.karpathy}
-
-
-@contextmanager
-def _alone(name: str, work: Path) -> Iterator[None]:
-    """Hold the set's lock, which ends with its process; wait for it, saying for whom."""
-    holder = work / f"{name}.holder"
-    lock = FileLock(work / f"{name}.lock")
-    with disk_errors(name, work, "nothing was fetched"):
-        work.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            who = holder.read_text() if holder.exists() else "another process"
-            print(f"{name} is being fetched by {who}; waiting for it", flush=True)
-            lock.acquire()
-    me = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%H:%M:%S}"
-    try:
-        with disk_errors(name, work, "nothing was fetched"):
-            holder.write_text(me)
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
-
-
-def _fetch_missing(folder: Path, parts: Mapping[str, Part], timeout: float, progress: bool) -> None:
-    name, work = folder.name, folder.parent / WORK / folder.name
-    if not parts:
-        return
-    with disk_errors(name, work, "nothing was fetched"):
-        work.mkdir(parents=True, exist_ok=True)
-    _announce(name, parts, work, progress)
-    for key, part in parts.items():
-        _fetch_part(f"{name} {key}", part, work / key, folder, timeout, progress)
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def _announce(name: str, parts: Mapping[str, Part], work: Path, progress: bool) -> None:
-    """Tell what the fetch takes. Raises: LabError if the disk has less."""
-    downloads = [max(part.download_bytes - _downloaded(work / key), 0) for key, part in parts.items()]
-    unpacked = sum(part.unpacked_bytes for part in parts.values())
-    free = require_space(work, unpacked + max(downloads), name)  # an archive goes before the next one comes
-    if progress:
-        print(
-            f"{name}: about {human_size(sum(downloads))} to download and {human_size(unpacked)} unpacked; "
-            f"{human_size(free)} free in {work.parent.parent.resolve()}",
-            flush=True,
-        )
-
-
-def _downloaded(archive: Path) -> int:
-    files = (archive, archive.with_name(archive.name + ".part"))
-    return sum(file.stat().st_size for file in files if file.exists())
-
-
-def _fetch_part(label: str, part: Part, archive: Path, folder: Path, timeout: float, progress: bool) -> None:
-    unpacked = archive.with_name(archive.name + ".unpacked")
-    download(part.url, archive, label=label, checksum=part.checksum, timeout=timeout, progress=progress)
-    files = unpack(
-        archive,
-        unpacked,
-        unpacked_bytes=part.unpacked_bytes,
-        label=label,
-        keep=part.keep,
-        prefix=part.prefix,
-        skip_copies=part.skip_copies,
-        progress=progress,
-    )
-    if lacking := _lacking(files, part):
-        archive.unlink()
-        shutil.rmtree(unpacked)
-        raise LabError(
-            f"{label}: the archive of {part.url} {lacking}, so it is not what it was and was deleted; "
-            f"put the files into {folder} by hand"
-        )
-    with disk_errors(label, folder, "the archive is kept"):
-        folder.mkdir(exist_ok=True)
-        _merge(unpacked, folder)
-        _record(folder, archive.name, {"url": part.url, "checksum": part.checksum, "files": files})
-    archive.unlink()
-
-
-def _link_copies(folder: Path, parts: Mapping[str, Part]) -> None:
-    """Link the parts that kagglehub has somewhere already; those that cannot be linked stay missing."""
-    for key, part in parts.items():
-        copy = kagglehub_copy(part.url) if part.url.startswith("kaggle:") else None
-        if copy is None:
-            continue
-        root = copy / part.prefix if (copy / part.prefix).is_dir() else copy
-        entries = [entry for entry in root.iterdir() if kept(entry.name + "/" * entry.is_dir(), part.keep)]
-        try:
-            folder.mkdir(exist_ok=True)
-            for entry in entries:
-                _link(folder / entry.name, entry.resolve())
-            if not _lacking(_walk(folder), part):
-                names = [entry.name for entry in entries]
-                _record(folder, key, {"url": part.url, "to": str(root), "linked": names})
-        except OSError:
-            continue  # something else is there, or this disk or user has no links
-
-
-def _link(place: Path, target: Path) -> None:
-    if place.is_symlink():
-        place.unlink()  # an old link, perhaps to what is gone
-    place.symlink_to(target, target_is_directory=target.is_dir())
-
-
-def _merge(source: Path, target: Path) -> None:
-    """Move what is in `source` to `target`, whole folders where there is none of that name yet."""
-    for entry in list(source.iterdir()):
-        place = target / entry.name
-        if place.is_symlink():
-            place.unlink()
-        if entry.is_dir() and place.is_dir():
-            _merge(entry, place)
-        else:
-            os.replace(entry, place)
-
-
-# ---- what is there
+    records = _records(folder)
+    started = (folder.parent / WORK / folder.name).exists()
+    return started or (bool(records) and not records.keys() >= SOURCES[folder.name].keys() - {KARPATHY})
 
 
 def _records(folder: Path) -> dict[str, Any]:
-    """The marker's records by part; none if it is absent or broken."""
+    """The downloaded parts by name; none if the marker is absent or damaged."""
     try:
         records = json.loads((folder / MARKER).read_text())
     except (OSError, ValueError):
@@ -248,162 +143,295 @@ def _records(folder: Path) -> dict[str, Any]:
     return records if isinstance(records, dict) else {}
 
 
-def _record(folder: Path, key: str, record: dict[str, Any]) -> None:
-    marker, new = folder / MARKER, folder / f"{MARKER}.new"
-    new.write_text(json.dumps({**_records(folder), key: record}))
-    os.replace(new, marker)
-
-
 def _missing(folder: Path, parts: Mapping[str, Part]) -> dict[str, Part]:
-    """The parts that are not whole in `folder`."""
-    if not folder.is_dir():
-        return dict(parts)
-    records = _records(folder)
-    names: list[str] | None = None
-    missing = {}
-    for key, part in parts.items():
-        if key in records:
-            whole = _is_whole(folder, records[key])
-        elif (folder.parent / WORK / folder.name / key).exists():
-            whole = False  # killed while it was moved here
-        else:
-            names = _walk(folder) if names is None else names
-            whole = not _lacking(names, part)
-        if not whole:
-            missing[key] = part
-    return missing
+    """The parts that are not complete in `folder`, or whose archive was not unpacked to the end."""
+    names, work = _file_names(folder), folder.parent / WORK / folder.name
+    return {
+        key: part
+        for key, part in parts.items()
+        if _shortage(names, part) or (not part.handle and (work / key).exists())
+    }
 
 
-def _is_whole(folder: Path, record: Mapping[str, Any]) -> bool:
-    try:
-        if "linked" in record:
-            return all((folder / name).exists() for name in record["linked"])
-        return all(os.stat(folder / name).st_size == size for name, size in record["files"].items())
-    except (OSError, KeyError, TypeError, AttributeError):  # gone, or a marker that somebody edited
-        return False
+def _file_names(folder: Path) -> list[str]:
+    """Relative paths of all files below `folder`, also through links."""
+    walk = os.walk(folder, followlinks=True)
+    return [Path(place, name).relative_to(folder).as_posix() for place, _, names in walk for name in names]
 
 
-def _walk(folder: Path) -> list[str]:
-    """Paths of all files below `folder`, through links too, but through no link twice."""
-    found, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        relative = PurePosixPath(Path(place).relative_to(folder))
-        found += [str(relative / name) for name in names]
-    return found
-
-
-def _lacking(names: Collection[str], part: Part) -> str:
-    """What part of what a part promises is not among these files, or ""."""
-    for pattern, least in part.expects.items():
+def _shortage(names: Collection[str], part: Part) -> str:
+    """Which expected files of a part are not among `names`, or ""."""
+    for pattern, minimum in part.expects.items():
         count = sum(fnmatchcase(name, pattern) for name in names)
-        if count < least:
-            return f"holds {count} of {least} files {pattern}"
+        if count < minimum:
+            return f"{count} of {minimum} files {pattern}"
     return ""
+
+
+@contextmanager
+def _alone(lock: Path, label: str) -> Iterator[None]:
+    """Within, no other process downloads the same; it is waited for."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, timeout=0))
+        except Timeout:
+            print(f"{label} is being downloaded by another process; waiting for it to finish", flush=True)
+            stack.enter_context(locked(lock))
+        yield
+
+
+def _check_space(name: str, parts: Mapping[str, Part], work: Path) -> None:
+    """Print what is downloaded and where. Raises: LabError if a disk has too little free space."""
+    plain = [part for part in parts.values() if not part.handle]
+    kaggle = [part for part in parts.values() if part.handle and not part.is_cached]
+    places = (
+        ("data_dir", plain, {work}),
+        ("KAGGLEHUB_CACHE", kaggle, {part.kaggle_archive.parent for part in kaggle}),
+    )
+    for setting, group, folders in places:
+        if not group:
+            continue
+        present = [file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()]
+        needed = sum(part.unpacked_bytes for part in group) + max(part.download_bytes for part in group)
+        needed = max(needed - sum(present), 0)
+        disk = next(parent for parent in min(folders).absolute().parents[1:] if parent.is_dir())
+        free = shutil.disk_usage(disk).free
+        if free < needed:
+            raise LabError(
+                f"{name} needs {needed / 1e9:.1f} GB and {disk} has {free / 1e9:.1f} GB free; "
+                f"free some space, or set {setting} to a folder on a larger disk"
+            )
+        size = sum(part.download_bytes for part in group) / 1e9
+        print(f"{name}: a download of {size:.2f} GB; needs {needed / 1e9:.2f} GB in {disk}", flush=True)
+
+
+def _fetch_kaggle(label: str, part: Part, folder: Path, archive: Path) -> dict[str, Any]:
+    """Download a Kaggle set to kagglehub's cache, link its folder and copy its files into `folder`."""
+    import kagglehub
+
+    for name in part.members:
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            raise LabError(f"{folder / name} is incomplete; complete it by hand, or move it and fetch again")
+
+    with ExitStack() as stack:
+        if not part.is_cached:  # two folders of data sets share one cache
+            stack.enter_context(_alone(part.kaggle_archive.with_suffix(".lock"), label))
+        with _one_sentence(label, part, part.kaggle_archive):
+            copy = Path(_retry(lambda: kagglehub.dataset_download(part.handle)))
+    root = copy / part.prefix
+    if shortage := _shortage(_file_names(root), part):
+        raise LabError(f"{label}: {copy} has only {shortage}; delete that folder and fetch again")
+    with write_errors(folder):
+        folder.mkdir(exist_ok=True)
+        return {"url": part.url, "linked": [n for n in part.members if _place(root / n, folder / n, archive)]}
+
+
+def _place(source: Path, place: Path, unfinished: Path) -> bool:
+    """Link a folder, or copy a file or what cannot be linked; an existing file is kept. Returns: linked."""
+    if place.is_symlink() and source.is_dir():
+        place.unlink()
+    if source.is_dir():
+        try:
+            place.symlink_to(source.resolve(), target_is_directory=True)
+            return True
+        except OSError:  # some disks and Windows accounts have no links
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(source, unfinished)
+            os.replace(unfinished, place)
+    elif not place.exists():
+        shutil.copyfile(source, unfinished)
+        os.replace(unfinished, place)
+    return False
+
+
+def _fetch_archive(label: str, part: Part, folder: Path, archive: Path) -> dict[str, Any]:
+    """Download a zip or tar file and unpack it; all of it is in `folder` afterwards, or nothing."""
+    unpacked = archive.with_name(f"{archive.name}.unpacked")
+    with _one_sentence(label, part, archive):
+        _retry(lambda: _download(part, archive))
+        shutil.rmtree(unpacked, ignore_errors=True)
+        _unpack(archive, unpacked, part)
+        if shortage := _shortage(_file_names(unpacked), part):
+            raise ValueError(f"only {shortage}")
+    with write_errors(folder):
+        shutil.copytree(unpacked, folder, dirs_exist_ok=True, copy_function=os.replace)
+    return {"url": part.url}
+
+
+def _download(part: Part, archive: Path) -> None:
+    """Download a file with pooch, which starts from zero after a cut unless its downloader resumes."""
+    import pooch
+
+    partial = archive.with_name(f"{archive.name}.part")
+
+    def resume(url: str, output_file: str, _: Any) -> None:
+        with partial.open("ab") as file:
+            headers = {"Accept-Encoding": "identity", "Range": f"bytes={file.tell()}-"}
+            downloader = pooch.HTTPDownloader(True, chunk_size=2**16, timeout=TIMEOUT, headers=headers)
+            downloader(url, file, None)
+        os.replace(partial, output_file)
+
+    pooch.get_logger().setLevel("WARNING")
+    pooch.retrieve(part.url, part.checksum, fname=archive.name, path=archive.parent, downloader=resume)
+
+
+def _unpack(archive: Path, folder: Path, part: Part) -> None:
+    """Unpack a zip or tar file; zipfile and tarfile's data filter write nothing outside of `folder`."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as file:
+            members = [info for info in file.infolist() if not part.members or info.filename in part.members]
+            _check_size(sum(info.file_size for info in members), part)
+            file.extractall(folder, members)
+    else:
+        with tarfile.open(archive) as tar:
+            _check_size(sum(info.size for info in tar), part)
+            tar.extractall(folder, filter="data")
+
+
+def _check_size(unpacked_bytes: int, part: Part) -> None:
+    if unpacked_bytes > 2 * part.unpacked_bytes:
+        raise ValueError(
+            f"it unpacks to {unpacked_bytes:,} bytes, about {part.unpacked_bytes:,.0f} are expected"
+        )
+
+
+def _retry(download: Callable[[], Any]) -> Any:
+    """The result of `download`, called again after a lost connection; it resumes."""
+    import requests
+
+    for wait in RETRY_WAITS:
+        try:
+            return download()
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
+            time.sleep(wait)
+    return download()
+
+
+@contextmanager
+def _one_sentence(label: str, part: Part, archive: Path) -> Iterator[None]:
+    """Within, an error of a server, an archive or a disk is a LabError; a damaged archive is deleted."""
+    import requests
+    from kagglehub.exceptions import DataCorruptionError
+
+    server = "Kaggle" if part.handle else urlsplit(part.url).hostname
+    with write_errors(archive):
+        try:
+            yield
+        except requests.HTTPError as error:
+            status = error.response.status_code if error.response is not None else 0
+            advice = {
+                401: CREDENTIALS,
+                403: CREDENTIALS,
+                404: "download the files by hand",
+                416: "the unfinished download was deleted, run the same call again",
+            }
+            if status == 416:  # the file on the server is shorter than what was downloaded
+                archive.with_name(f"{archive.name}.part").unlink(missing_ok=True)
+            raise LabError(
+                f"{label}: {server} answers {part.url} with error {status}; {advice.get(status, 'try again later')}"
+            ) from error
+        except requests.RequestException as error:
+            raise LabError(
+                f"{label}: the connection to {server} failed {len(RETRY_WAITS) + 1} times; check the network and "
+                "run the same call again, which resumes the download"
+            ) from error
+        except (*DAMAGE, DataCorruptionError) as error:
+            cause = " ".join(str(error).split())
+            if "credentials" in cause:
+                raise LabError(f"{label}: {cause}; delete that file, public sets need no account") from error
+            archive.unlink(missing_ok=True)
+            raise LabError(
+                f"{label}: the download of {part.url} is damaged ({cause}); it was deleted, run the same call again"
+            ) from error
 
 
 # ---- the sets
 
 
 def _karpathy(file: str, unpacked_bytes: float) -> Part:
-    """Karpathy & Fei-Fei's splits (2015): one archive with a file for each of the three sets."""
+    """Karpathy and Fei-Fei's splits (2015): one archive with one file for each of the three sets."""
     return Part(
         url="https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip",
         download_bytes=37e6,
         unpacked_bytes=unpacked_bytes,
         expects={file: 1},
-        keep=(file,),
+        members=(file,),
     )
 
 
-# Sizes are rounded. Where the published count of images is in a comment, the least that is expected lies
-# a little below it: nobody vouches that the copies on Kaggle hold every one.
-SOURCES: dict[str, Source] = {
-    "coco2014": Source(
-        {
-            "captions": Part(
-                url="http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
-                download_bytes=252_872_794,
-                unpacked_bytes=100e6,
-                expects={"*captions_train2014.json": 1, "*captions_val2014.json": 1},
-                # as TensorFlow Datasets states it
-                checksum="sha256:031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
-                keep=("annotations/captions_*.json",),
-            ),
-            "images": Part(
-                url="kaggle://jeffaudi/coco-2014-dataset-for-yolov3",
-                download_bytes=20.2e9,
-                unpacked_bytes=20.2e9,
-                expects={"*COCO_train2014_*.jpg": 82_000, "*COCO_val2014_*.jpg": 40_000},  # 82,783 and 40,504
-                keep=("images/*", "train2014/*", "val2014/*"),
-                prefix="coco2014/",
-            ),
-        },
-        karpathy=_karpathy("dataset_coco.json", 145e6),
-    ),
-    "coco2017": Source(
-        {
-            "captions": Part(
-                url="http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
-                download_bytes=253e6,
-                unpacked_bytes=100e6,
-                expects={"*captions_train2017.json": 1, "*captions_val2017.json": 1},
-                keep=("annotations/captions_*.json",),
-            ),
-            "val_images": Part(
-                url="http://images.cocodataset.org/zips/val2017.zip",
-                download_bytes=816e6,
-                unpacked_bytes=820e6,
-                expects={"val2017/*.jpg": 5_000},
-            ),
-            "images": Part(
-                url="http://images.cocodataset.org/zips/train2017.zip",
-                download_bytes=19.4e9,
-                unpacked_bytes=19.4e9,
-                expects={"train2017/*.jpg": 118_287},
-            ),
-        },
-    ),
-    "flickr30k": Source(
-        {
-            "images": Part(
-                url="kaggle://hsankesara/flickr-image-dataset",
-                download_bytes=8.8e9,
-                unpacked_bytes=4.5e9,
-                expects={"*.jpg": 31_000, "*results.csv": 1},  # 31,783
-                keep=("flickr30k_images/*", "results.csv"),
-                prefix="flickr30k_images/",
-                skip_copies=True,  # it holds its own images folder again
-            ),
-        },
-        karpathy=_karpathy("dataset_flickr30k.json", 40e6),
-    ),
-    "flickr8k": Source(
-        {
-            "images": Part(
-                url="kaggle://adityajn105/flickr8k",
-                download_bytes=1.12e9,
-                unpacked_bytes=1.12e9,
-                expects={"Images/*.jpg": 8_000, "captions.txt": 1},  # 8,091
-                keep=("Images/*", "captions.txt"),
-            ),
-        },
-        karpathy=_karpathy("dataset_flickr8k.json", 10e6),
-    ),
-    "cifar100": Source(
-        {
-            # torchvision's own address and MD5 (datasets/cifar.py); its download has no time-out and starts over
-            "images": Part(
-                url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-                download_bytes=169_001_437,
-                unpacked_bytes=187e6,
-                expects={f"cifar-100-python/{file}": 1 for file in ("train", "test", "meta")},
-                checksum="md5:eb9058c3a382ffc7106e4002c42a8d85",
-            ),
-        },
-    ),
+# Sizes are rounded. Comments state the published number of images; a little less is expected, because the copies
+# on Kaggle may lack some.
+SOURCES: dict[str, dict[str, Part]] = {
+    "coco2014": {
+        "captions": Part(
+            url="http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
+            download_bytes=252_872_794,
+            unpacked_bytes=100e6,
+            expects={"*captions_train2014.json": 1, "*captions_val2014.json": 1},
+            # the checksum that TensorFlow Datasets uses
+            checksum="sha256:031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
+            members=("annotations/captions_train2014.json", "annotations/captions_val2014.json"),
+        ),
+        "images": Part(
+            url="kaggle://jeffaudi/coco-2014-dataset-for-yolov3/versions/4",
+            download_bytes=20.2e9,
+            unpacked_bytes=20.2e9,
+            expects={"*COCO_train2014_*.jpg": 82_000, "*COCO_val2014_*.jpg": 40_000},  # 82,783 and 40,504
+            members=("images",),
+            prefix="coco2014/",
+        ),
+        KARPATHY: _karpathy("dataset_coco.json", 145e6),
+    },
+    "coco2017": {
+        "captions": Part(
+            url="http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
+            download_bytes=253e6,
+            unpacked_bytes=100e6,
+            expects={"*captions_train2017.json": 1, "*captions_val2017.json": 1},
+            members=("annotations/captions_train2017.json", "annotations/captions_val2017.json"),
+        ),
+        "val_images": Part(
+            url="http://images.cocodataset.org/zips/val2017.zip",
+            download_bytes=816e6,
+            unpacked_bytes=820e6,
+            expects={"val2017/*.jpg": 5_000},
+        ),
+        "images": Part(
+            url="http://images.cocodataset.org/zips/train2017.zip",
+            download_bytes=19.4e9,
+            unpacked_bytes=19.4e9,
+            expects={"train2017/*.jpg": 118_287},
+        ),
+    },
+    "flickr30k": {
+        "images": Part(
+            url="kaggle://hsankesara/flickr-image-dataset/versions/1",
+            download_bytes=8.8e9,
+            unpacked_bytes=9e9,  # it contains the folder of images twice
+            expects={"*.jpg": 31_000, "*results.csv": 1},  # 31,783
+            members=("results.csv", "flickr30k_images"),
+            prefix="flickr30k_images/",
+        ),
+        KARPATHY: _karpathy("dataset_flickr30k.json", 40e6),
+    },
+    "flickr8k": {
+        "images": Part(
+            url="kaggle://adityajn105/flickr8k/versions/1",
+            download_bytes=1.12e9,
+            unpacked_bytes=1.12e9,
+            expects={"Images/*.jpg": 8_000, "captions.txt": 1},  # 8,091
+            members=("captions.txt", "Images"),
+        ),
+        KARPATHY: _karpathy("dataset_flickr8k.json", 10e6),
+    },
+    "cifar100": {
+        # address and MD5 of torchvision.datasets.CIFAR100
+        "images": Part(
+            url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+            download_bytes=169_001_437,
+            unpacked_bytes=187e6,
+            expects={f"cifar-100-python/{file}": 1 for file in ("train", "test", "meta")},
+            checksum="md5:eb9058c3a382ffc7106e4002c42a8d85",
+        ),
+    },
 }

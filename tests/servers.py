@@ -1,4 +1,4 @@
-"""Loopback servers for the tests of fetching: files with Range, Kaggle's API, and everything that goes wrong."""
+"""Loopback servers for the tests of downloads: files with Range, Kaggle's API, and their failures."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-LIFETIME = 60.0  # seconds after which a forgotten server stops by itself
+LIFETIME = 60.0  # seconds after which a server stops in any case
 
 
 @dataclass
 class Fault:
-    """What goes wrong with one request: an error status, or after `after` bytes a pause, a call, a cut."""
+    """How one request fails: an error status, or after `after` bytes silence, a call or a cut."""
 
     status: int = 0
     after: int = 0
     silent: bool = False  # keep the connection open and send nothing more
-    cut: bool = False
+    cut: bool = False  # close the connection
     call: Callable[[], Any] | None = None
 
 
@@ -32,7 +32,7 @@ class Request:
     method: str
     path: str
     headers: dict[str, str]
-    sent: int = 0  # bytes of the body that went out
+    sent: int = 0  # bytes of the body that were sent
 
     @property
     def range(self) -> str:
@@ -41,18 +41,16 @@ class Request:
 
 @dataclass
 class Server:
-    """What a server holds, what it is to do wrong, and what it was asked.
+    """The files of a server, its next failures and the requests it has received.
 
-    `faults` are used up one a request, of those whose path holds the key.
+    Each request uses up one of the `faults` whose key is in its path.
     """
 
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
-    archives: dict[str, str] = field(default_factory=dict)  # Kaggle set -> address of its archive
+    archives: dict[str, str] = field(default_factory=dict)  # address of the archive per Kaggle set
     faults: dict[str, list[Fault]] = field(default_factory=dict)
-    headers: dict[str, str] = field(default_factory=dict)  # added to every file
-    ranges: bool = True
-    if_range: bool = True
+    headers: dict[str, str] = field(default_factory=dict)  # added to those of every file
     requests: list[Request] = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -92,9 +90,6 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
             if fault.status:
                 message = json.dumps({"code": fault.status, "message": "no"}).encode()
                 self._send(request, Fault(), fault.status, message, {"Content-Type": "application/json"})
-            elif self.path.endswith("/GetDataset"):
-                body = json.dumps({"ref": asked["datasetSlug"], "currentVersionNumber": 4}).encode()
-                self._send(request, fault, 200, body, {"Content-Type": "application/json"})
             elif self.path.endswith("/DownloadDataset"):
                 target = server.archives[f"{asked['ownerSlug']}/{asked['datasetSlug']}"]
                 self._send(request, fault, 302, b"", {"Location": target})
@@ -104,11 +99,8 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
                 self._send(request, fault, 404, b"not here", {"Content-Type": "text/plain"})
 
         def _send_file(self, request: Request, fault: Fault, content: bytes) -> None:
-            headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"', **server.headers}
-            begins = re.fullmatch(r"bytes=(\d+)-", request.range) if server.ranges else None
-            condition = request.headers.get("if-range")
-            if begins and server.if_range and condition not in (None, headers["ETag"]):
-                begins = None
+            headers = {"Accept-Ranges": "bytes", **server.headers}
+            begins = re.fullmatch(r"bytes=(\d+)-", request.range)
             if begins is None:
                 self._send(request, fault, 200, content, headers)
             elif int(begins[1]) >= len(content):
@@ -121,10 +113,6 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
         def _send(
             self, request: Request, fault: Fault, status: int, body: bytes, headers: dict[str, str]
         ) -> None:
-            if fault.silent and not fault.after:
-                server.stopped.wait(LIFETIME)
-                self.close_connection = True
-                return
             self.send_response(status)
             for key, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(key, value)
@@ -145,7 +133,7 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(body)
                 self.wfile.flush()
                 request.sent += len(body)
-            except OSError:  # the client went away
+            except OSError:  # the client has closed the connection
                 self.close_connection = True
 
     return Handler
@@ -153,11 +141,12 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
 
 @contextmanager
 def serve() -> Iterator[Server]:
-    """A server on a free port of this machine; it stops with the block, or after `LIFETIME`."""
+    """A server on a free port of this machine; it stops after the block, or after `LIFETIME`."""
     server = Server()
     http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
     http.daemon_threads = True
     http.block_on_close = False
+    http.handle_error = lambda *_: None  # a client that was killed
     server.url = f"http://127.0.0.1:{http.server_address[1]}"
     threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     timer = threading.Timer(LIFETIME, http.shutdown)
