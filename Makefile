@@ -1,12 +1,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: lab picture test browser soak all_heads install jupyter bench clean
+.PHONY: lab figure picture test browser soak all_heads install jupyter bench clean
 
-lab: install  ## run main.ipynb headless: results, executed notebook, HTML, figures
+lab: install  ## run main.ipynb headless; writes results, the executed notebook, HTML and figures
 	$(BIN)/python -m interface.run_notebook main.ipynb
 
-picture: lab  ## the README's: what the quickstart finds
+figure picture: lab  ## the figure in the README: a search with the quickstart's model
 	$(BIN)/python evaluate.py search runs/quickstart_s0 "a red star left of a blue circle" --k 5
 	cp runs/quickstart_s0/search/a-red-star-left-of-a-blue-circle.png docs/search.png
 
@@ -16,15 +16,16 @@ test: install  ## lint, types, tests
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not browser_labs"
 
-browser: install  ## every notebook in JupyterLab, driven by a headless Chromium
+browser: install  ## run every notebook in JupyterLab with a headless Chromium
 	$(BIN)/pytest tests/browser -s
 
-all_heads: install  ## lab 1's configurations on generated scenes, one table
+all_heads: install  ## train lab 1's configurations on generated scenes and print one table
 	test -d data/scene_embeddings || $(BIN)/python encode.py --preset quickstart --folder data/scene_embeddings
 	$(BIN)/python tune.py compare configs/attention.yaml configs/clip.yaml configs/mlp.yaml configs/siglip.yaml
 
-soak: install  ## kill a training run at twenty random moments; each must end with the same bits
-	OMP_NUM_THREADS=1 KILLS=20 $(BIN)/pytest tests/test_kill.py -n 2
+soak: install  ## kill training at 20 random moments, damage files in 24 places, fill 32 small disks
+	OMP_NUM_THREADS=1 KILLS=20 DAMAGES=24 DISKS=32 $(BIN)/pytest -n 2 --dist loadfile \
+		tests/test_kill.py tests/test_damage.py tests/test_full_disk.py
 
 install: .venv/.installed
 
@@ -39,6 +40,6 @@ jupyter: install
 bench: install
 	$(BIN)/python -m benchmarks
 
-clean:  ## what was made here, but not data/ and runs/
+clean:  ## delete generated files except data/ and runs/
 	rm -rf .venv cache outputs .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
