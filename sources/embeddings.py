@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from core.errors import LabError
 from core.files import atomic_path, fingerprint, read_bytes, write_text
-from sources.table import CaptionTable, Strings, is_below, safe_relative, stamp
+from sources.table import CaptionTable, is_below, safe_relative, stamp
 
 
 def as_rows(rows: Sequence[int] | np.ndarray) -> Tensor:
@@ -169,10 +169,8 @@ class Pairs(NamedTuple):
 
     def take(self, rows: np.ndarray) -> Pairs:
         """Some images with their captions; no feature is copied."""
-        starts, counts = self.table.offsets[rows], np.diff(self.table.offsets)[rows]
-        first = np.cumsum(counts) - counts
-        texts = np.repeat(starts - first, counts) + np.arange(counts.sum())
-        return Pairs(self.table.take(rows), self.images.take(rows), self.text_features.take(texts))
+        texts = self.text_features.take(self.table.caption_rows(rows))
+        return Pairs(self.table.take(rows), self.images.take(rows), texts)
 
 
 def read_pairs(folder: str | Path, split: str = "train", image_root: str | Path | None = None) -> Pairs:
@@ -267,7 +265,7 @@ def _read_once(folder: Path, split: str, stamps: tuple[tuple[int, int], ...]) ->
         image_ids=ids[first],
         paths=[paths[row] for row in first.tolist()],
         splits=np.full(len(first), split, dtype=object),
-        captions=Strings.pack(captions[row] for row in order.tolist()),
+        captions=[captions[row] for row in order.tolist()],
         caption_image_ids=ids[order],
     )
     return Pairs(table, Rows([images[as_rows(first)]]), Rows([texts], order))
@@ -283,7 +281,7 @@ def joined(sources: Sequence[Pairs]) -> Pairs:
         image_ids=np.concatenate([table.image_ids for table in tables]),
         paths=[path for table in tables for path in table.paths],
         splits=np.concatenate([table.splits for table in tables]),
-        captions=Strings.pack(text for table in tables for text in table.captions),
+        captions=[text for table in tables for text in table.captions],
         caption_image_ids=np.concatenate([table.caption_image_ids for table in tables]),
     )
     images = stacked([pairs.images for pairs in sources])

@@ -1,4 +1,4 @@
-"""The table of images and captions that every reader makes; rows of the files that captions come in, however quoted."""
+"""Readers: each makes one table of images and captions from a layout of files; the table is kept between runs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from core.errors import LabError, choose, nearest
 from core.files import DamagedFileError, atomic_path
 from core.tensor_files import load_arrays
 from sources.table import (
-    PICTURE_SUFFIXES,
+    IMAGE_SUFFIXES,
     UNUSED,
     CaptionTable,
     DataFolder,
-    Strings,
     TableBuilder,
     is_id,
-    is_picture,
+    is_image,
     join,
     same_name,
     split_rank,
@@ -39,9 +38,9 @@ from sources.table import (
 
 
 Row = tuple[int, str, str, str]  # line, image, caption, split or ""
-_SUFFIXES = "|".join(suffix[1:] for suffix in PICTURE_SUFFIXES)
+_SUFFIXES = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _NEW_ROW = re.compile(rf'(\d*[,;\t])?"?[^",;\t\n]+\.({_SUFFIXES})"?\s*[,;\t]', re.IGNORECASE)
-_LONGEST_RECORD = 50  # lines that a quoted caption may go on over
+_LONGEST_RECORD = 50  # lines that a quoted caption may extend over
 
 
 IMAGE_COLUMNS = ("image", "image_name", "image_path", "filepath", "file_name", "filename")
@@ -52,9 +51,9 @@ _TOKEN_ROW = re.compile(r"\S[^\t]*#\d+\t")
 def caption_rows(folder: DataFolder, file: str) -> Iterator[Row]:
     """Rows of a file of captions; malformed ones are noted and left out.
 
-    Takes Flickr's token files (`name.jpg#0`, a tab, the caption) and tables whose first line names the columns
+    Reads Flickr's token files (`name.jpg#0`, a tab, the caption) and tables whose first line names the columns
     (`IMAGE_COLUMNS`, `CAPTION_COLUMNS`, perhaps `split`), separated by commas, tabs, semicolons or bars. A caption
-    in the last column may hold separators without quotes; a cell of column `raw` may be a JSON list of captions.
+    in the last column may contain separators without quotes; a cell of column `raw` may be a JSON list of captions.
     Raises: LabError if a column is missing.
     """
     text = folder.read_text(file)
@@ -68,7 +67,7 @@ def caption_rows(folder: DataFolder, file: str) -> Iterator[Row]:
             f"{folder.root / file} has the columns {names}; its first line must be image,caption or "
             "image_name| comment_number| comment"
         )
-    # Flickr30k's own file, whose fields are parted by bars, quotes nothing.
+    # Flickr30k's own file, with bars between fields, has no quoting.
     records = enumerate(text.split("\n"), start=1) if separator == "|" else _records(text)
     for number, record in records:
         if number == 1 or not record.strip():
@@ -76,7 +75,7 @@ def caption_rows(folder: DataFolder, file: str) -> Iterator[Row]:
         try:
             row = _fields(record, separator, len(names), last=caption == names[-1])
         except csv.Error as error:
-            folder.problems.add("malformed row", file, f"no CSV row ({error})", f"line {number}")
+            folder.problems.add("malformed row", file, f"not a CSV row ({error})", f"line {number}")
             continue
         if len(row) != len(names):
             what = f"{len(row)} columns, expected {len(names)}"
@@ -88,21 +87,21 @@ def caption_rows(folder: DataFolder, file: str) -> Iterator[Row]:
 
 
 def _columns(header: str) -> tuple[str, list[str]]:
-    """The separator of a first line and the names in it; those between commas where no separator fits."""
-    found = {}
+    """The separator of a first line and the names in it; the comma if no separator fits."""
+    names_by_separator = {}
     for separator in ",\t;|":
         try:
             row = next(csv.reader([header], delimiter=separator), [])
         except csv.Error:
             row = [header]
-        found[separator] = names = [name.strip().lower() for name in row]
+        names_by_separator[separator] = names = [name.strip().lower() for name in row]
         if set(names) & set(IMAGE_COLUMNS) and set(names) & set(CAPTION_COLUMNS):
             return separator, names
-    return ",", found[","]
+    return ",", names_by_separator[","]
 
 
 def _listed(cell: str) -> list[str]:
-    """The texts of a cell that holds a JSON list of them, else the cell itself."""
+    """The texts of a cell that is a JSON list of them, else the cell itself."""
     try:
         captions = json.loads(cell)
     except (ValueError, RecursionError):
@@ -120,7 +119,7 @@ def _token_rows(folder: DataFolder, file: str, text: str) -> Iterator[Row]:
 
 
 def _fields(record: str, separator: str, count: int, last: bool) -> list[str]:
-    """The cells of a row. Raises: csv.Error if its quotes do not fit, or a cell is far too long."""
+    """The cells of a row. Raises: csv.Error if its quotes do not match, or a cell is far too long."""
     parts = record.split(separator, count - 1)
     quoted = separator != "|" and any(part.lstrip().startswith('"') for part in parts)
     if last and not quoted and len(record) < csv.field_size_limit():
@@ -129,7 +128,7 @@ def _fields(record: str, separator: str, count: int, last: bool) -> list[str]:
 
 
 def _records(text: str) -> Iterator[tuple[int, str]]:
-    """(line, record) pairs: a quoted caption goes on over lines, but a stray quote swallows no rows."""
+    """(line, record) pairs: a quoted caption may extend over lines, but a stray quote swallows no rows."""
     lines = text.split("\n")
     number = 0
     while number < len(lines):
@@ -143,88 +142,64 @@ def _records(text: str) -> Iterator[tuple[int, str]]:
 
 
 def karpathy_object(record: dict[str, Any]) -> Any:
-    """Of an object in Karpathy's files what a table needs; his token lists are most of the file."""
+    """What a table needs of an object in Karpathy's files; most of them are lists of tokens."""
     if "raw" in record:
         return record["raw"]
     if "sentences" not in record:
         return record
-    kept = {key: record.get(key) for key in ("split", "filepath", "filename", "sentences")}
-    return {**kept, "id": record.get("cocoid", record.get("imgid"))}
+    image = {key: record.get(key) for key in ("split", "filepath", "filename", "sentences")}
+    return {**image, "id": record.get("cocoid", record.get("imgid"))}
 
 
-FORMAT = 2  # raise it when what readers make of the same files changes
+# --- The table, kept between runs ---
 
 
-def cache_path(cache_dir: str | Path, **asked: Any) -> Path:
-    """The file of the table that was asked for with this reader, folder and options."""
-    key = json.dumps({"format": FORMAT, **asked}, sort_keys=True, default=str)
-    return Path(cache_dir) / f"captions-{asked['reader']}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
+FORMAT = 3  # raise it when readers make another table of the same files, or the cached file changes
+
+
+def cache_path(cache_dir: str | Path, **settings: Any) -> Path:
+    """The file of the table that this reader makes of this folder with these options."""
+    key = json.dumps({"format": FORMAT, **settings}, sort_keys=True, default=str)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    return Path(cache_dir) / f"captions-{settings['reader']}-{digest}.npz"
 
 
 def keep_table(path: Path, table: CaptionTable, stamps: dict[str, tuple[int, int]]) -> None:
     """Write a table beside the stamps of every file and folder it was read from, all or nothing."""
-    split_names, split_codes = np.unique(table.splits, return_inverse=True)
-    arrays = {
-        "image_ids": table.image_ids,
-        "counts": np.diff(table.offsets).astype(np.int32),
-        "split_names": split_names,
-        "split_codes": split_codes.astype(np.int16),
-        "stamps": np.array(list(stamps.values()), dtype=np.int64).reshape(-1, 2),
-        "problems": np.frombuffer(json.dumps([table.split_source, table.problems]).encode(), dtype=np.uint8),
-        **_pack("captions", table.captions),
-        **_pack("paths", table.paths),
-        **_pack("sources", list(stamps)),
+    texts = {
+        "captions": table.captions,
+        "paths": table.paths,
+        "splits": table.splits.tolist(),
+        "categories": None if table.categories is None else table.categories.tolist(),
+        "problems": table.problems,
+        "split_source": table.split_source,
+        "stamps": stamps,
     }
-    if table.categories is not None:
-        arrays["category_names"], codes = np.unique(table.categories, return_inverse=True)
-        arrays["category_codes"] = codes.astype(np.int32)
     with atomic_path(path) as beside, open(beside, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(
+            file,
+            image_ids=table.image_ids,
+            caption_image_ids=table.caption_image_ids,
+            texts=np.frombuffer(json.dumps(texts).encode(), dtype=np.uint8),
+        )
 
 
 def read_kept_table(path: Path, root: Path) -> CaptionTable | None:
-    """The table of `save_table`, or None where it is absent, broken, or older than its sources."""
+    """The table of `keep_table`, or None if it is absent, damaged, or older than its sources."""
     try:
-        file = load_arrays(path, "it is read again from its sources")
-        sources = zip(_unpack(file, "sources"), file["stamps"].tolist(), strict=True)
-        if any(stamp(source) != tuple(then) for source, then in sources):
+        arrays = load_arrays(path, "it is read again from its sources")
+        texts = json.loads(arrays.pop("texts").tobytes())
+        if any(stamp(source) != tuple(then) for source, then in texts.pop("stamps").items()):
             return None
-        return _table(file, root)
-    except DamagedFileError as damaged:
-        print(damaged)
-    except (OSError, KeyError, ValueError):
+        texts["splits"] = np.array(texts["splits"])
+        if texts["categories"] is not None:
+            texts["categories"] = np.array(texts["categories"])
+        return CaptionTable(root=root, **arrays, **texts)
+    except DamagedFileError as error:
+        print(error)
+    except (OSError, KeyError, ValueError, TypeError):
         pass
     return None
-
-
-def _table(file: Any, root: Path) -> CaptionTable:
-    image_ids = file["image_ids"]
-    has_categories = "category_codes" in file
-    split_source, problems = json.loads(file["problems"].tobytes())
-    return CaptionTable(
-        root=root,
-        image_ids=image_ids,
-        paths=list(_unpack(file, "paths")),
-        splits=file["split_names"][file["split_codes"]],
-        captions=_unpack(file, "captions"),
-        caption_image_ids=np.repeat(image_ids, file["counts"]),
-        categories=file["category_names"][file["category_codes"]] if has_categories else None,
-        problems=problems,
-        split_source=split_source,
-    )
-
-
-def _pack(name: str, texts: Any) -> dict[str, np.ndarray]:
-    packed = Strings.pack(texts)
-    return {
-        f"{name}_buffer": packed.buffer,
-        f"{name}_lengths": (packed.ends - packed.starts).astype(np.int32),
-    }
-
-
-def _unpack(file: Any, name: str) -> Strings:
-    ends = np.cumsum(file[f"{name}_lengths"], dtype=np.int64)
-    return Strings(file[f"{name}_buffer"], ends - file[f"{name}_lengths"], ends)
 
 
 # --- Plain folders ---
@@ -248,7 +223,7 @@ def split_aliases(names: Iterable[str]) -> dict[str, str]:
 
 
 def read_sidecar(folder: DataFolder, *, split_seed: int = 0) -> TableBuilder:
-    """A folder of images, `a.jpg` beside `a.txt` with one caption a line, and perhaps `a.json`.
+    """A folder of images, `a.jpg` beside `a.txt` with one caption per line, and perhaps `a.json`.
 
     Folders in it are read too. Those named train, val, test at the top are the splits, images
     outside them are "unused"; without such folders the split is seeded, by image. Of the metadata,
@@ -256,7 +231,7 @@ def read_sidecar(folder: DataFolder, *, split_seed: int = 0) -> TableBuilder:
     """
     table = TableBuilder(folder)
     splits = split_aliases(name for name in folder.folders() if name.lower() in SPLIT_FOLDERS)
-    for path in folder.pictures():
+    for path in folder.images():
         split = splits.get(path.partition("/")[0], UNUSED)
         stem = path.rpartition(".")[0]
         metadata = _metadata(table, folder.true_path(f"{stem}.json"))
@@ -276,13 +251,13 @@ def read_sidecar(folder: DataFolder, *, split_seed: int = 0) -> TableBuilder:
 
 
 def _note_lone_captions(table: TableBuilder) -> None:
-    """Note the caption files whose picture is missing, in every folder that holds pictures."""
+    """Note the caption files whose image is missing, in every folder that has images."""
     stems = {same_name(path).rpartition(".")[0] for path in table.images}
     for place in sorted({path.rpartition("/")[0] for path in table.images}):
         for name, is_folder in sorted(table.folder.listing(place).items()):
             stem, _, ending = same_name(join(place, name)).rpartition(".")
             if ending == "txt" and not is_folder and stem not in stems:
-                what = "a caption file without its picture"
+                what = "a caption file without its image"
                 table.folder.problems.add("missing image", place, what, name)
 
 
@@ -305,7 +280,7 @@ def read_class_folders(
 ) -> TableBuilder:
     """A folder of class folders, perhaps below `train/`, `val/`, `test/`; each class's name is the caption.
 
-    Folders are splits where train and another split's name are among them and they hold class folders; a lone
+    Folders are splits if they contain class folders and are named train and at least one other split; a lone
     "train" beside other folders is a class. Images outside the splits are noted.
 
     Args:
@@ -319,28 +294,21 @@ def read_class_folders(
     has_splits = complete and any(folder.folders(name) for name in named)
     table = TableBuilder(folder)
     splits = split_aliases(sorted(named, key=split_rank))
-    _note_loose(table, ["", *named] if has_splits else [""])
+    for place in ["", *named] if has_splits else [""]:
+        for name in filter(is_image, folder.listing(place)):
+            folder.problems.add("no caption", place, "an image outside the class folders", name)
     for top in sorted(set(tops) - set(named)) if has_splits else ():
-        for path in folder.pictures(top):
+        for path in folder.images(top):
             folder.problems.add("no caption", top, "an image outside the splits", path)
     for top, split in splits.items() if has_splits else [("", UNUSED)]:
         for class_folder in folder.folders(top):
-            _add_class(table, join(top, class_folder), split, class_folder.replace("_", " "), template)
+            name = class_folder.replace("_", " ")
+            for path in folder.images(join(top, class_folder)):
+                table.add_image(path, split, category=name)
+                table.add_caption(path, template.replace("{}", name), join(top, class_folder), "")
     if not has_splits:
         table.split_by_seed(split_seed)
     return table
-
-
-def _note_loose(table: TableBuilder, places: list[str]) -> None:
-    for place in places:
-        for name in filter(is_picture, table.folder.listing(place)):
-            table.folder.problems.add("no caption", place, "a picture outside the class folders", name)
-
-
-def _add_class(table: TableBuilder, place: str, split: str, name: str, template: str) -> None:
-    for path in table.folder.pictures(place):
-        table.add_image(path, split, category=name)
-        table.add_caption(path, template.replace("{}", name), place, "")
 
 
 # --- Layouts of captioned sets ---
@@ -354,9 +322,6 @@ OFFICIAL_SHARE = 0.95  # of a folder's images; 91 of Flickr8k's 8,091 are in no 
 MANY_ROWS = 100_000  # of a file that takes over two seconds to read
 
 
-# ---------------------------------------------------------------- COCO
-
-
 def read_coco(
     folder: DataFolder,
     *,
@@ -366,36 +331,36 @@ def read_coco(
 ) -> TableBuilder:
     """COCO 2014 or 2017: `annotations/captions_{split}2014.json` and `{split}2014/` or `images/{split}2014/`.
 
-    The folder may itself lie in a folder `coco2014` or `coco2017`, as the Kaggle sets unpack.
+    Both may be in a folder `coco2014` or `coco2017`, as the Kaggle sets unpack.
 
     Args:
         karpathy_file: dataset_coco.json, for train/restval/val/test in place of COCO's own splits.
-        annotations_dir: folder of the caption files, where they are not below the data folder.
-        year: the year in the names of files and folders; none: the only one there is.
+        annotations_dir: folder of the caption files, if it has another name or is outside the data folder.
+        year: the year in the names of files and folders; None: the only one there is.
     Raises: LabError if there is no such file, or there are files of two years, which share images.
     """
     top = folder.first("coco2014", "coco2017") or ""
     if karpathy_file is not None:
         return _read_karpathy(folder, karpathy_file, (top, join(top, "images")))
     place = folder.user_path(annotations_dir, top)
-    found = [match for name in sorted(folder.listing(place)) if (match := COCO_FILE.fullmatch(name))]
-    found = [match for match in found if year in (None, match[2])]
-    if not found:
+    matches = [match for name in sorted(folder.listing(place)) if (match := COCO_FILE.fullmatch(name))]
+    matches = [match for match in matches if year in (None, match[2])]
+    if not matches:
         raise LabError(
-            f"no captions_*2014.json or captions_*2017.json in {folder.root / place}; take them from COCO's "
-            "annotations_trainval2014.zip or 2017.zip (instances_*.json holds no captions)"
+            f"no captions_*2014.json or captions_*2017.json in {folder.root / place}; they are in COCO's "
+            "annotations_trainval2014.zip or 2017.zip (instances_*.json has no captions)"
         )
-    years = {match[2] for match in found}
+    years = {match[2] for match in matches}
     if len(years) > 1:
         raise LabError(
-            f"{folder.root / place} holds captions of {' and '.join(sorted(years))}, which share images; move "
+            f"{folder.root / place} has captions of {' and '.join(sorted(years))}, which share images; move "
             "the files of one year to another folder"
         )
     (year,) = years
     table = TableBuilder(folder)
     table.split_source = f"COCO {year}"
-    names = split_aliases(match[1] for match in found)
-    for match in sorted(found, key=lambda match: split_rank(match[1])):
+    names = split_aliases(match[1] for match in matches)
+    for match in sorted(matches, key=lambda match: split_rank(match[1])):
         folders = [join(top, f"{match[1]}{year}"), join(top, f"images/{match[1]}{year}")]
         _read_coco_split(table, names[match[1]], join(place, match[0]), folder.first(*folders) or folders[0])
     return table
@@ -423,7 +388,7 @@ def _read_coco_split(table: TableBuilder, split: str, file: str, image_folder: s
 
 
 def _coco_object(record: dict[str, Any]) -> Any:
-    """Of COCO's objects what the table needs, in a fifth of the memory."""
+    """What the table needs of COCO's objects, in a fifth of the memory."""
     if "caption" in record:
         return record.get("image_id"), record["caption"]
     if "file_name" in record:
@@ -432,7 +397,7 @@ def _coco_object(record: dict[str, Any]) -> Any:
 
 
 def _rows(folder: DataFolder, content: Any, key: str, file: str) -> Iterable[tuple[int, Any]]:
-    """The numbered entries of a list in a JSON file, with a progress bar where there are many."""
+    """The numbered entries of a list in a JSON file, with a progress bar if there are many."""
     rows = content.get(key) if isinstance(content, dict) else None
     if not isinstance(rows, list):
         raise LabError(f"{folder.root / file} has no list {key!r}; it is not a caption file of this layout")
@@ -468,9 +433,6 @@ def _read_karpathy(folder: DataFolder, file: str | Path, image_folders: tuple[st
     return table
 
 
-# ---------------------------------------------------------------- Flickr
-
-
 def read_flickr8k(
     folder: DataFolder,
     *,
@@ -481,11 +443,11 @@ def read_flickr8k(
     """Flickr8k as on Kaggle: `Images/` and `captions.txt`, a CSV file with the columns image, caption; or as
     published: `Flicker8k_Dataset/` and `Flickr8k.token.txt`.
 
-    The lists `Flickr_8k.{train,dev,test}Images.txt` give the splits train, val and test where they
-    are there, and images in none of them the split "unused". Without lists the official ones are used where the
-    images are Flickr8k's; else a seeded split by image.
+    The lists `Flickr_8k.{train,dev,test}Images.txt`, if they exist, give the splits train, val and test, and the
+    split of images in none of them is "unused". Without lists the official ones are used if the images are
+    Flickr8k's; else a seeded split by image.
     """
-    images = folder.with_pictures(
+    images = folder.with_images(
         "Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset/Flicker8k_Dataset", ""
     )
     if karpathy_file is not None:
@@ -513,7 +475,7 @@ def read_flickr30k(
     without it the split is seeded, by image.
     """
     nested = ("flickr30k_images/flickr30k_images", "flickr30k_images", "flickr30k-images", "Images", "images")
-    images = folder.with_pictures(*nested, "")
+    images = folder.with_images(*nested, "")
     if karpathy_file is not None:
         return _read_karpathy(folder, karpathy_file, (images,))
     places = [join(place, "results.csv") for place in ("", nested[1], nested[0])]
@@ -533,7 +495,7 @@ def _add_rows(
     lists: dict[str, list[str]],
     split_seed: int,
 ) -> None:
-    """Add the rows; their splits are those of the lists, else of the rows themselves, else drawn."""
+    """Add the rows; their splits are those of the lists, else of the rows themselves, else seeded."""
     names = split_aliases({split for *_, split in rows if split})
     for number, image, caption, split in rows:
         if name := table.relative(image, file, f"line {number}"):
@@ -546,14 +508,14 @@ def _add_rows(
 
 
 def _flickr8k_lists(folder: DataFolder) -> dict[str, list[str]]:
-    """The splits that the official lists give each file name; empty without any list."""
-    found: dict[str, list[str]] = {}
+    """The splits that the official lists give each file name; empty without lists."""
+    splits: dict[str, list[str]] = {}
     for name, split in {"train": "train", "dev": "val", "test": "test"}.items():
         file = folder.first(f"Flickr_8k.{name}Images.txt", f"Flickr8k_text/Flickr_8k.{name}Images.txt")
         for line in folder.read_text(file).split("\n") if file else ():
             if line.strip():
-                found.setdefault(same_name(line.strip()), []).append(split)
-    return found
+                splits.setdefault(same_name(line.strip()), []).append(split)
+    return splits
 
 
 @functools.cache
@@ -565,17 +527,17 @@ def official_flickr8k() -> dict[str, str]:
 
 
 def _official_lists(names: Collection[str]) -> dict[str, list[str]]:
-    """The official splits where nearly all of these images are Flickr8k's and every split has some; else {}."""
+    """The official splits if nearly all of these images are Flickr8k's and every split has some; else {}."""
     known = {name: [split] for name, split in official_flickr8k().items() if name in names}
-    whole = len(known) >= OFFICIAL_SHARE * len(names) and len({split for [split] in known.values()}) == 3
-    return known if whole else {}
+    is_flickr8k = len(known) >= OFFICIAL_SHARE * len(names) and len({s for [s] in known.values()}) == 3
+    return known if is_flickr8k else {}
 
 
 def _note_official(table: TableBuilder) -> None:
-    """Say so where a table's splits are those of Flickr8k's official lists, whatever file they came from."""
-    found = {PurePosixPath(path).name: image.split for path, image in table.images.items()}
+    """Note in a table if its splits are those of Flickr8k's official lists, whatever file they came from."""
+    splits = {PurePosixPath(path).name: image.split for path, image in table.images.items()}
     official = official_flickr8k()
-    if found and all(official.get(name, UNUSED) == split for name, split in found.items()):
+    if splits and all(official.get(name, UNUSED) == split for name, split in splits.items()):
         table.split_source = FLICKR8K_LISTS
 
 
@@ -586,23 +548,20 @@ def _needed(folder: DataFolder, given: str | Path | None, *candidates: str) -> s
     file = folder.first(*candidates)
     if file is None:
         raise LabError(
-            f"{folder.root} holds no {' or '.join(candidates)}; check data_dir and the reader, or name the file "
+            f"{folder.root} has no {' or '.join(candidates)}; check data_dir and the reader, or name the file "
             "with annotation_file"
         )
     return file
 
 
-# ---------------------------------------------------------------- JSON
-
-
 def read_json(folder: DataFolder, *, annotation_file: str | Path | None = None) -> TableBuilder:
     """A JSON file `{"splits": {"train": [{"image_path", "caption", "id", "category"?}]}}`.
 
-    `caption` is one text or a list of them, and an image may have several rows. An `id` is the
-    image's where it is a whole number that no other image has, else positions are the ids.
+    `caption` is one text or a list of them, and an image may have several rows. The rows' `id` are the images' ids if
+    they are whole numbers and unique; else positions are.
 
     Args:
-        annotation_file: the file; none: annotations.json, or the only JSON file in the folder.
+        annotation_file: the file; None: annotations.json, or the only JSON file in the folder.
     """
     file = _annotation_file(folder, annotation_file)
     content = folder.read_json(file)
@@ -615,7 +574,7 @@ def read_json(folder: DataFolder, *, annotation_file: str | Path | None = None) 
     names = split_aliases(splits)
     for key, rows in splits.items():
         if not isinstance(rows, list):
-            raise LabError(f"split {key!r} in {folder.root / file} is no list of rows")
+            raise LabError(f"split {key!r} in {folder.root / file} is not a list of rows")
         for number, row in enumerate(rows):
             _add_json_row(table, names[key], row, file, f"{key}[{number}]")
     return table
@@ -630,7 +589,7 @@ def _annotation_file(folder: DataFolder, given: str | Path | None) -> str:
     if folder.look(file):
         return file
     raise LabError(
-        f"{folder.root} holds no {given or 'annotations.json'}; name the file with annotation_file "
+        f"{folder.root} has no {given or 'annotations.json'}; name the file with annotation_file "
         f"(JSON files there: {', '.join(sorted(names)) or 'none'})"
     )
 
@@ -646,7 +605,7 @@ def _add_json_row(table: TableBuilder, split: str, row: Any, file: str, place: s
             table.add_caption(path, caption, file, place)
 
 
-# ---------------------------------------------------------------- all of them
+# --- All readers ---
 
 
 def read_captions(
@@ -664,12 +623,12 @@ def read_captions(
     Args:
         reader: a name of `READERS`.
         data_dir: the data set's folder; for the reader `json` also the annotation file itself.
-        split_seed: of the split by image, where the data set has no split of its own.
-        cache_dir: keep the parsed table there, and use it while no source file or folder has changed.
-        follow_links: take links that lead outside `data_dir`.
-        image_root: a folder outside `data_dir` in which links and absolute image paths may end.
-        options: the reader's own keywords; one that is None counts as not given.
-    Raises: LabError if the layout is not there, no image of it exists, or a split leaks.
+        split_seed: of the split by image, if the data set has no split of its own.
+        cache_dir: folder of parsed tables; one is used again as long as no source file or folder has changed.
+        follow_links: follow links that lead outside `data_dir`.
+        image_root: a folder outside `data_dir` that links and absolute image paths may lead into.
+        options: the reader's own keywords; None means not given.
+    Raises: LabError if there are no files of this layout, none of its images exists, or a split leaks.
     """
     read = choose(READERS, reader, "reader")
     options = _options(read, reader, options)
@@ -681,9 +640,8 @@ def read_captions(
         options["split_seed"] = split_seed
     if cache_dir is None:
         return read(folder, **options).build()
-    place = data_dir.absolute()
     links = {"follow_links": follow_links, "image_root": image_root and Path(image_root).absolute()}
-    path = cache_path(cache_dir, reader=reader, data_dir=place, options=options, **links)
+    path = cache_path(cache_dir, reader=reader, data_dir=data_dir.absolute(), options=options, **links)
     table = read_kept_table(path, data_dir)
     if table is None:
         table = read(folder, **options).build()
@@ -692,7 +650,7 @@ def read_captions(
 
 
 def _options(read: Callable[..., TableBuilder], reader: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The options without those left at None. Raises: LabError on one that the reader does not have."""
+    """The options that are not None. Raises: LabError on one that the reader does not have."""
     names = [name for name in inspect.signature(read).parameters if name not in ("folder", "split_seed")]
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:

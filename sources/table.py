@@ -1,4 +1,4 @@
-"""A data set's folder: text and picture files are found and read here, and nothing outside it."""
+"""A data set's folder, which nothing outside it is read from, and the table of its images and captions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +19,14 @@ import numpy as np
 from core.errors import LabError, nearest
 from core.files import read_bytes
 
-# Everything that looks like an image is taken; what cannot be decoded here is counted by cause.
-PICTURE_SUFFIXES = (
+# Every file that looks like an image is listed; those that cannot be decoded are counted by cause.
+IMAGE_SUFFIXES = (
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .heic .heif .hif .jp2 .jxl .tga "
     ".psd .svg .dng .cr2 .nef .arw"
 ).split()
 LONGEST_PATH = 1000
-EXAMPLES_KEPT = 100  # problems of one kind in one file that are kept one by one; the rest is a count
-ABSENT = (-1, -1)  # the stamp of a file that is not there
+MAX_EXAMPLES = 100  # problems of one kind in one file that are listed; the others are counted
+ABSENT = (-1, -1)  # the stamp of a file that does not exist
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it starts with
@@ -45,12 +45,12 @@ def stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def is_picture(name: str) -> bool:
-    return name.lower().endswith(tuple(PICTURE_SUFFIXES)) and not name.startswith(".")
+def is_image(name: str) -> bool:
+    return name.lower().endswith(tuple(IMAGE_SUFFIXES)) and not name.startswith(".")
 
 
 def same_name(name: str) -> str:
-    """What a file's name has in common with itself on another system: composed letters, a lower-case ending."""
+    """A file's name in a form that is the same on every system: composed letters, a lower-case extension."""
     stem, dot, ending = unicodedata.normalize("NFC", name).rpartition(".")
     return f"{stem}{dot}{ending.lower()}"
 
@@ -62,13 +62,13 @@ def safe_relative(path: Any) -> tuple[str, str]:
     if len(path) > LONGEST_PATH:
         return "", f"the image path {path[:40]!r}... is longer than {LONGEST_PATH:,} characters"
     if not path.isprintable() and any(unicodedata.category(char) in ("Cc", "Cs") for char in path):
-        return "", f"the image path {path!r} holds control characters"
+        return "", f"the image path {path!r} has control characters"
     path = path.strip().replace("\\", "/")
     if path.startswith("/") or re.match(r"[A-Za-z]:", path):
-        return (
-            "",
-            f"the image path {path!r} is absolute and not below data_dir; set image_root to a folder that holds it",
+        what = (
+            f"the image path {path!r} is absolute and not below data_dir; set image_root to a folder above it"
         )
+        return "", what
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts or not parts:
         return "", f"the image path {path!r} leads outside the data folder"
@@ -78,7 +78,7 @@ def safe_relative(path: Any) -> tuple[str, str]:
 def decode_text(data: bytes) -> tuple[str, dict[int, str]]:
     """The text of a file with plain newlines, and what was repaired in which line.
 
-    Marks of byte order are obeyed; a line that is no UTF-8 is read as Latin-1; NULs are taken out.
+    Byte order marks are obeyed; a line that is not UTF-8 is read as Latin-1; NULs are removed.
     """
     mark = next((mark for mark in _BYTE_ORDER_MARKS if data.startswith(mark)), b"")
     repaired: dict[int, str] = {}
@@ -111,42 +111,42 @@ class Problems:
     """What was left out or repaired while reading, bounded in memory however bad the files are."""
 
     def __init__(self) -> None:
-        self._shown: list[dict[str, Any]] = []
-        self._seen: Counter[tuple[str, str]] = Counter()
+        self._examples: list[dict[str, Any]] = []
+        self._counts: Counter[tuple[str, str]] = Counter()
 
     def add(self, kind: str, file: str, what: str, place: str = "", count: int = 1) -> None:
         """Note a problem of this kind in this file; `place` is a line, a row or an image."""
-        self._seen[kind, file] += 1
-        if self._seen[kind, file] <= EXAMPLES_KEPT:
+        self._counts[kind, file] += 1
+        if self._counts[kind, file] <= MAX_EXAMPLES:
             where = ": ".join(part for part in (file, place) if part)
-            self._shown.append({"kind": kind, "where": where, "what": what, "count": count})
+            self._examples.append({"kind": kind, "where": where, "what": what, "count": count})
 
     def rows(self) -> list[dict[str, Any]]:
         more = [
-            {"kind": kind, "where": file, "what": "more of the same", "count": seen - EXAMPLES_KEPT}
-            for (kind, file), seen in self._seen.items()
-            if seen > EXAMPLES_KEPT
+            {"kind": kind, "where": file, "what": "more of the same", "count": count - MAX_EXAMPLES}
+            for (kind, file), count in self._counts.items()
+            if count > MAX_EXAMPLES
         ]
-        return self._shown + more
+        return self._examples + more
 
     def first(self, *kinds: str) -> str:
-        """`" (3 of kind refused path, such as a.jpg: a link ...)"` of the first kind that was met, or ""."""
+        """`" (3 of kind refused path, such as a.jpg: a link ...)"` of the first kind that occurred, or ""."""
         for kind in kinds:
-            count = sum(seen for (known, _), seen in self._seen.items() if known == kind)
+            count = sum(n for (known, _), n in self._counts.items() if known == kind)
             if count:
-                row = next(row for row in self._shown if row["kind"] == kind)
+                row = next(row for row in self._examples if row["kind"] == kind)
                 return f" ({kind}: {count:,}, such as {row['where']}: {row['what']})"
         return ""
 
 
 class DataFolder:
-    """Reads and lists below one folder, refuses what leads outside, and remembers what it looked at.
+    """Reads and lists files below one folder, refuses what leads outside, and remembers what it looked at.
 
     Args:
         root: the data set's folder.
-        follow_links: take files and folders that are links to places outside `root`.
-        image_root: a further folder in which links and absolute image paths may end.
-    Raises: LabError if `root` or `image_root` is no folder.
+        follow_links: use files and folders that are links to places outside `root`.
+        image_root: another folder that links and absolute image paths may lead into.
+    Raises: LabError if `root` or `image_root` is not a folder.
     """
 
     def __init__(
@@ -164,25 +164,25 @@ class DataFolder:
         self._alike: dict[str, dict[str, str]] = {}  # folder -> same_name of each file -> its name
         if not self.root.is_dir():
             raise LabError(
-                f"data folder {str(root)!r} does not exist; set data_dir to where the data set is, "
-                "or fetch it with `python dataset.py fetch NAME`"
+                f"data folder {str(root)!r} does not exist; set data_dir to the folder of the data set, "
+                "or download it with `python dataset.py fetch NAME`"
             )
         if image_root is not None and not os.path.isdir(image_root):
             raise LabError(
-                f"image_root {str(image_root)!r} is no folder; set it to one that holds the images"
+                f"image_root {str(image_root)!r} is not a folder; set it to the folder of the images"
             )
         self._bases = [os.path.abspath(base) for base in (self.root, image_root) if base is not None]
         self._real_bases = [os.path.realpath(base) for base in self._bases]
 
     def look(self, path: str | os.PathLike[str]) -> bool:
-        """Whether a file or folder is there; the answer counts for the cache's freshness."""
-        full = os.path.join(self.root, path)  # an absolute path, given by the user, stays as it is
+        """Whether a file or folder exists; its size and time become part of what a cached table depends on."""
+        full = os.path.join(self.root, path)  # an absolute path, which the user gave, stays as it is
         if full not in self.stamps:
             self.stamps[full] = stamp(full)
         return self.stamps[full] != ABSENT
 
     def user_path(self, path: str | os.PathLike[str], folder: str = "") -> str:
-        """A path that the user gave: below the data folder where it exists there, else as it stands."""
+        """A path that the user gave: below the data folder if it exists there, else unchanged."""
         below = os.path.join(folder, path)
         if not os.path.isabs(below) and (self.look(below) or not os.path.exists(path)):
             return below
@@ -190,9 +190,9 @@ class DataFolder:
         return os.path.abspath(path)
 
     def relative(self, path: Any) -> tuple[str, str]:
-        """`safe_relative` of an image path from a file; an absolute one may lie below the root or `image_root`.
+        """`safe_relative` of an image path from a file; an absolute one may be below the root or `image_root`.
 
-        Below `image_root` it stays absolute, which joins with the root to itself.
+        Below `image_root` it stays absolute, and joining it with the root changes nothing.
         """
         if isinstance(path, str) and os.path.isabs(path.strip()):
             full = os.path.normpath(path.strip())
@@ -217,7 +217,7 @@ class DataFolder:
         return join(folder, self._alike[folder].get(same_name(name), name))
 
     def in_one_of(self, folders: Sequence[str], path: str) -> str:
-        """`path` below the first of the folders that holds it, or below the first of them."""
+        """`path` below the first of the folders that has it, or below the first of them."""
         tried = [join(folder, path) for folder in folders]
         return next((each for each in tried if self.has_file(self.true_path(each))), tried[0])
 
@@ -226,9 +226,9 @@ class DataFolder:
         return next((path for path in candidates if self.look(path)), None)
 
     def listing(self, folder: str) -> dict[str, bool]:
-        """Names in a folder, each with whether it is a folder itself; links that lead outside are left out.
+        """Names in a folder, each with whether it is a folder; links that lead outside are left out.
 
-        One scandir a folder: at 120,000 images a stat each would take seconds.
+        One scandir per folder: a stat per file would take seconds for 120,000 images.
         """
         if folder not in self._listings:
             self._listings[folder] = self._scan(folder) if self.look(folder) else {}
@@ -242,28 +242,30 @@ class DataFolder:
             return {
                 entry.name: entry.is_dir()
                 for entry in entries
-                if self._is_text(folder, entry.name)
-                and (not entry.is_symlink() or self._usable_link(join(folder, entry.name)))
+                if self._is_utf8(folder, entry.name)
+                and (not entry.is_symlink() or self._is_usable_link(join(folder, entry.name)))
             }
 
-    def _is_text(self, folder: str, name: str) -> bool:
-        readable = name.isprintable() or not any("\ud800" <= char <= "\udfff" for char in name)
-        if not readable:
-            shown = name.encode("utf-8", "replace").decode()
-            self.problems.add("refused path", folder, "the file's name is not UTF-8; rename it", shown)
-        return readable
+    def _is_utf8(self, folder: str, name: str) -> bool:
+        if name.isprintable() or not any("\ud800" <= char <= "\udfff" for char in name):
+            return True
+        readable = name.encode("utf-8", "replace").decode()
+        self.problems.add("refused path", folder, "the file's name is not UTF-8; rename it", readable)
+        return False
 
-    def _usable_link(self, path: str) -> bool:
+    def _is_usable_link(self, path: str) -> bool:
         return not self._leads_outside(path) and (self.root / path).exists()
 
     def _leads_outside(self, path: str) -> bool:
-        """Whether a path is a link to elsewhere than the root, `image_root` or a place that the user named."""
+        """Whether a path is a link out of the root, `image_root` and the paths that the user gave."""
         if self.follow_links:
             return False
         real = os.path.realpath(self.root / path)
         outside = not any(is_below(real, base) for base in self._real_bases)
         if outside:
-            what = f"a link that leads outside the data folder, to {real}; set image_root to a folder that holds it"
+            what = (
+                f"a link that leads outside the data folder, to {real}; set image_root to a folder above it"
+            )
             self.problems.add("refused path", path, what)
         return outside
 
@@ -272,24 +274,24 @@ class DataFolder:
         folder, _, name = path.rpartition("/")
         return self.listing(folder).get(name) is False
 
-    def with_pictures(self, *candidates: str) -> str:
-        """The first of these folders that holds an image, or the first of them."""
-        return next((name for name in candidates if any(map(is_picture, self.listing(name)))), candidates[0])
+    def with_images(self, *candidates: str) -> str:
+        """The first of these folders that has an image, or the first of them."""
+        return next((name for name in candidates if any(map(is_image, self.listing(name)))), candidates[0])
 
     def folders(self, folder: str = "") -> list[str]:
-        """Names of the folders in a folder, sorted, without hidden ones and macOS's shadows."""
+        """Names of the folders in a folder, sorted, without hidden ones and macOS's metadata."""
         names = self.listing(folder)
         return sorted(name for name in names if names[name] and not name.startswith((".", "__MACOSX")))
 
-    def pictures(self, folder: str = "", walked: frozenset[str] = frozenset()) -> Iterator[str]:
-        """Paths of all pictures in a folder and the folders in it, sorted; loops of links are not followed."""
+    def images(self, folder: str = "", walked: frozenset[str] = frozenset()) -> Iterator[str]:
+        """Paths of all images in a folder and the folders in it, sorted; loops of links are not followed."""
         real = os.path.realpath(self.root / folder)
         if real in walked:
             return
         names = self.listing(folder)
-        yield from (join(folder, name) for name in sorted(names) if is_picture(name) and not names[name])
+        yield from (join(folder, name) for name in sorted(names) if is_image(name) and not names[name])
         for name in self.folders(folder):
-            yield from self.pictures(join(folder, name), walked | {real})
+            yield from self.images(join(folder, name), walked | {real})
 
     def read_text(self, path: str) -> str:
         """A text file's content; what `decode_text` repaired is noted.
@@ -304,15 +306,15 @@ class DataFolder:
     def _read_bytes(self, path: str) -> bytes:
         if self.look(path) and not os.path.isabs(path) and not self.has_file(path):
             raise LabError(
-                f"{self.root / path} is a link that leads outside the data folder; set image_root to a folder that "
-                "holds its target, or copy the file"
+                f"{self.root / path} is a link that leads outside the data folder; set image_root to a folder "
+                "above its target, or copy the file"
             )
         return read_bytes(self.root / path)
 
     def read_json(self, path: str, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-        """A JSON file's content; `object_hook` may keep of each object only what is needed.
+        """A JSON file's content; `object_hook` may reduce each object to what is needed.
 
-        Raises: LabError if it is no JSON, with the place.
+        Raises: LabError if it is not JSON, with the position.
         """
         try:
             return json.loads(self.read_text(path), object_hook=object_hook, strict=False)
@@ -321,12 +323,12 @@ class DataFolder:
         except (ValueError, RecursionError, MemoryError) as error:
             cause = str(error)[:120] or "out of memory"
             raise LabError(
-                f"{self.root / path} is no valid JSON ({cause}); fetch or write it again"
+                f"{self.root / path} is not valid JSON ({cause}); download or write it again"
             ) from error
 
 
 def is_below(path: str, base: str) -> bool:
-    """Whether an absolute path is a folder or lies in it."""
+    """Whether an absolute path is this folder or something in it."""
     return path == base or path.startswith(base.rstrip(os.sep) + os.sep)
 
 
@@ -337,71 +339,24 @@ def join(folder: str, name: str) -> str:
 # --- The table ---
 
 
-UNUSED = "unused"  # split of images that belong to none
+UNUSED = "unused"  # split of images that belong to no other
 SPLIT_ORDER = ("train", "restval", "val", "test")  # others come after, by name
 _SPLIT_NAME = re.compile(r"\w[\w .-]{0,63}")  # no "+", which joins names of splits
 
 
-class Strings(Sequence[str]):
-    """Many strings as one UTF-8 buffer, decoded when asked for.
-
-    414,113 captions take 28 MB instead of the 45 MB of a list, and worker processes share them
-    without touching reference counts. An integer index gives a string; a slice, a mask or an index
-    array gives another view of the same buffer.
-
-    Args:
-        buffer: (B,) uint8, the strings' UTF-8 bytes.
-        starts: (N,) first byte of each string.
-        ends: (N,) one past the last byte of each string.
-    """
-
-    def __init__(self, buffer: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
-        self.buffer, self.starts, self.ends = buffer, starts, ends
-
-    @classmethod
-    def pack(cls, texts: Iterable[str]) -> Strings:
-        encoded = [text.encode("utf-8") for text in texts]
-        bounds = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(item) for item in encoded], out=bounds[1:])
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), bounds[:-1], bounds[1:])
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, (int, np.integer)):
-            return self.buffer[self.starts[index] : self.ends[index]].tobytes().decode("utf-8")
-        return Strings(self.buffer, self.starts[index], self.ends[index])
-
-    def __iter__(self) -> Iterator[str]:
-        for start, end in zip(self.starts.tolist(), self.ends.tolist(), strict=True):
-            yield self.buffer[start:end].tobytes().decode("utf-8")
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence):
-            return NotImplemented
-        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        shown = ", ".join(repr(text) for text in self[:3])
-        return f"Strings({len(self):,}: {shown}{', ...' if len(self) > 3 else ''})"
-
-
 @dataclass(frozen=True, eq=False)
 class CaptionTable:
-    """I images and their T captions; an image and a caption match where their ids are equal.
+    """I images and their T captions; an image and a caption match if their ids are equal.
 
     Args:
         root: folder that the paths are relative to.
         image_ids: (I,) int64, unique and not negative.
-        paths: (I,) path of each image below `root`, with forward slashes.
+        paths: I paths of the images below `root`, with forward slashes.
         splits: (I,) name of each image's split.
-        captions: (T,) texts, grouped by image in the order of `image_ids`.
+        captions: T texts, grouped by image in the order of `image_ids`.
         caption_image_ids: (T,) int64, the image that each caption belongs to.
         categories: (I,) name of each image's category, or None.
-        problems: what was left out or repaired, {"kind", "where", "what", "count"} each.
+        problems: what was left out or repaired, each {"kind", "where", "what", "count"}.
         split_source: where the splits come from; a published protocol holds for some sources only.
     Raises: LabError if a split's name cannot be part of a file's name.
     """
@@ -418,10 +373,10 @@ class CaptionTable:
 
     def __post_init__(self) -> None:
         for name in set(self.splits.tolist()):
-            if not _SPLIT_NAME.fullmatch(str(name)):  # reports and features are written under it
+            if not _SPLIT_NAME.fullmatch(str(name)):  # files are named after it
                 raise LabError(
-                    f"split {name[:80]!r} in {self.root} cannot name a file; rename it with letters, digits, "
-                    "spaces, '-', '_' and '.' (64 at most)"
+                    f"split {name[:80]!r} in {self.root} cannot be part of a file's name; rename it with "
+                    "letters, digits, spaces, '-', '_' and '.' (64 characters at most)"
                 )
 
     def __len__(self) -> int:
@@ -443,10 +398,7 @@ class CaptionTable:
 
     @cached_property
     def match_ids(self) -> np.ndarray:
-        """(I,) int64 equal for images of one category with equal captions, which describe each other too.
-
-        Such as class folders, where all images of a class have the same caption; else the image ids themselves.
-        """
+        """(I,) int64 the image ids, but one id for images of one category with equal captions, as in class folders."""
         if self.categories is None:
             return self.image_ids
         first: dict[tuple[str, ...], int] = {}
@@ -467,7 +419,7 @@ class CaptionTable:
         return list(self.captions[self.offsets[row] : self.offsets[row + 1]])
 
     def path_of(self, row: int) -> Path:
-        """The picture file of image `row`."""
+        """The file of image `row`."""
         return self.root / self.paths[row]
 
     def split_sizes(self) -> dict[str, int]:
@@ -485,33 +437,36 @@ class CaptionTable:
             if name not in sizes:
                 present = ", ".join(f"{known} ({count:,} images)" for known, count in sizes.items())
                 raise LabError(
-                    f"split {name!r} holds no image{nearest(name, list(sizes)) or '.'} "
+                    f"split {name!r} has no image{nearest(name, list(sizes)) or '.'} "
                     f"Splits in {self.root}: {present or 'none'}."
                 )
         return self.take(np.flatnonzero(np.isin(self.splits, names)))
+
+    def caption_rows(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of these images' captions, image by image."""
+        counts = np.diff(self.offsets)[rows]
+        first = np.cumsum(counts) - counts  # (len(rows),) where each image's captions start in the result
+        return np.repeat(self.offsets[rows] - first, counts) + np.arange(counts.sum())
 
     def take(self, rows: Any) -> CaptionTable:
         """The images at `rows` (indices or a mask), with their captions, in that order."""
         rows = np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
-        starts, counts = self.offsets[rows], np.diff(self.offsets)[rows]
-        first = np.cumsum(counts) - counts  # (len(rows),) where each image's captions start afterwards
-        picked = np.repeat(starts - first, counts) + np.arange(counts.sum())
-        captions = self.captions if isinstance(self.captions, Strings) else Strings.pack(self.captions)
+        texts = self.caption_rows(rows)
         return CaptionTable(
             root=self.root,
             image_ids=self.image_ids[rows],
             paths=[self.paths[row] for row in rows.tolist()],
             splits=self.splits[rows],
-            captions=captions[picked],
-            caption_image_ids=self.caption_image_ids[picked],
+            captions=[self.captions[text] for text in texts.tolist()],
+            caption_image_ids=self.caption_image_ids[texts],
             categories=None if self.categories is None else self.categories[rows],
             problems=self.problems,
             split_source=self.split_source,
         )
 
     def problem_counts(self) -> dict[str, int]:
-        """How often each kind of problem was met."""
+        """How often each kind of problem occurred."""
         counts: Counter[str] = Counter()
         for problem in self.problems:
             counts[problem["kind"]] += problem["count"]
@@ -526,7 +481,7 @@ def split_rank(name: str) -> tuple[int, str]:
 def clean_text(text: str) -> tuple[str, str]:
     """A caption on one line without control characters, and what had to be repaired ("" if nothing).
 
-    White space of every kind becomes single spaces; this alone is no repair.
+    White space of every kind becomes single spaces; that alone does not count as a repair.
     """
     text = " ".join(text.split())
     if text.isprintable():
@@ -535,32 +490,32 @@ def clean_text(text: str) -> tuple[str, str]:
     if any("\ud800" <= char <= "\udfff" for char in text):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         repairs.append("lone surrogates became U+FFFD")
-    kept = "".join(char for char in text if unicodedata.category(char) != "Cc")
-    if kept != text:
-        text = " ".join(kept.split())
+    printable = "".join(char for char in text if unicodedata.category(char) != "Cc")
+    if printable != text:
+        text = " ".join(printable.split())
         repairs.append("control characters removed")
     return text, ", ".join(repairs)
 
 
-NAMES_SHOWN = 5  # of many wrong images, how many a message names
-CAUSES = ("refused path", "malformed row", "no caption")  # why no image may be left, the likeliest first
+NAMES_SHOWN = 5  # at most, in a message about wrong images
+CAUSES = ("refused path", "malformed row", "no caption")  # of a table without images, the likeliest first
 SMALL_SET = 5000  # below this many images, a seeded split holds out a tenth instead of 1,000
 
 
+@dataclass(slots=True)
 class _Image:
-    __slots__ = ("captions", "category", "image_id", "split")
-
-    def __init__(self, split: str, image_id: Any, category: str | None) -> None:
-        self.split, self.image_id, self.category = split, image_id, category
-        self.captions: list[str] = []
+    split: str
+    image_id: Any
+    category: str | None
+    captions: list[str] = field(default_factory=list)
 
 
 class TableBuilder:
-    """Images by path and their captions; whatever is wrong with a row is noted and the row left out.
+    """Images by path and their captions; a row with something wrong is noted and left out.
 
     Args:
-        folder: where the pictures are; its problems are the table's.
-        strict_ids: whether two images with one id are an error, or ids are then positions.
+        folder: the folder of the images; its problems become the table's.
+        strict_ids: two images with one id are an error; else positions then replace all ids.
     """
 
     def __init__(self, folder: DataFolder, *, strict_ids: bool = True) -> None:
@@ -582,7 +537,7 @@ class TableBuilder:
         return safe
 
     def add_image(self, path: str, split: str, image_id: Any = None, category: Any = None) -> None:
-        """Add the image under the name it has on the disk, or see that it is the one added before."""
+        """Add the image under the name it has on disk, unless it has been added before."""
         path = self.folder.true_path(path)
         known = self.images.get(path)
         if known is None:
@@ -591,7 +546,7 @@ class TableBuilder:
             self.leaks.setdefault(path, []).extend([known.split, split])
 
     def _category(self, path: str, value: Any) -> str | None:
-        """A category's name; whole numbers are names too, also written as 3.0."""
+        """A category's name; whole numbers, also written as 3.0, are names too."""
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if value is None or isinstance(value, str):
@@ -602,7 +557,7 @@ class TableBuilder:
         return None
 
     def add_caption(self, path: str, caption: Any, file: str, place: str) -> None:
-        """Add a caption to an image that `add_image` has taken."""
+        """Add a caption to an image that `add_image` has added."""
         if not isinstance(caption, str):
             self.malformed(file, place, f"the caption is of type {type(caption).__name__}, not text")
             return
@@ -618,11 +573,11 @@ class TableBuilder:
     def split_by_seed(self, seed: int) -> None:
         """A split by image: 1,000 for val and for test, or a tenth each of a small set; the rest trains."""
         paths = sorted(self.images)
-        held = 1000 if len(paths) >= SMALL_SET else len(paths) // 10
+        num_held_out = 1000 if len(paths) >= SMALL_SET else len(paths) // 10
         names = np.full(len(paths), "train", dtype=object)
         order = np.random.default_rng(seed).permutation(len(paths))
-        names[order[:held]] = "val"
-        names[order[held : 2 * held]] = "test"
+        names[order[:num_held_out]] = "val"
+        names[order[num_held_out : 2 * num_held_out]] = "test"
         for path, split in zip(paths, names.tolist(), strict=True):
             self.images[path].split = split
         self.split_source = f"drawn by image, split_seed {seed}"
@@ -635,36 +590,36 @@ class TableBuilder:
         self._refuse_leaks()
         ids = self._ids()
         listed = len(self.images)
-        missing = self._drop(lambda path, image: not self.folder.has_file(path))
-        self._note_dropped("missing image", "listed, but no such file", missing)
+        missing = self._leave_out(
+            "missing image", "listed, but no such file", lambda path, image: not self.folder.has_file(path)
+        )
         if listed and not self.images:
             raise LabError(
                 f"none of the {listed:,} images listed for {self.folder.root} exists (such as {missing[0]}); "
                 f"unpack the images there or correct data_dir{self.folder.problems.first(*CAUSES)}"
             )
-        self._note_dropped(
-            "no caption", "an image without captions", self._drop(lambda _, image: not image.captions)
-        )
+        self._leave_out("no caption", "an image without captions", lambda path, image: not image.captions)
         if not self.images:
             raise LabError(
-                f"{self.folder.root} holds no image with a caption; check data_dir and the reader"
+                f"{self.folder.root} has no image with a caption; check data_dir and the reader"
                 f"{self.folder.problems.first(*CAUSES)}"
             )
         return self._table(ids)
 
     def _refuse_leaks(self) -> None:
         if self.leaks:
-            shown = [
-                f"{path} ({', '.join(dict.fromkeys(splits))})" for path, splits in sorted(self.leaks.items())
+            examples = [
+                f"{path} ({', '.join(dict.fromkeys(self.leaks[path]))})"
+                for path in sorted(self.leaks)[:NAMES_SHOWN]
             ]
-            more = ", ..." if len(shown) > NAMES_SHOWN else ""
+            more = ", ..." if len(self.leaks) > NAMES_SHOWN else ""
             raise LabError(
-                f"{len(shown):,} images are in more than one split: {', '.join(shown[:NAMES_SHOWN])}{more}; "
-                "take each out of all splits but one"
+                f"{len(self.leaks):,} images are in more than one split: {', '.join(examples)}{more}; "
+                "leave each in one split only"
             )
 
     def _ids(self) -> dict[str, int]:
-        """The source's own ids, or the position among all listed images where it has none."""
+        """The source's own ids, or positions among all listed images if it has none."""
         own = {path: image.image_id for path, image in self.images.items()}
         positions = {path: row for row, path in enumerate(own)}
         if not all(map(is_id, own.values())):
@@ -678,16 +633,14 @@ class TableBuilder:
                 raise LabError(f"images {both} have the same id {image_id}; give each image its own id")
         return own
 
-    def _drop(self, unwanted: Callable[[str, _Image], bool]) -> list[str]:
-        dropped = [path for path, image in self.images.items() if unwanted(path, image)]
-        for path in dropped:
-            del self.images[path]
-        return dropped
-
-    def _note_dropped(self, kind: str, what: str, paths: list[str]) -> None:
+    def _leave_out(self, kind: str, what: str, condition: Callable[[str, _Image], bool]) -> list[str]:
+        """Remove and note the images of which `condition` is true; returns their paths."""
+        paths = [path for path, image in self.images.items() if condition(path, image)]
         for path in paths:
+            del self.images[path]
             folder, _, name = path.rpartition("/")
             self.folder.problems.add(kind, folder, what, name)
+        return paths
 
     def _table(self, ids: dict[str, int]) -> CaptionTable:
         images = self.images.values()
@@ -698,7 +651,7 @@ class TableBuilder:
             image_ids=image_ids,
             paths=list(self.images),
             splits=np.array([image.split for image in images]),
-            captions=Strings.pack(caption for image in images for caption in image.captions),
+            captions=[caption for image in images for caption in image.captions],
             caption_image_ids=np.repeat(image_ids, [len(image.captions) for image in images]),
             categories=np.array([name or "" for name in categories]) if any(categories) else None,
             problems=self.folder.problems.rows(),

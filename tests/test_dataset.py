@@ -152,7 +152,7 @@ def test_the_seed_moves_no_split(tmp_path):
 
 
 def test_a_missing_split_names_those_there(coco):
-    with pytest.raises(LabError, match=r"'test' holds no image.* train \(24 images\), val \(8 images\)"):
+    with pytest.raises(LabError, match=r"'test' has no image.* train \(24 images\), val \(8 images\)"):
         load_table(make_config(data_dir=coco), ("test",))
 
 
@@ -163,7 +163,7 @@ def test_check_from_a_shell(tmp_path, monkeypatch, capsys):
     cli.dataset()
     said = capsys.readouterr().out
     assert re.search(r"undecodable images +1 ", said)
-    assert re.search(r"captions +18 +3 to 3 an image", said)
+    assert re.search(r"captions +18 +3 to 3 per image", said)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"data_report.json", "data_report.png"}
     monkeypatch.setattr("sys.argv", ["dataset.py", "fetch", "coco"])
     with pytest.raises(SystemExit, match="did you mean 'coco2014'"):

@@ -175,7 +175,7 @@ def test_nan_features_are_an_error():
         (lambda g: zero_shot.zero_shot(g, [0], ["a", " "]), "none empty"),
         (lambda g: zero_shot.zero_shot(g, [0], ["only one"]), "at least two"),
         (lambda g: zero_shot.zero_shot(g, [0], ["a", "b"], ["no place"]), "needs {}"),
-        (lambda g: evaluate.open_gallery(g.run, "nowhere", show=False), "split 'nowhere' holds no image"),
+        (lambda g: evaluate.open_gallery(g.run, "nowhere", show=False), "split 'nowhere' has no image"),
         (lambda g: evaluate.compare_runs([]), "train one first"),
     ],
 )

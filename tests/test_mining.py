@@ -314,7 +314,7 @@ def test_towers_that_are_not_cached_are_mined_through(small):
         ({"num_mined": 24}, "num_mined is 24 but an image has only 23 others in training; ask for fewer"),
         ({"loss": "contrastive", "num_hard_negatives": 8}, "has only 7 others in its batch; ask for fewer"),
         ({"balance_by": "category"}, "balance_by 'category' needs categories, which .* does not give"),
-        ({"train_splits": ("train", "restval")}, "split 'restval' holds no image"),
+        ({"train_splits": ("train", "restval")}, "split 'restval' has no image"),
         ({"freeze_projections": True}, "nothing to train: "),
     ],
 )
@@ -336,7 +336,7 @@ def test_a_caption_file_without_its_picture_and_the_reverse_are_told(tmp_path):
     table = read_captions("sidecar", root)
     told_of = {(row["kind"], row["where"]): row["what"] for row in table.problems}
     assert told_of["no caption", "train: 001.jpg"] == "an image without captions"
-    assert told_of["missing image", "train: 002.txt"] == "a caption file without its picture"
+    assert told_of["missing image", "train: 002.txt"] == "a caption file without its image"
     assert len(table.split("train")) == 11
 
 
