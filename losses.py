@@ -1,7 +1,7 @@
-"""Losses over named features; which image and text belong together is told by ids.
+"""Losses over named features; ids say which image and text belong together.
 
 Every loss takes `(image_features, text_features, logit_scale=None, logit_bias=None, *,
-image_id=None, text_id=None)` with features (I, D) and (T, D), normalised, and returns a scalar.
+image_id=None, text_id=None)` with features (I, D) and (T, D), normalized, and returns a scalar.
 An image and a text match if and only if their ids are equal; id -1 matches nothing; a row without
 a match is only a negative. Without ids, row i matches row i.
 """
@@ -24,7 +24,7 @@ from config import Config
 from core.errors import LabError, choose
 from core.ids import SWAPPED
 
-# --- Matches, told by ids ---
+# --- Matches by id ---
 
 
 def match_mask(num_images: int, num_texts: int, image_id: Tensor | None, text_id: Tensor | None) -> Tensor:
@@ -41,21 +41,13 @@ def match_mask(num_images: int, num_texts: int, image_id: Tensor | None, text_id
     if len(image_id) != num_images or len(text_id) != num_texts:
         raise LabError(
             f"{num_images} images and {num_texts} texts came with {len(image_id)} and {len(text_id)} ids; "
-            "give one id a row."
+            "give one id per row."
         )
     return (image_id[:, None] == text_id[None, :]) & (image_id[:, None] != -1)
 
 
-# --- Margins ---
-
-
-def no_loss(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """A zero with a gradient, for a batch that has nothing to compare."""
-    return 0.0 * (image_features.sum() + text_features.sum())
-
-
-class MarginLoss(nn.Module):
-    """Scores and matches both ways, each query's terms averaged; a subclass says what a direction costs."""
+class MatchLoss(nn.Module):
+    """Base of the losses: turns ids into matches; a subclass computes the loss from features and matches."""
 
     def forward(
         self,
@@ -68,10 +60,25 @@ class MarginLoss(nn.Module):
         text_id: Tensor | None = None,
     ) -> Tensor:
         matches = match_mask(len(image_features), len(text_features), image_id, text_id)
-        matches = matches.to(image_features.device)
+        return self.loss(
+            image_features, text_features, matches.to(image_features.device), logit_scale, logit_bias
+        )
+
+    def loss(self, images: Tensor, texts: Tensor, matches: Tensor, scale: Any, bias: Any) -> Tensor:
+        """Args: images: (I, D). texts: (T, D). matches: (I, T) bool. scale, bias: of the logits, or None."""
+        raise NotImplementedError
+
+
+# --- Margins ---
+
+
+class MarginLoss(MatchLoss):
+    """Cosines in both directions, averaged over queries; a subclass defines the loss of one direction."""
+
+    def loss(self, images: Tensor, texts: Tensor, matches: Tensor, scale: Any, bias: Any) -> Tensor:
         if not matches.any():
-            return no_loss(image_features, text_features)
-        scores = full_precision(image_features @ text_features.T)  # (I, T)
+            return 0.0 * (images.sum() + texts.sum())  # a zero with a gradient
+        scores = full_precision(images @ texts.T)  # (I, T)
         return (self.direction(scores, matches) + self.direction(scores.T, matches.T)) / 2
 
     def direction(self, scores: Tensor, matches: Tensor) -> Tensor:
@@ -80,14 +87,14 @@ class MarginLoss(nn.Module):
 
 
 class ContrastiveLoss(MarginLoss):
-    """Matches are drawn together; each query's hardest negatives are pushed to a cosine distance of `margin`.
+    """Matches are pulled together; each query's hardest negatives are pushed to a cosine distance of `margin`.
 
-    The mean over matches of their distance, and the mean over the negatives chosen of how much they lack
-    to the margin; distances are 1 - cosine.
+    The mean distance of the matches, plus the mean amount by which the chosen negatives are closer than the margin;
+    distances are 1 - cosine.
 
     Args:
-        margin: cosine distance from which on a negative costs nothing.
-        num_hard_negatives: the nearest wrong ones of each query that count; all, where there are fewer.
+        margin: cosine distance beyond which a negative has no loss.
+        num_hard_negatives: nearest negatives counted per query; all of them where there are fewer.
     Source: Hadsell, Chopra & LeCun 2006, eq. 4, with the distance instead of its square.
     """
 
@@ -108,10 +115,10 @@ class TripletLoss(MarginLoss):
     """Every match must be nearer than the query's negatives by `margin`; the mean over matches.
 
     Args:
-        margin: by how much nearer, cosine.
+        margin: difference of cosines.
         triplet_mining: which negatives count. `mean`: all, averaged. `hardest`: the nearest one.
             `semi_hard`: the nearest of those farther than the match, or the farthest one where there is none.
-        triplet_warmup_epochs: first epochs with `mean`: the hardest alone collapses an untrained model.
+        triplet_warmup_epochs: first epochs with `mean`; the hardest negatives alone collapse an untrained model.
     Source: `mean` and `hardest`, Faghri et al. 2018, eq. 5 and 6; `semi_hard`, Schroff et al. 2015, eq. 4.
     """
 
@@ -157,17 +164,17 @@ HINGES: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "semi_hard": _semi_hard,
     "hardest": _hardest,
 }
-"""What each match costs, (M,): from its score (M,), its query's scores and which are wrong, (M, G), and the margin."""
+"""The loss of each match, (M,), from its score (M,), its query's scores and negatives, (M, G), and the margin."""
 
 
 class LabelledLoss(nn.Module):
-    """A loss of one's own with `forward(image_features, text_features, labels)`, for `fit`.
+    """Your own loss with `forward(image_features, text_features, labels)`, for `fit`.
 
     Row i of images and row i of texts belong together; labels (N,) are the images' ids.
 
     Args:
         loss: gives a scalar.
-    Raises: LabError, when called, if an image brings more or fewer than one caption.
+    Raises: LabError, when called, if an image does not have exactly one caption.
     """
 
     def __init__(self, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
@@ -178,31 +185,30 @@ class LabelledLoss(nn.Module):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: Tensor | None = None,
-        logit_bias: Tensor | None = None,
-        *,
+        *_: Any,
         image_id: Tensor | None = None,
         text_id: Tensor | None = None,
+        **__: Any,
     ) -> Tensor:
         labels = torch.arange(len(image_features)) if image_id is None else image_id
         pairs = labels if text_id is None else text_id
         if len(text_features) != len(labels) or not torch.equal(labels, pairs):
             raise LabError(
-                f"a loss over labels takes one caption an image, not {len(text_features)} for {len(labels)}; "
+                f"a loss over labels takes one caption per image, not {len(text_features)} for {len(labels)}; "
                 "set captions_per_image to 1 and mining to 'none'."
             )
         return self.loss(image_features, text_features, labels.to(image_features.device))
 
 
 class SwapMarginLoss(nn.Module):
-    """Another loss, plus how far the right order falls short of its margin over the swapped one.
+    """Another loss, plus a margin between an image's own caption and the caption with left and right swapped.
 
-    The swapped captions are kept from the other loss: there the caption of one image swapped may be the right one
-    of another. Images without a swapped caption, of one class twice, have no term.
+    The other loss does not see the swapped captions: a swapped caption may be the right one of another image.
+    Images of one class twice have no swapped caption and no such term.
 
     Args:
-        loss: called with every other row.
-        swap_weight: of the margin's term.
+        loss: called with all other rows.
+        swap_weight: weight of the margin term.
         swap_margin: how much nearer the right order must be, cosine.
     Source: the hinge of VSE, Kiros et al. 2014, eq. 1, with one chosen negative.
     """
@@ -212,7 +218,7 @@ class SwapMarginLoss(nn.Module):
         self.loss, self.weight, self.margin = loss, swap_weight, swap_margin
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the other loss, where it wants to know."""
+        """Pass the epoch on to a loss that depends on it."""
         if hasattr(self.loss, "set_epoch"):
             self.loss.set_epoch(epoch)  # type: ignore[operator]
 
@@ -220,27 +226,20 @@ class SwapMarginLoss(nn.Module):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: Tensor | None = None,
-        logit_bias: Tensor | None = None,
-        *,
+        *logits: Any,
         image_id: Tensor | None = None,
         text_id: Tensor | None = None,
+        **named_logits: Any,
     ) -> Tensor:
         if image_id is None or text_id is None:
-            return self.loss(image_features, text_features, logit_scale, logit_bias)
-        kept = text_id > SWAPPED
-        others = self.loss(
-            image_features,
-            text_features[kept],
-            logit_scale,
-            logit_bias,
-            image_id=image_id,
-            text_id=text_id[kept],
-        )
+            return self.loss(image_features, text_features, *logits, **named_logits)
+        own = text_id > SWAPPED
+        named = {"image_id": image_id, "text_id": text_id[own], **named_logits}
+        others = self.loss(image_features, text_features[own], *logits, **named)
         return others + self.weight * self._margin(image_features, text_features, image_id, text_id)
 
     def chance(self, image_id: Tensor, text_id: Tensor, logit_bias: Tensor | None = None) -> Any:
-        """The other loss's, and the margin that equal scores fall short of."""
+        """The other loss's, plus the whole margin, as equal scores differ by nothing."""
         others = loss_chance(self.loss, image_id, text_id[text_id > SWAPPED], logit_bias)
         return None if others is None else others + self.weight * self.margin
 
@@ -256,16 +255,18 @@ class SwapMarginLoss(nn.Module):
         return F.relu(self.margin - gap).mean()
 
 
-def _find(wanted: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each wanted id stands first among `ids`, and whether it does."""
-    same = wanted[:, None] == ids[None, :]  # (I, T)
+def _find(searched: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The first position of each searched id in `ids`, and whether it is there at all."""
+    same = searched[:, None] == ids[None, :]  # (I, T)
     return same.to(torch.uint8).argmax(dim=1), same.any(dim=1)
 
 
 # --- InfoNCE, sigmoid, and the table of losses ---
 
 
-SCORES_AT_ONCE = 1 << 25  # 128 MiB of float32: a larger gallery passes in pieces, recomputed backwards
+SCORES_AT_ONCE = (
+    1 << 25
+)  # 128 MiB of float32: a larger gallery is scored in pieces, recomputed in the backward pass
 
 
 def in_pieces(score: Callable[..., Any], queries: Tensor, gallery: Tensor, matches: Tensor) -> list[Any]:
@@ -280,14 +281,14 @@ def in_pieces(score: Callable[..., Any], queries: Tensor, gallery: Tensor, match
     return [checkpoint(score, queries, some, mask, use_reentrant=False) for some, mask in pieces]
 
 
-class InfoNCELoss(nn.Module):
+class InfoNCELoss(MatchLoss):
     """Symmetric softmax loss; several captions of an image share its target.
 
     Args:
         temperature: used only when called without a `logit_scale`.
         label_smoothing: share of each target spread over the gallery.
         focal_gamma: queries are weighted by (1 - probability of their matches) to this power.
-    Source: CLIP, Radford et al. 2021, figure 3; several matches a row as SupCon's L_out, Khosla et al. 2020,
+    Source: CLIP, Radford et al. 2021, figure 3; several matches per row as in SupCon's L_out, Khosla et al. 2020,
         eq. 2; focal weights, Lin et al. 2017, eq. 4.
     """
 
@@ -297,34 +298,25 @@ class InfoNCELoss(nn.Module):
         super().__init__()
         self.temperature, self.label_smoothing, self.focal_gamma = temperature, label_smoothing, focal_gamma
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | None = None,
-        logit_bias: Tensor | None = None,  # softmax does not change with a bias
-        *,
-        image_id: Tensor | None = None,
-        text_id: Tensor | None = None,
-    ) -> Tensor:
-        matches = match_mask(len(image_features), len(text_features), image_id, text_id)
-        matches = matches.to(image_features.device)
-        scale = 1 / self.temperature if logit_scale is None else logit_scale
-        images, logits = scale * image_features, None
+    def loss(self, images: Tensor, texts: Tensor, matches: Tensor, scale: Any, bias: Any) -> Tensor:
+        images, logits = (
+            (1 / self.temperature if scale is None else scale) * images,
+            None,
+        )  # a bias changes nothing
         if matches.numel() <= SCORES_AT_ONCE:
-            logits = full_precision(images @ text_features.T)  # both directions read one product
-        to_text = self._direction(images, text_features, matches, logits)
-        to_image = self._direction(text_features, images, matches.T, None if logits is None else logits.T)
+            logits = full_precision(images @ texts.T)  # both directions read one product
+        to_text = self._direction(images, texts, matches, logits)
+        to_image = self._direction(texts, images, matches.T, None if logits is None else logits.T)
         return (to_text + to_image) / 2
 
     def chance(self, image_id: Tensor, text_id: Tensor, logit_bias: Tensor | None = None) -> float | None:
-        """The value where all logits are equal; None with focal weights, which change it with every match."""
+        """The value where all logits are equal; None with focal weights, where it depends on the matches."""
         return None if self.focal_gamma else (math.log(len(text_id)) + math.log(len(image_id))) / 2
 
     def _direction(self, queries: Tensor, gallery: Tensor, matches: Tensor, logits: Tensor | None) -> Tensor:
         """Mean cross-entropy of each query's softmax over the gallery; queries without a match have no term.
 
-        Args: logits: (Q, G), made piece by piece where there are none.
+        Args: logits: (Q, G); None: computed piece by piece.
         """
         has_match = matches.any(dim=1)
         if not has_match.all():
@@ -351,16 +343,16 @@ class InfoNCELoss(nn.Module):
         return self._parts(full_precision(queries @ gallery.T), matches)
 
     def _parts(self, logits: Tensor, matches: Tensor) -> tuple[Tensor, ...]:
-        """Of each query's logits: log of the sum of exponentials, the matches' sum, and the first over matches alone
-        where the focal weights want it."""
+        """For each query: logsumexp of its logits, the sum over its matches, and with focal weights the logsumexp of
+        its matches."""
         parts = logits.logsumexp(dim=1), (logits * matches).sum(dim=1)
         if not self.focal_gamma:
             return parts
         return *parts, logits.masked_fill(~matches, -math.inf).logsumexp(dim=1)
 
 
-class SigmoidLoss(nn.Module):
-    """Every image and text are told apart as a match or not, each on its own; the sum over pairs, an image.
+class SigmoidLoss(MatchLoss):
+    """Each image-text pair is classified as match or non-match; summed over pairs, averaged over images.
 
     Args:
         temperature, logit_bias: used only when called without a `logit_scale` and `logit_bias`.
@@ -371,28 +363,17 @@ class SigmoidLoss(nn.Module):
         super().__init__()
         self.temperature, self.logit_bias = temperature, logit_bias or 0.0
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | None = None,
-        logit_bias: Tensor | None = None,
-        *,
-        image_id: Tensor | None = None,
-        text_id: Tensor | None = None,
-    ) -> Tensor:
-        matches = match_mask(len(image_features), len(text_features), image_id, text_id)
-        matches = matches.to(image_features.device)
-        scale = 1 / self.temperature if logit_scale is None else logit_scale
-        bias = self.logit_bias if logit_bias is None else logit_bias
-        keep = matches.any(dim=1)  # an image without a caption here is a gallery's, not a query
+    def loss(self, images: Tensor, texts: Tensor, matches: Tensor, scale: Any, bias: Any) -> Tensor:
+        scale = 1 / self.temperature if scale is None else scale
+        bias = self.logit_bias if bias is None else bias
+        queries = matches.any(dim=1)  # an image without a caption here is only in the gallery
 
-        def loss_of(queries: Tensor, gallery: Tensor, mask: Tensor) -> Tensor:
-            logits = full_precision(queries @ gallery.T) + bias
+        def sum_of(images: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+            logits = full_precision(images @ texts.T) + bias
             return -F.logsigmoid(torch.where(mask, logits, -logits)).sum()
 
-        pieces = in_pieces(loss_of, scale * image_features, text_features, matches)
-        return torch.stack(pieces).sum() / keep.sum().clamp(min=1)
+        pieces = in_pieces(sum_of, scale * images, texts, matches)
+        return torch.stack(pieces).sum() / queries.sum().clamp(min=1)
 
     def chance(self, image_id: Tensor, text_id: Tensor, logit_bias: Tensor | None = None) -> Tensor:
         """The value where every logit is the bias, as with unrelated features."""
@@ -407,7 +388,7 @@ class SigmoidLoss(nn.Module):
 def loss_chance(
     criterion: nn.Module, image_id: Tensor, text_id: Tensor, logit_bias: Tensor | None = None
 ) -> Any:
-    """`chance_level`, of a loss that reads ids as a tensor () on their device, so that a GPU need not wait."""
+    """`chance_level` as a number or a tensor () on the device, so that a GPU does not wait."""
     chance = getattr(criterion, "chance", None)
     return None if chance is None else chance(image_id, text_id, logit_bias)
 
@@ -415,10 +396,10 @@ def loss_chance(
 def chance_level(
     criterion: nn.Module, image_id: Tensor, text_id: Tensor, logit_bias: Tensor | None = None
 ) -> float | None:
-    """The value of a loss at the start, where no image is nearer to its text than to another.
+    """The value of a loss for features that carry no information, as at the start of training.
 
-    Args: image_id: (I,). text_id: (T,). logit_bias: the model's, where it has one.
-    Returns: None of a loss that has no such value, or does not state it by a method `chance` of the same arguments.
+    Args: image_id: (I,). text_id: (T,). logit_bias: the model's, if it has one.
+    Returns: None for a loss without a method `chance(image_id, text_id, logit_bias)`.
     """
     level = loss_chance(criterion, image_id, text_id, logit_bias)
     return None if level is None else float(level)
@@ -427,7 +408,7 @@ def chance_level(
 def even_bias(batch_size: int) -> float:
     """The sigmoid loss's bias at the start: the log odds of a match in a batch of that many images.
 
-    SigLIP's -10 is that of a batch of 22,000; in a small one it buries the matches.
+    SigLIP's -10 suits a batch of 22,000; in a small batch it outweighs the matches.
     """
     return -math.log(max(1, batch_size - 1))
 
@@ -441,13 +422,14 @@ LOSSES: dict[str, type[nn.Module]] = {
 
 
 def build_loss(config: Config) -> nn.Module:
-    """The loss of a configuration; it is given the fields its class names, under their own names."""
+    """The loss of a configuration; the parameters of its class are fields of the configuration."""
     make = choose(LOSSES, config.loss, "loss")
-    taken = inspect.signature(make).parameters
-    loss = make(**{name: config[name] for name in taken if name in Config.model_fields})
+    loss = make(
+        **{name: config[name] for name in inspect.signature(make).parameters if name in Config.model_fields}
+    )
     return SwapMarginLoss(loss, config.swap_weight, config.swap_margin) if config.swap_weight else loss
 
 
 def has_bias(config: Config) -> bool:
-    """Whether the configuration's loss wants the model to hold a logit_bias."""
+    """Whether the configuration's loss uses the model's logit_bias."""
     return config.loss == "sigmoid"

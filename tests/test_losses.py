@@ -96,5 +96,5 @@ def test_a_loss_without_a_chance_level_has_none(criterion):
 def test_lengths_that_do_not_fit_say_so():
     with pytest.raises(LabError, match="2 images and 3 texts need image_id"):
         InfoNCELoss()(features(2), features(3))
-    with pytest.raises(LabError, match="one id a row"):
+    with pytest.raises(LabError, match="one id per row"):
         InfoNCELoss()(features(2), features(3), image_id=torch.arange(2), text_id=torch.arange(2))

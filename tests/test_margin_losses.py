@@ -137,7 +137,7 @@ def test_a_loss_over_labels_gets_the_ids():
     assert torch.allclose(value, (images - texts).square().sum())
     loss(images, texts)
     assert seen == [[5, 8, 6], [0, 1, 2]]
-    with pytest.raises(LabError, match="one caption an image, not 4 for 2; set captions_per_image to 1"):
+    with pytest.raises(LabError, match="one caption per image, not 4 for 2; set captions_per_image to 1"):
         loss(IMAGES, TEXTS, **IDS)
 
 
