@@ -30,7 +30,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from tqdm.auto import tqdm
 
-from config import Config, load_yaml, make_config, run_name
+from config import Config, load_yaml, run_name
 from core.errors import LabError, nearest
 from core.files import disk_full, is_disk_full, locked, write_text
 from evaluate import compare_runs, evaluate_run, readable
@@ -447,18 +447,10 @@ def _disk_full_in_one_sentence(folder: Path) -> Iterator[None]:
         raise disk_full(folder / "study.journal") from error
 
 
-def _changes(config: Config) -> dict[str, Any]:
-    """The preset and the fields that differ from it, as JSON values."""
-    values = config.model_dump(mode="json")
-    return {"preset": config.preset} | {
-        name: values[name] for name in config.differences(make_config(config.preset))
-    }
-
-
 def _settings(config: Config) -> str:
     """What all trials have in common, folders apart."""
-    changes = {name: value for name, value in _changes(config).items() if not name.endswith("_dir")}
-    return yaml.safe_dump(changes, default_flow_style=True, width=10**6).strip()
+    changes = {name: value for name, value in config.changes().items() if not name.endswith("_dir")}
+    return yaml.safe_dump({"preset": config.preset, **changes}, default_flow_style=True, width=10**6).strip()
 
 
 def _show(bar: tqdm, study: optuna.Study, metric: str) -> None:
@@ -556,8 +548,9 @@ def best_config(study: optuna.Study, config: Config, space: Space) -> Config:
 def write_best(study: optuna.Study, config: Config, space: Space, folder: Path) -> None:
     """Write best_config.yaml once a trial has finished: the best settings, as `train.py --config` takes them."""
     if completed(study):
-        changes = _changes(best_config(study, config, space))
-        write_text(folder / "best_config.yaml", yaml.safe_dump(changes, sort_keys=False))
+        best = best_config(study, config, space)
+        content = {"preset": best.preset, **best.changes()}
+        write_text(folder / "best_config.yaml", yaml.safe_dump(content, sort_keys=False))
 
 
 def study_figures(study: optuna.Study, metric: str, folder: Path | None = None) -> dict[str, Figure]:

@@ -51,13 +51,13 @@ def test_defaults_are_the_documented_lab():
         (lambda c: setattr(c, "best_metric", "i2t_recal@1"), "did you mean 'i2t_recall@1'"),
         (lambda c: setattr(c, "device", "CUDA"), "did you mean 'cuda'"),
         (lambda c: setattr(c, "reader", "cocos"), "did you mean 'coco'"),
-        (lambda c: setattr(c, "preset", "flickr8k"), "preset is chosen when .* make_config"),
-        (lambda c: c.updated(preset="flickr8k"), "preset is chosen when .* make_config"),
-        (lambda c: setattr(c, "base_data_dir", "d"), "base_data_dir is chosen when .* make_config"),
+        (lambda c: setattr(c, "preset", "flickr8k"), "preset cannot be changed .* make_config"),
+        (lambda c: c.updated(preset="flickr8k"), "preset cannot be changed .* make_config"),
+        (lambda c: setattr(c, "base_data_dir", "d"), "base_data_dir cannot be changed .* make_config"),
         (lambda c: make_config(["a"]), "preset .* does not exist"),
         (lambda c: make_config(loss="queue_infonce", negatives="batch"), "leave negatives out"),
         (lambda c: setattr(c, "train_splits", ()), "'train_splits' takes tuple"),
-        (lambda c: setattr(c, "val_splits", ("a", "a")), "named once"),
+        (lambda c: setattr(c, "val_splits", ("a", "a")), "appears twice"),
         (lambda c: setattr(c, "test_splits", ("../x",)), "'test_splits' takes tuple"),
         (lambda c: setattr(c, "runs_dir", "~nobody_of_this_name/x"), "home"),
         (lambda c: setattr(c, "seed", 1 << 32), "less than 4294967296"),
@@ -93,7 +93,7 @@ def test_files_flat_and_sectioned_load_alike(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("- a\n- b\n", "must hold `field: value` lines"),
+        ("- a\n- b\n", "must contain `field: value` lines"),
         ("a: [", "cannot be read as YAML or JSON"),
         ("x: {seed: 1}\ny: {seed: 2}", "twice"),
         ("seed: 1\nseed: 2\n", "'seed' is given twice"),
@@ -106,7 +106,7 @@ def test_files_flat_and_sectioned_load_alike(tmp_path):
         (
             "m0: &m0 {k: 1}\n"
             + "".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}\n" for n in range(1, 12)),
-            "a mapping holds more than 1,000 fields",
+            "a mapping has more than 1,000 fields",
         ),
         ("# " + "x" * 2**18, "such a file has at most 262,144"),
         ("[" * 1000 + "]" * 1000, "cannot be read as YAML or JSON"),
@@ -264,3 +264,11 @@ def test_every_field_has_help_and_is_read_somewhere():
             }  # builders pass by name
     assert not [name for name in Config.model_fields if name not in read]
     assert not [name for name, field in Config.model_fields.items() if not field.description]
+
+
+def test_other_names_of_fields_in_files(tmp_path):
+    path = tmp_path / "other.yaml"
+    path.write_text("hidden_dim: 64\nfreeze_image_encoder: true\nfreeze_text_encoder: false\nnum_layers: 1\n")
+    config = load_config(path)
+    assert (config.head_hidden_dim, config.head_num_layers) == (64, 1)
+    assert (config.image_tower_mode, config.text_tower_mode) == ("frozen", "trainable")

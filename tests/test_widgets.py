@@ -117,7 +117,7 @@ def test_the_form_is_the_configuration():
     assert all(field.group and field.help for field in fields.values())
     assert fields["loss"].choices[:2] == ("infonce", "sigmoid")
     assert fields["precision"].choices == ("auto", "fp32", "bf16", "fp16")
-    assert fields["source"].choices == ()
+    assert {"coco2014", "scenes"} < set(fields["source"].choices)
     kinds = {name: type(controls.make_input(fields[name], Config()[name])) for name in fields}
     assert kinds["use_batch_norm"] is ipywidgets.Checkbox
     assert kinds["batch_size"] is ipywidgets.IntText
@@ -145,11 +145,11 @@ def test_a_change_in_the_form_is_one_in_the_configuration():
     assert "quickstart_bn_s0" in made.summary.value
     assert "●" in made.rows["use_batch_norm"].name.value
     assert made.differences().loc["use_batch_norm"].tolist() == ["True", "False"]
-    made.group.value = "optimisation"
+    made.group.value = "optimization"
     for text, value in [("3", 3), ("", None)]:
         made.rows["patience"].input.value = text
         assert config.patience == value
-    made.group.value = "evaluation (no part of a run's name)"
+    made.group.value = "evaluation (not part of a run's name)"
     made.rows["recall_ks"].input.value = "1, 3"
     assert config.recall_ks == (1, 3)
     made.group.value = controls.CHANGED
@@ -159,7 +159,7 @@ def test_a_change_in_the_form_is_one_in_the_configuration():
 def test_a_wrong_value_is_explained_and_the_old_one_kept():
     config = make_config("quickstart")
     made = widgets.experiment_form(config)
-    made.group.value = "optimisation"
+    made.group.value = "optimization"
     made.rows["batch_size"].input.value = 0
     assert config.batch_size == 32
     assert made.rows["batch_size"].input.value == 32

@@ -77,7 +77,7 @@ def change_a_flag(lab):
     form.get_by_label("show").select_option("flags")
     form.locator("input[type=checkbox]").first.check()
     form.get_by_text("quickstart_bn_").wait_for()
-    form.get_by_label("show").select_option("optimisation")
+    form.get_by_label("show").select_option("optimization")
     epochs = form.locator("input[type=number]").first
     epochs.fill("0")
     epochs.press("Enter")
