@@ -226,8 +226,8 @@ def test_what_was_trained_on_other_data_is_refused(small, coco, tmp_path, what, 
 
 
 def test_a_start_that_has_seen_held_out_images_is_refused(small, tmp_path, capsys):
-    whole = fit(small.updated(num_epochs=1, train_splits=("train", "val")), show=False)
-    config = small.updated(start_from=whole.folder, num_epochs=1)
+    other = fit(small.updated(num_epochs=1, train_splits=("val",), val_splits=("train",)), show=False)
+    config = small.updated(start_from=other.folder, num_epochs=1)
     with pytest.raises(LabError, match=r"was trained on 8 of the 8 images of split 'val' here"):
         fit(config, show=False)
     middle = fit(small.updated(num_epochs=1), show=False)
