@@ -1,7 +1,7 @@
-"""The lab's everyday figures: picture grids, learning curves, bars, attention.
+"""The lab's everyday figures: images with captions, learning curves, bars, attention, the data check.
 
 Every function takes plain data (arrays, tables, PIL images or paths), returns the Figure, and saves it
-as PNG where `path` is given.
+as PNG if `path` is given.
 """
 
 from __future__ import annotations
@@ -24,85 +24,52 @@ from plots.style import (
     BLUE,
     DIRECTIONS,
     DOTTED,
-    GAP,
     GREY,
     INK,
-    MARGIN,
+    LEGEND_ABOVE,
+    LETTERS_PER_INCH,
+    LINE_HEIGHT,
     VERDICTS,
     WIDTH,
     WRONG,
     Cell,
+    ImageLike,
     Metrics,
-    Picture,
     SavePath,
     Series,
     Table,
     as_histories,
-    as_picture,
+    as_pixels,
     as_table,
-    axes_at,
     chance_of,
-    colour,
-    draw_picture,
+    color,
+    draw_image,
     image_rows,
-    legend_above,
-    legend_below,
     new_figure,
     plot_series,
+    run_legend,
     saved,
-    shade_bar,
     styled,
-    text_at,
-    text_height,
+    text_lines,
     to_numpy,
     wrap,
 )
 
-# --- picture grids ---
-
 
 def captioned_images(
-    images: Sequence[Picture],
+    images: Sequence[ImageLike],
     captions: Sequence[str | Sequence[str]],
     path: SavePath = None,
     columns: int = 4,
     title: str = "",
 ) -> Figure:
-    """Pictures with their captions wrapped under them; several captions a picture take a bullet each."""
+    """Images with their captions wrapped under them; several captions per image become a bullet list."""
     if len(captions) != len(images):
-        raise LabError(f"{len(images)} pictures and {len(captions)} captions; give one caption a picture.")
+        raise LabError(f"{len(images)} images and {len(captions)} captions; give one caption per image.")
     texts = [text if isinstance(text, str) else "\n".join(f"• {line}" for line in text) for text in captions]
     cells = [Cell(image, text) for image, text in zip(images, texts, strict=True)]
     rows = [("", cells[start : start + columns]) for start in range(0, len(cells), columns)]
     return saved(image_rows(rows, title, columns), path)
-
-
-def retrieval_grid(
-    queries: Sequence[str],
-    images: Sequence[Sequence[Picture]],
-    scores: Sequence[Sequence[float]] | None = None,
-    correct: Sequence[Sequence[bool]] | None = None,
-    path: SavePath = None,
-    title: str = "",
-) -> Figure:
-    """The pictures found for each text query, nearest first.
-
-    Args:
-        queries: Q texts.
-        images: Q lists of pictures, nearest first; a list may be empty.
-        scores: Q lists of similarities, written under the pictures.
-        correct: Q lists; right is a solid green frame with ✓, wrong a dashed orange one with ✗.
-    """
-    if len(images) != len(queries):
-        raise LabError(f"{len(queries)} queries and {len(images)} lists of pictures; give one list a query.")
-    rows = []
-    for query, found in enumerate(images):
-        notes = [""] * len(found) if scores is None else [f"  ·  {score:.3f}" for score in scores[query]]
-        texts = [f"{place}{note}" for place, note in enumerate(notes, start=1)]
-        marks = [None] * len(found) if correct is None else correct[query]
-        cells = [Cell(*parts) for parts in zip(found, texts, marks, strict=True)]
-        rows.append((f"“{queries[query]}”", cells))
-    return saved(image_rows(rows, title), path)
 
 
 # --- curves ---
@@ -137,8 +104,8 @@ def learning_curves(
         histories: run name -> table with `epoch`, `train_loss`, `val_loss`, `learning_rate`, and
             `i2t_recall@1`, `t2i_recall@1` or `top1` in [0, 1]; columns and values may be missing.
         chance: Recall@1 of random ranking, in [0, 1]; a number, or a mapping by metric.
-        chance_loss: the loss's chance level (`losses.chance_level`); None where it has none.
-        best_epoch: starred; a number, or one a run.
+        chance_loss: the chance-level loss (`losses.chance_level`); None where the loss has none.
+        best_epoch: marked with a star; a number, or one per run.
     """
     tables = as_histories(histories)
     for name, table in tables.items():
@@ -149,14 +116,14 @@ def learning_curves(
     epochs = sorted({epoch for epoch in best.values() if epoch is not None})
     star = Line2D([], [], color=GREY, linestyle="", marker="*", markersize=10, label="best epoch")
     star.set_label(f"best epoch {epochs[0]}" if len(epochs) == 1 else "best epoch")
-    figure = new_figure(3.3)
-    loss, recall, rate = (axes_at(figure, left, 0.62, 2.25, 2.15) for left in (0.65, 3.6, 6.6))
+    figure = new_figure(3.1)
+    loss, recall, rate = figure.subplots(1, 3)
     for axes, series, reference, label in (
         (loss, LOSSES, chance_loss, "chance level {:.2f}"),
         (recall, RECALLS, None if level is None else 100 * level, "chance {:.2g} %"),
     ):
         handles = plot_series(axes, tables, series, best) + _reference(axes, reference, label)
-        legend_above(axes, handles + [star] * bool(epochs))
+        axes.legend(handles=handles + [star] * bool(epochs), ncols=2, **LEGEND_ABOVE)
     plot_series(rate, tables, RATES)
     rate.set_ylim(bottom=0)
     power = 10.0 ** np.floor(np.log10(rate.get_ylim()[1]))
@@ -165,7 +132,7 @@ def learning_curves(
     recall.set_ylabel("accuracy (%)" if ranked else "Recall@1 (%)")
     rate.set_ylabel(f"learning rate ({power:.0e})")
     rate.yaxis.set_major_formatter(lambda value, _: f"{value / power:.3g}")
-    legend_below(figure, list(tables))
+    run_legend(figure, list(tables))
     return saved(figure, path)
 
 
@@ -180,7 +147,7 @@ def _recall_panel(
     for run, (name, row) in enumerate(runs.iterrows()):
         heights = [100 * float(row.get(metric, np.nan)) for metric in metrics]
         middles = np.arange(len(metrics)) - 0.43 + (run + 0.5) * width
-        bars = axes.bar(middles, heights, 0.92 * width, color=colour(run), label=str(name))
+        bars = axes.bar(middles, heights, 0.92 * width, color=color(run), label=str(name))
         texts = ["" if np.isnan(height) else f"{height:.1f}" for height in heights]
         axes.bar_label(bars, texts, padding=2, fontsize=9, rotation=90 if len(runs) > 3 else 0)
     ticks = [metric.partition("_")[2].capitalize() for metric in metrics]
@@ -198,39 +165,37 @@ def recall_bars(table: Table, path: SavePath = None, chance: float | Metrics | N
     """Recall@K of one or several runs in both directions, beside chance.
 
     Args:
-        table: one row a run, or one metrics dict, with `i2t_recall@K` and `t2i_recall@K` in [0, 1].
-        chance: recall of random ranking in [0, 1], by metric; a bare number is Recall@1's.
+        table: one row per run, or one metrics dict, with `i2t_recall@K` and `t2i_recall@K` in [0, 1].
+        chance: recall of random ranking in [0, 1], by metric; a bare number is that of Recall@1.
     Raises: LabError if there is no recall to draw.
     """
     runs = as_table(table)
-    found = [re.fullmatch(r"(?:i2t|t2i)_recall@(\d+)", str(column)) for column in runs.columns]
-    ks = sorted({int(match[1]) for match in found if match})
+    matches = [re.fullmatch(r"(?:i2t|t2i)_recall@(\d+)", str(column)) for column in runs.columns]
+    ks = sorted({int(match[1]) for match in matches if match})
     if not ks:
         raise LabError("the table has no column such as 'i2t_recall@1'; evaluate the run first.")
-    figure = new_figure(3.25)
-    for side, (direction, title) in enumerate(DIRECTIONS.items()):
-        axes = axes_at(figure, 0.65 + side * 4.4, 0.35, 3.85, 2.35)
+    figure = new_figure(3.1)
+    for axes, (direction, name) in zip(figure.subplots(1, 2), DIRECTIONS.items(), strict=True):
         metrics = [f"{direction}_recall@{k}" for k in ks]
         _recall_panel(axes, runs, metrics, [chance_of(chance, metric) for metric in metrics])
-        axes.set_title(title)
-    figure.axes[0].set_ylabel("queries answered (%)")
-    legend_below(figure, [str(name) for name in runs.index])
+        axes.set_ylabel(f"{name} Recall@K (%)")
+    run_legend(figure, [str(name) for name in runs.index])
     return saved(figure, path)
 
 
 def _whiskers(runs: pd.DataFrame, metric: str) -> np.ndarray:
     """(2, R) percentage points below and above each value, NaN where none is given."""
-    nothing = pd.Series(np.nan, runs.index)
-    spread = runs.get(f"{metric}_std", nothing)
-    low = (runs[metric] - runs.get(f"{metric}_low", nothing)).fillna(spread)
-    high = (runs.get(f"{metric}_high", nothing) - runs[metric]).fillna(spread)
+    missing = pd.Series(np.nan, runs.index)
+    spread = runs.get(f"{metric}_std", missing)
+    low = (runs[metric] - runs.get(f"{metric}_low", missing)).fillna(spread)
+    high = (runs.get(f"{metric}_high", missing) - runs[metric]).fillna(spread)
     return 100 * np.stack([low, high]).astype(float)
 
 
 def _comparison_panel(axes: Axes, values: np.ndarray, spread: np.ndarray, level: float | None) -> None:
     """Horizontal bars (percent) with whiskers, a dashed line at the first bar, a dotted one at chance."""
     rows = np.arange(len(values))
-    axes.barh(rows, values, 0.62, color=[colour(run) for run in range(len(values))])
+    axes.barh(rows, values, 0.62, color=[color(run) for run in range(len(values))])
     axes.errorbar(values, rows, xerr=spread, fmt="none", ecolor=INK, elinewidth=1.3, capsize=3)
     ends = values + np.nan_to_num(spread[1])
     for row in np.flatnonzero(~np.isnan(values)):
@@ -240,8 +205,7 @@ def _comparison_panel(axes: Axes, values: np.ndarray, spread: np.ndarray, level:
         axes.axvline(values[0], color=GREY, linestyle="--", linewidth=1)
     if level is not None:
         axes.axvline(100 * level, color=INK, linestyle=DOTTED, linewidth=1.4)
-    axes.set(xlim=(0, 1.22 * np.nanmax([*ends, 1])), yticks=rows, yticklabels=[])
-    axes.invert_yaxis()
+    axes.set_xlim(0, 1.22 * np.nanmax([*ends, 1]))
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
 
@@ -254,13 +218,13 @@ def comparison_bars(
     metrics: Sequence[str] = ("i2t_recall@1", "t2i_recall@1"),
     whiskers: str = "",
 ) -> Figure:
-    """Runs side by side, a panel a metric, the first run's value as a reference line.
+    """Runs side by side, one panel per metric, the first run's value as a reference line.
 
     Args:
-        rows: one row a run (named by `run`, `name` or the index), the metrics in [0, 1]; whiskers come
+        rows: one row per run (named by `run`, `name` or the index), the metrics in [0, 1]; whiskers come
             from the columns `METRIC_low` and `METRIC_high`, or from `METRIC_std`.
-        chance: of random ranking, by metric; a bare number is Recall@1's.
-        whiskers: what they are, for the note, such as "95 % interval, test sample only".
+        chance: of random ranking, by metric; a bare number is that of Recall@1.
+        whiskers: what they are, for the note, such as "95 % bootstrap interval over test images".
     Raises: LabError if a metric is not in the table.
     """
     runs = as_table(rows)
@@ -268,73 +232,71 @@ def comparison_bars(
         if metric not in runs:
             raise LabError(f"the table has no column {metric!r}; it has {', '.join(map(str, runs.columns))}.")
     if not metrics:
-        raise LabError("there is no figure to compare; name at least one in metrics.")
-    names = [wrap(name, 1.9) for name in runs.index]
+        raise LabError("there is no metric to compare; name at least one in metrics.")
+    names = [wrap(name, 26) for name in runs.index]
     spreads = [f"{metric}_{end}" for metric in metrics for end in ("low", "std")]
-    drawn = [column for column in spreads if column in runs and runs[column].notna().any()]
-    usual = "± 1 standard deviation" if drawn and drawn[0].endswith("_std") else "low to high"
+    spreads = [column for column in spreads if column in runs and runs[column].notna().any()]
+    usual = "± 1 standard deviation" if spreads and spreads[0].endswith("_std") else "low to high"
     notes = {
         "dashed: first row": len(runs) > 1,
         "dotted: chance": chance is not None,
-        f"whiskers: {whiskers or usual}": bool(drawn),
+        f"whiskers: {whiskers or usual}": bool(spreads),
     }
-    note = "   ·   ".join(text for text, applies in notes.items() if applies)
-    height = len(names) * max(0.36, max(map(text_height, names)) + 0.1)
-    figure = new_figure(height + 0.95 + 0.3 * bool(note))
-    width = (WIDTH - 2.2) / len(metrics) - 0.25
-    for panel, metric in enumerate(metrics):
-        axes = axes_at(figure, 2.1 + panel * (width + 0.25), 0.35, width, height)
-        _comparison_panel(
-            axes, 100 * runs[metric].to_numpy(float), _whiskers(runs, metric), chance_of(chance, metric)
-        )
+    note = wrap("   ·   ".join(text for text, applies in notes.items() if applies), 125)
+    height = len(names) * max(0.36, LINE_HEIGHT * max(map(text_lines, names)) + 0.1)
+    figure = new_figure(height + 0.7 + LINE_HEIGHT * text_lines(note))
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        level = chance_of(chance, metric)
+        _comparison_panel(axes, 100 * runs[metric].to_numpy(float), _whiskers(runs, metric), level)
         direction, _, rest = metric.partition("_")
         known = direction in DIRECTIONS
-        axes.set(title=DIRECTIONS.get(direction, ""), xlabel=f"{rest.capitalize() if known else metric} (%)")
-    figure.axes[0].set_yticklabels(names)
-    text_at(figure, 2.1, height + 0.97, note, 8.5)
+        axes.set_xlabel(f"{DIRECTIONS[direction]} {rest.capitalize()} (%)" if known else f"{metric} (%)")
+    panels[0].set(yticks=range(len(names)), yticklabels=names)
+    panels[0].invert_yaxis()
+    figure.supxlabel(note, size=8.5)
     return saved(figure, path)
 
 
 def _probability_bars(
     axes: Axes, labels: Sequence[str], values: np.ndarray, truth: int | None, rows: int
 ) -> None:
-    """The likeliest labels, their text over the bars; a true label further down takes the last row."""
+    """The most probable labels, their text over the bars; a true label further down takes the last row."""
     order = list(np.argsort(-values, kind="stable"))
-    shown = order[:rows] if truth is None or truth in order[:rows] else [*order[: rows - 1], truth]
-    for row, label in enumerate(shown):
+    first = order[:rows] if truth is None or truth in order[:rows] else [*order[: rows - 1], truth]
+    for row, label in enumerate(first):
         judged = truth is not None and (row == 0 or label == truth)
         symbol, hue, _ = VERDICTS[bool(label == truth)] if judged else ("", BLUE, "")
         rank = f" (rank {order.index(label) + 1})" if order.index(label) != row else ""
         axes.barh(row, 100 * values[label], 0.82, color=hue, alpha=0.5 if judged or row == 0 else 0.25)
-        text = wrap(f"{symbol} {labels[label]}{rank}".strip(), 1.9)
-        axes.text(2, row, text, va="center", size=9)
+        axes.text(2, row, wrap(f"{symbol} {labels[label]}{rank}".strip(), 24), va="center", size=9)
         axes.text(132, row, f"{100 * values[label]:.1f} %", va="center", ha="right", size=9)
     axes.set(xlim=(0, 132), ylim=(rows - 0.4, -0.6), xticks=[0, 50, 100], yticks=[])
-    axes.set_xlabel("probability (%)", x=0.38)
+    axes.set_xlabel("probability (%)")
 
 
 @styled
 def zero_shot_bars(
-    images: Sequence[Picture],
+    images: Sequence[ImageLike],
     labels: Sequence[str],
     probabilities: Any,
     true_labels: Sequence[str | int] | None = None,
     path: SavePath = None,
     top: int = 5,
 ) -> Figure:
-    """Pictures beside the probabilities of their likeliest labels.
+    """Images beside the probabilities of their most probable labels.
 
     Args:
-        images: N pictures.
+        images: N images.
         labels: L texts.
         probabilities: (N, L) in [0, 1].
         true_labels: N texts or positions in `labels`; ✓ marks them, ✗ a wrong first choice.
-        top: how many labels to draw a picture; the last row goes to a true label further down.
+        top: how many labels to draw per image; the last row shows a true label further down.
     Raises: LabError if the shapes do not fit or a true label is not among `labels`.
     """
     table, names = to_numpy(probabilities).astype(float), list(labels)
     if not table.size or table.shape != (len(images), len(names)):
-        sizes = f"{len(images)} pictures and {len(names)} labels"
+        sizes = f"{len(images)} images and {len(names)} labels"
         raise LabError(f"probabilities of shape {table.shape} do not fit {sizes}.")
     truths: list[Any] = [None] * len(images) if true_labels is None else list(true_labels)
     for place, truth in enumerate(truths):
@@ -342,30 +304,29 @@ def zero_shot_bars(
             raise LabError(f"the true label {truth!r} is not among the labels {', '.join(names)}.")
         truths[place] = names.index(truth) if isinstance(truth, str) else truth
     rows = min(top, len(names))
-    tallest = max(text_height(wrap(f"✓ {name}", 1.9)) for name in names)
-    height = rows * max(0.36, tallest + 0.1)
-    figure = new_figure((height + 0.65) * -(-len(images) // 2) + 0.1)
+    height = rows * max(0.36, LINE_HEIGHT * max(text_lines(wrap(f"✓ {name}", 24)) for name in names) + 0.1)
+    figure = new_figure((max(height, 1.0) + 0.65) * -(-len(images) // 2))
+    grid = figure.subplots(-(-len(images) // 2), 4, width_ratios=[1.5, 2.6] * 2, squeeze=False).ravel()
     for place, image in enumerate(images):
-        left, start = MARGIN + (place % 2) * 4.5, 0.12 + (place // 2) * (height + 0.65)
-        picture = axes_at(figure, left, start, 1.55, max(height, 1.0))
-        draw_picture(picture, as_picture(image))
-        picture.set_anchor("NW")
-        bars = axes_at(figure, left + 1.68, start, 2.6, height)
-        _probability_bars(bars, names, table[place], truths[place], rows)
+        draw_image(grid[2 * place], as_pixels(image))
+        grid[2 * place].set_anchor("NW")
+        _probability_bars(grid[2 * place + 1], names, table[place], truths[place], rows)
+    for axes in grid[2 * len(images) :]:
+        axes.set_axis_off()
     return saved(figure, path)
 
 
 # --- attention ---
 
-HEAT = LinearSegmentedColormap.from_list(  # clear where a weight is low, so that the picture shows
+HEAT = LinearSegmentedColormap.from_list(  # transparent where a weight is low, so that the image shows
     "heat", [(0.05, 0.03, 0.53, 0.0), (0.55, 0.05, 0.6, 0.5), (0.93, 0.4, 0.3, 0.75), (0.98, 0.95, 0.1, 0.9)]
 )
 
 
 def _attention_map(axes: Axes, pixels: np.ndarray, ratio: np.ndarray, scale: Normalize) -> None:
-    """Weights (H, W) over a grey copy of the picture."""
+    """Weights (H, W) over a grey copy of the image."""
     height, width = pixels.shape[:2]
-    draw_picture(axes, np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8))
+    draw_image(axes, np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8))
     edges = (-0.5, width - 0.5, height - 0.5, -0.5)
     axes.imshow(ratio, HEAT, scale, extent=edges, interpolation="bicubic")
     axes.set_anchor("NW")
@@ -373,20 +334,20 @@ def _attention_map(axes: Axes, pixels: np.ndarray, ratio: np.ndarray, scale: Nor
 
 @styled
 def attention_maps(
-    images: Sequence[Picture],
+    images: Sequence[ImageLike],
     weights: Sequence[Any],
     captions: Sequence[str] | None = None,
     path: SavePath = None,
     columns: int = 4,
 ) -> Figure:
-    """Each picture above its grey copy under the pooling weights, all on one scale.
+    """Each image above a grey copy of it under the pooling weights, all on one scale.
 
     Args:
-        images: N pictures.
-        weights: N maps (H, W), each summing to 1; drawn as multiples of 1 / (H W), which is what average
-            pooling gives. The scale ends at their 99th percentile, at 2 or more.
+        images: N images.
+        weights: N maps (H, W), each summing to 1; drawn as multiples of 1 / (H W), the weight of average
+            pooling. The scale ends at their 99th percentile, at 2 or more.
         captions: N texts.
-    Raises: LabError if there are not as many maps as pictures, or one is not (H, W).
+    Raises: LabError if there are not as many maps as images, or one is not (H, W).
     """
     ratios = [to_numpy(weight).astype(float) * to_numpy(weight).size for weight in weights]
     if (
@@ -395,50 +356,59 @@ def attention_maps(
         or any(ratio.ndim != 2 or not ratio.size for ratio in ratios)
     ):
         shapes = [ratio.shape for ratio in ratios]
-        raise LabError(f"{len(images)} pictures need as many weights of shape (H, W); got {shapes}.")
+        raise LabError(f"{len(images)} images need as many weights of shape (H, W); got {shapes}.")
     scale = Normalize(0, max(2.0, float(np.percentile(np.concatenate([r.ravel() for r in ratios]), 99))))
-    cell = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) / columns
-    texts = [wrap(text, cell) for text in ([""] * len(images) if captions is None else captions)]
-    pixels = [as_picture(image) for image in images]
-    box = min(1.1, max(p.shape[0] / p.shape[1] for p in pixels)) * cell
-    row_height = 2 * box + 0.14 + max(map(text_height, texts)) + 0.2
-    height = MARGIN + row_height * -(-len(images) // columns)
-    figure = new_figure(height + 0.5)
+    side = WIDTH / columns - 0.15
+    texts = [wrap(text, int(LETTERS_PER_INCH * side)) for text in captions or [""] * len(images)]
+    pixels = [as_pixels(image) for image in images]
+    rows = -(-len(images) // columns)
+    box = min(1.1, max(p.shape[0] / p.shape[1] for p in pixels)) * side
+    figure = new_figure(rows * (2 * box + 0.2 + LINE_HEIGHT * max(map(text_lines, texts))) + 0.6)
+    grid = figure.subplots(2 * rows, columns, squeeze=False)
+    for axes in grid.ravel():
+        axes.set_axis_off()
     for place, image in enumerate(pixels):
-        left, top = MARGIN + place % columns * (cell + GAP), MARGIN + place // columns * row_height
-        draw_picture(axes_at(figure, left, top, cell, box), image)
-        _attention_map(axes_at(figure, left, top + box + 0.06, cell, box), image, ratios[place], scale)
-        text_at(figure, left, top + 2 * box + 0.14, texts[place])
+        row, column = divmod(place, columns)
+        above, below = grid[2 * row, column], grid[2 * row + 1, column]
+        above.set_axis_on()
+        below.set_axis_on()
+        draw_image(above, image)
+        _attention_map(below, image, ratios[place], scale)
+        below.set_xlabel(texts[place], loc="left", size=9)
     label = "weight (average pooling gives 1)"
-    shade_bar(figure, ScalarMappable(scale, HEAT), MARGIN + 0.1, height - 0.05, label, "max")
+    bar: dict[str, Any] = {"location": "bottom", "shrink": 0.3, "aspect": 25, "anchor": (0, 0.5)}
+    figure.colorbar(ScalarMappable(scale, HEAT), ax=grid, extend="max", label=label, **bar).ax.grid(False)
     return saved(figure, path)
+
+
+# --- the data check ---
 
 
 def _count_bars(axes: Axes, counts: Mapping[Any, int]) -> None:
     bars = axes.bar([str(name) for name in counts], list(counts.values()), 0.7, color=BLUE)
     axes.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=2, fontsize=9)
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))  # 120k: six digits would leave the figure
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))  # 120k
     axes.margins(y=0.14)
     axes.grid(False, axis="x")
 
 
 def _split_panel(axes: Axes, counts: Mapping[str, int]) -> None:
     _count_bars(axes, counts)
-    axes.set(title=f"{sum(counts.values()):,} images", xlabel="split", ylabel="images")
+    axes.set(title=f"{sum(counts.values()):,} images", xlabel="split", ylabel="number of images")
 
 
 def _captions_panel(axes: Axes, counts: Mapping[int, int]) -> None:
     _count_bars(axes, dict(sorted(counts.items())))
     total = sum(number * images for number, images in counts.items())
-    axes.set(title=f"{total:,} captions", xlabel="captions an image", ylabel="images")
+    axes.set(title=f"{total:,} captions", xlabel="captions per image", ylabel="number of images")
 
 
 def _sizes_panel(axes: Axes, sizes: Any) -> None:
     """Widths and heights; a bubble grows with the number of images of one size."""
     points, counts = np.unique(np.asarray(sizes, int).reshape(-1, 2), axis=0, return_counts=True)
-    wide, high = points.T
-    axes.scatter(wide, high, 14 + 500 * counts / counts.sum(), color=BLUE, alpha=0.45, linewidth=0)
-    commonest = f"{wide[counts.argmax()]}×{high[counts.argmax()]}"
+    widths, heights = points.T
+    axes.scatter(widths, heights, 14 + 500 * counts / counts.sum(), color=BLUE, alpha=0.45, linewidth=0)
+    commonest = f"{widths[counts.argmax()]}×{heights[counts.argmax()]}"
     limits = (0, 1.15 * points.max())
     axes.set(xlabel="width (px)", ylabel="height (px)", xlim=limits, ylim=limits)
     axes.set_title(f"{len(points):,} sizes, most {commonest}" if len(points) > 1 else f"all {commonest}")
@@ -450,14 +420,15 @@ def _lengths_panel(axes: Axes, lengths: Any) -> None:
     axes.axvline(np.median(values), color=INK, linestyle="--", linewidth=1.2)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set(title=f"median {np.median(values):.0f} words", xlabel="words a caption", ylabel="captions")
+    axes.set(title=f"median {np.median(values):.0f} words", xlabel="words per caption")
+    axes.set_ylabel("number of captions")
 
 
 def _undecodable_panel(axes: Axes, causes: Mapping[str, int]) -> None:
     rows = range(len(causes))
     bars = axes.barh(rows, list(causes.values()), 0.6, color=WRONG)
     axes.bar_label(bars, [f"{count:,}" for count in causes.values()], padding=3, fontsize=9)
-    axes.set(yticks=rows, yticklabels=[wrap(cause, 1.2) for cause in causes], xlabel="images left out")
+    axes.set(yticks=rows, yticklabels=[wrap(cause, 16) for cause in causes], xlabel="images left out")
     axes.set_title(f"{sum(causes.values()):,} undecodable images")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.invert_yaxis()
@@ -476,21 +447,20 @@ PANELS: dict[str, Callable[[Axes, Any], None]] = {
 
 @styled
 def data_report(report: Mapping[str, Any], path: SavePath = None) -> Figure:
-    """What the data check found, a panel for each part that holds something.
+    """The results of the data check, one panel for each part that is not empty.
 
     Args:
-        report: as `data_check.check` makes it or `data_check.load_report` reads it; drawn are
+        report: from `sources.check.check` or `load_report`; drawn are
             `images_per_split` {split: images}, `captions_per_image` {captions: images},
             `image_sizes` [[width, height], ...], `caption_lengths` [words, ...] and
             `undecodable` {cause: images}.
-    Raises: LabError if none of these holds anything.
+    Raises: LabError if all of these are empty.
     """
     panels = [(key, draw) for key, draw in PANELS.items() if report.get(key)]
     if not panels:
-        raise LabError(f"the data report holds nothing to draw; it needs one of {', '.join(PANELS)}.")
-    figure = new_figure(0.1 + 2.75 * -(-len(panels) // 3))
-    for place, (key, draw) in enumerate(panels):
-        indent = 0.6 if key == "undecodable" else 0.0  # room for the causes' names
-        left, top = 0.75 + place % 3 * 3.0, 0.4 + place // 3 * 2.75
-        draw(axes_at(figure, left + indent, top, 2.1 - indent, 1.75), report[key])
+        raise LabError(f"the data report is empty; it needs one of {', '.join(PANELS)}.")
+    rows = -(-len(panels) // 3)
+    figure = new_figure(2.6 * rows)
+    for place, (key, draw) in enumerate(panels, start=1):
+        draw(figure.add_subplot(rows, 3, place), report[key])
     return saved(figure, path)

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import cdist, pdist
 from small_data import SHARED
 from torch.nn import functional as F
 
@@ -462,3 +463,45 @@ def test_no_k_and_no_such_figure():
         retrieval_metrics(EYE, EYE, IDS, IDS, ks=())
     with pytest.raises(LabError, match="did you mean 'recall'"):
         retrieval_figures.query_values(match_ranks(EYE, EYE, IDS, IDS).i2t, "recal@1")
+
+
+# --- geometry of features ---
+
+
+def random_features(seed: int, rows: int, width: int = 8) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(size=(rows, width)) + 0.3
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def test_geometry_matches_scipy_s_distances():
+    images, texts = random_features(0, 12), random_features(1, 30)
+    image_id = np.array([*range(10), 10, -1])
+    text_id = np.array([*np.repeat(np.arange(9), 3), -1, 77, 10])
+    found = retrieval_figures.feature_geometry(torch.tensor(images), texts, image_id, text_id)
+    match = (image_id[:, None] == text_id) & (text_id != -1)
+    # float32: 8 products of a unit vector, times 4 in the exponent, and 30 rows: less than 1e-5
+    squared = cdist(images, texts, "sqeuclidean")
+    assert found["alignment"] == pytest.approx(squared[match].mean(), abs=1e-5)
+    for side, rows in (("image", images), ("text", texts)):
+        expected = np.log(np.exp(-2 * pdist(rows, "sqeuclidean")).mean())
+        assert found[f"{side}_uniformity"] == pytest.approx(expected, abs=1e-5)
+    gap = np.linalg.norm(images.mean(axis=0) - texts.mean(axis=0))
+    assert found["modality_gap"] == pytest.approx(gap, abs=1e-5)
+    assert retrieval_figures.uniformity(images, chunk=5) == pytest.approx(found["image_uniformity"], abs=1e-5)
+
+
+def test_uniformity_of_many_rows_is_that_of_evenly_spaced_ones():
+    images, texts = random_features(0, 3), random_features(1, 31)
+    found = retrieval_figures.feature_geometry(images, texts, range(3), [0] * 31, most=10)
+    assert found["text_uniformity"] == retrieval_figures.uniformity(texts[::4])
+    assert found["image_uniformity"] == retrieval_figures.uniformity(images)
+    assert np.isnan(retrieval_figures.feature_geometry(images[:1], texts, [0], [0] * 31)["image_uniformity"])
+
+
+def test_geometry_refuses_bad_features():
+    with pytest.raises(LabError, match="no image and text share an id"):
+        retrieval_figures.alignment(random_features(0, 2), random_features(1, 2), [1, -1], [2, -1])
+    with pytest.raises(LabError, match="text_features must be finite"):
+        retrieval_figures.modality_gap_size(random_features(0, 2), np.full((2, 8), np.nan))
+    with pytest.raises(LabError, match="at least two rows"):
+        retrieval_figures.uniformity(random_features(0, 1))

@@ -1,23 +1,241 @@
-"""The everyday figures: what they show equals the data they were given."""
+"""Figures show the data they are given, whole and without overlaps; zero rows and one row are handled."""
 
 from __future__ import annotations
 
 import csv
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from figures import RUNS, overlaps, picture_axes, pictures, texts_of
-from matplotlib.colors import same_color
+from matplotlib.colors import same_color, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox
+from matplotlib.transforms import Bbox
 from PIL import Image
-from small_data import SHARED
+from small_data import SHARED, write_coco
 
 from core.errors import LabError
-from plots import figures
-from plots.style import COLOURS, DIRECTIONS, GREY, RIGHT, WRONG
+from plots import features, figures, ranks, style
+from sources.check import check, load_report, save_report
+from sources.readers import read_captions
 
-FLICKR8K = SHARED / "flickr8k"
+RUNS: list[dict[str, Any]] = [
+    {
+        "run": "plain",
+        "i2t_recall@1": 0.239,
+        "t2i_recall@1": 0.184,
+        "i2t_recall@5": 0.501,
+        "t2i_recall@5": 0.458,
+    },
+    {"run": "bn", "i2t_recall@1": 0.25, "t2i_recall@1": 0.19, "i2t_recall@5": 0.52, "t2i_recall@5": 0.47},
+]
+
+
+def images(count: int, size: tuple[int, int] = (40, 30)) -> list[Image.Image]:
+    """Plain images of different colors."""
+    return [Image.new("RGB", size, (20 * number % 256, 90, 200 - 10 * number)) for number in range(count)]
+
+
+def texts_of(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
+
+
+def image_axes(figure: Figure) -> list[Any]:
+    return [axes for axes in figure.axes if axes.images]
+
+
+def assert_whole(figure: Figure) -> None:
+    """No panel (with its labels), legend or heading overlaps another one or is cut off."""
+    figure.draw_without_rendering()
+    texts = [text for part in (figure, *figure.subfigs) for text in part.texts if text.get_text()]
+    boxes = [artist.get_tightbbox() for artist in (*figure.axes, *figure.legends, *texts)]
+    assert overlaps(boxes) == []
+    assert all(figure.bbox.padded(1).contains(*corner) for box in boxes for corner in (box.min, box.max))
+
+
+def overlaps(boxes: list[Bbox]) -> list[tuple[int, int]]:
+    """Pairs of boxes that share more than a hundredth of a pixel."""
+    pairs = [(a, b) for a in range(len(boxes)) for b in range(a)]
+    shared = [Bbox.intersection(boxes[a], boxes[b]) for a, b in pairs]
+    return [
+        pair
+        for pair, box in zip(pairs, shared, strict=True)
+        if box and box.width > 0.01 and box.height > 0.01
+    ]
+
+
+# --- style and saving ---
+
+
+def test_a_figure_is_saved_at_150_dpi_in_a_new_folder(tmp_path):
+    path = tmp_path / "new" / "folder" / "recall.png"
+    figure = figures.recall_bars(RUNS, path)
+    width, height = figure.get_size_inches()
+    with Image.open(path) as saved:
+        assert saved.size == (int(150 * width), int(150 * height))
+        assert saved.width == 1350
+        assert saved.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_the_session_style_changes_no_pixel(tmp_path):
+    figures.recall_bars(RUNS, tmp_path / "plain.png")
+    with matplotlib.style.context("dark_background"):
+        before = dict(matplotlib.rcParams)
+        figures.recall_bars(RUNS, tmp_path / "dark.png")
+        assert dict(matplotlib.rcParams) == before
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "dark.png").read_bytes()
+
+
+def test_pyplot_knows_no_figure_and_a_notebook_shows_one():
+    figure = figures.recall_bars(RUNS)
+    import matplotlib.pyplot as plt
+
+    assert plt.get_fignums() == []
+    data, size = figure._repr_png_()
+    assert data.startswith(b"\x89PNG")
+    assert size["width"] == 900
+
+
+@pytest.mark.parametrize("first", range(len(style.COLORS)))
+def test_palette_is_distinct_for_the_color_blind(first):
+    """Simulated deuteranopia and protanopia (Vienot et al. 1999) keep the colours apart in linear RGB."""
+    simulations = {
+        "protan": [[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]],
+        "deutan": [[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]],
+    }
+    linear = np.array([to_rgb(colour) for colour in style.COLORS]) ** 2.2
+    for matrix in simulations.values():
+        seen = linear @ np.array(matrix).T
+        distances = np.linalg.norm(seen - seen[first], axis=1)
+        assert np.delete(distances, first).min() > 0.06
+
+
+def test_wrapped_text_keeps_every_word_and_a_cut_text_ends_in_an_ellipsis():
+    text = "two children on a green field " * 3 + "https://example.org/" + "long" * 20
+    lines = style.wrap(text, 25).split("\n")
+    assert "".join("".join(lines).split()) == "".join(text.split())
+    assert max(map(len, lines)) <= 25
+    assert style.wrap("a\nb", 9) == "a\nb"
+    for long in ("word " * 1000, "i" * 10**6):
+        lines = style.wrap(long, 20).split("\n")
+        assert len(lines) == style.MAX_LINES
+        assert lines[-1] == "…"
+
+
+# --- images and tables ---
+
+
+def test_every_form_of_an_image_gives_the_same_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    forms = [Image.fromarray(pixels), pixels, tensor, tensor.float() / 255, tmp_path / "picture.png"]
+    forms += [str(tmp_path / "picture.png"), pixels.transpose(2, 0, 1), pixels / 255]
+    for form in forms:
+        np.testing.assert_array_equal(style.as_pixels(form), pixels)
+    grey = style.as_pixels(pixels[..., 0])
+    np.testing.assert_array_equal(grey, np.repeat(pixels[..., :1], 3, axis=-1))
+    assert style.as_pixels(Image.new("RGB", (2000, 1000))).shape == (240, 480, 3)
+
+
+def test_a_bad_image_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(LabError, match=r"broken\.jpg cannot be read; replace it or leave it out"):
+        style.as_pixels(tmp_path / "broken.jpg")
+    with pytest.raises(LabError, match="undo the image's normalization"):
+        style.as_pixels(torch.randn(3, 8, 8))
+    with pytest.raises(LabError, match=r"\(2, 8, 8\) is not an image"):
+        style.as_pixels(np.zeros((2, 8, 8)))
+
+
+def test_tables_are_read_from_every_plain_form():
+    indexed = pd.DataFrame(RUNS).set_index("run")
+    forms = [RUNS, pd.DataFrame(RUNS), indexed, {run["run"]: {**run} for run in RUNS}]
+    for form in forms:
+        pd.testing.assert_frame_equal(style.as_table(form)[indexed.columns], indexed, check_names=False)
+    assert style.as_table({"i2t_recall@1": 0.5}).index.tolist() == [""]
+    with pytest.raises(LabError, match="no run to draw"):
+        style.as_table([])
+    with pytest.raises(LabError, match="no column such as 'i2t_recall@1'"):
+        figures.recall_bars({"loss": 1.0})
+
+
+# --- images with captions ---
+
+
+def test_captions_are_whole_under_their_images():
+    captions = ["a red square", "costs $5 or $6", ["one", "two"], "a long caption " * 8]
+    figure = figures.captioned_images(images(4), captions, title="Four of them")
+    texts = [" ".join(text.split()) for text in texts_of(figure)]
+    for caption in (
+        "a red square",
+        "costs $5 or $6",
+        "• one • two",
+        ("a long caption " * 8).strip(),
+        "Four of them",
+    ):
+        assert caption in texts
+    for axes, image in zip(image_axes(figure), images(4), strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), np.asarray(image))
+    assert_whole(figure)
+
+
+def test_captions_of_images_of_different_shapes_do_not_overlap():
+    captions = ["a dog runs over a wide green meadow behind its owner " * (1 + n % 3) for n in range(8)]
+    figure = figures.captioned_images(images(5) + images(3, (30, 60)), captions)
+    assert_whole(figure)
+
+
+def test_captions_must_match_images():
+    with pytest.raises(LabError, match="2 images and 1 captions; give one caption per image"):
+        figures.captioned_images(images(2), ["one"])
+    with pytest.raises(LabError, match="no image to draw"):
+        figures.captioned_images([], [])
+
+
+def test_right_and_wrong_differ_in_frame_line_and_symbol():
+    marks = [True, False, None]
+    cells = [style.Cell(image, "1  ·  0.900", mark) for image, mark in zip(images(3), marks, strict=True)]
+    figure = style.image_rows([("“a dog”", cells), ("“nothing”", [])])
+    for axes, mark in zip(image_axes(figure), marks, strict=True):
+        spine = axes.spines["left"]
+        assert spine.get_visible() == (mark is not None)
+        assert [text.get_text() for text in axes.texts] == {True: ["✓"], False: ["✗"], None: []}[mark]
+        if mark is not None:
+            assert same_color(spine.get_edgecolor(), style.RIGHT if mark else style.WRONG)
+            assert spine.get_linestyle() == ("solid" if mark else "dashed")
+    assert {"“a dog”", "“nothing”", "1  ·  0.900"} <= set(texts_of(figure))
+
+
+def test_real_photographs_and_captions_fit():
+    folder = SHARED / "flickr8k"
+    if not (folder / "captions.txt").exists():
+        pytest.skip("needs ../shared/flickr8k beside the repository")
+    with open(folder / "captions.txt", encoding="utf-8") as lines:
+        rows = [row for _, row in zip(range(200), csv.DictReader(lines), strict=False)][::5][:8]
+    photographs = [folder / "Images" / row["image"] for row in rows]
+    figure = figures.captioned_images(photographs, [row["caption"] for row in rows])
+    texts = [" ".join(text.split()) for text in texts_of(figure)]
+    assert all(" ".join(row["caption"].split()) in texts for row in rows)
+    assert_whole(figure)
+
+
+def test_failures_show_the_rank_of_the_matching_image_first():
+    figure = features.failures(
+        ["a dog"], images(1), [1214], [images(3)], [[0.1, 0.5, 0.4, 0.3]], gallery=5000
+    )
+    symbols = [axes.texts[0].get_text() for axes in image_axes(figure)]
+    assert symbols == ["✓", "✗", "✗", "✗"]
+    assert "match: rank 1,214 of 5,000 · 0.100" in [" ".join(text.split()) for text in texts_of(figure)]
+
+
+# --- curves ---
 
 
 def history(epochs: int = 4) -> pd.DataFrame:
@@ -32,88 +250,6 @@ def history(epochs: int = 4) -> pd.DataFrame:
             "t2i_recall@1": 0.01 * epoch,
         }
     )
-
-
-# --- picture grids ---
-
-
-def test_captions_stand_whole_under_their_pictures():
-    captions = ["a red square", "costs $5 or $6", ["one", "two"], "a long caption " * 8]
-    figure = figures.captioned_images(pictures(4), captions, title="Eight of them")
-    shown = [" ".join(text.split()) for text in texts_of(figure)]
-    for caption in (
-        "a red square",
-        "costs $5 or $6",
-        "• one • two",
-        ("a long caption " * 8).strip(),
-        "Eight of them",
-    ):
-        assert caption in shown
-    for axes, picture in zip(picture_axes(figure), pictures(4), strict=True):
-        np.testing.assert_array_equal(axes.images[0].get_array(), np.asarray(picture))
-    taller = figures.captioned_images(pictures(4), [*captions[:3], "a long caption " * 12])
-    assert taller.get_figheight() > figures.captioned_images(pictures(4), ["short"] * 4).get_figheight()
-
-
-def test_texts_and_pictures_do_not_overlap():
-    captions = ["a dog runs over a wide green meadow behind its owner " * (1 + n % 3) for n in range(8)]
-    figure = figures.captioned_images(pictures(5) + pictures(3, (30, 60)), captions)
-    boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
-    boxes += [axes.images[0].get_window_extent() for axes in picture_axes(figure)]
-    assert len(boxes) == 16
-    assert overlaps(boxes) == []
-    assert all(figure.bbox.padded(0.5).containsx(box.x1) and box.y0 >= 0 for box in boxes)
-
-
-def test_captions_must_match_pictures():
-    with pytest.raises(LabError, match="2 pictures and 1 captions; give one caption a picture"):
-        figures.captioned_images(pictures(2), ["one"])
-    with pytest.raises(LabError, match="no picture to draw"):
-        figures.captioned_images([], [])
-
-
-def test_retrieval_grid_marks_right_and_wrong_by_frame_line_and_symbol():
-    correct = [[True, False, False], [False, True, False]]
-    scores = [[0.9, 0.5, 0.25], [0.8, 0.4, 0.2]]
-    figure = figures.retrieval_grid(["a dog", "a cat"], [pictures(3), pictures(3)], scores, correct)
-    for axes, right in zip(picture_axes(figure), np.ravel(correct), strict=True):
-        spine = axes.spines["left"]
-        assert same_color(spine.get_edgecolor(), RIGHT if right else WRONG)
-        assert spine.get_linestyle() == ("solid" if right else "dashed")
-        assert [text.get_text() for text in axes.texts] == ["✓" if right else "✗"]
-        assert spine.get_visible()
-    shown = [" ".join(text.split()) for text in texts_of(figure)]
-    for text in ("“a dog”", "“a cat”", "1 · 0.900", "3 · 0.200"):
-        assert text in shown
-
-
-def test_retrieval_grid_without_truth_frames_nothing():
-    figure = figures.retrieval_grid(["a dog"], [pictures(2)])
-    assert not any(axes.spines["left"].get_visible() or axes.texts for axes in picture_axes(figure))
-    assert "“nothing”" in texts_of(figures.retrieval_grid(["a dog", "nothing"], [pictures(2), []]))
-    with pytest.raises(LabError, match="1 queries and 2 lists"):
-        figures.retrieval_grid(["a dog"], [pictures(1), pictures(1)])
-
-
-def test_real_photographs_and_captions_fit(tmp_path):
-    if not (FLICKR8K / "captions.txt").exists():
-        pytest.skip("needs ../shared/flickr8k beside the repository")
-    with open(FLICKR8K / "captions.txt", encoding="utf-8") as lines:
-        rows = [row for _, row in zip(range(200), csv.DictReader(lines), strict=False)][::5][:8]
-    images = [FLICKR8K / "Images" / row["image"] for row in rows]
-    captions = [row["caption"] for row in rows]
-    figure = figures.captioned_images(images, captions)
-    shown = [" ".join(text.split()) for text in texts_of(figure)]
-    assert all(" ".join(caption.split()) in shown for caption in captions)
-    boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
-    boxes += [axes.images[0].get_window_extent() for axes in picture_axes(figure)]
-    assert len(boxes) == 16
-    assert overlaps(boxes) == []
-    figures.retrieval_grid(captions[:2], [images[:5], images[3:]], path=tmp_path / "grid.png")
-    assert Image.open(tmp_path / "grid.png").width == 1350
-
-
-# --- curves ---
 
 
 def test_learning_curves_draw_the_history_in_percent_with_references():
@@ -134,16 +270,15 @@ def test_learning_curves_draw_the_history_in_percent_with_references():
     assert recall.lines[-1].get_ydata()[0] == pytest.approx(0.1)
 
 
-def test_several_runs_keep_one_colour_each_and_a_legend():
+def test_several_runs_keep_one_color_each_and_a_legend():
     runs = {"plain": history(), "bn": history(6), "empty": pd.DataFrame()}
     figure = figures.learning_curves(runs, best_epoch={"bn": 5})
     colours = {
         line.get_label(): line.get_color() for line in figure.axes[0].lines if line.get_label() in runs
     }
-    assert colours == {"plain": COLOURS[0], "bn": COLOURS[1]}
+    assert colours == {"plain": style.COLORS[0], "bn": style.COLORS[1]}
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "bn", "empty"]
-    bottom = figure.legends[0].get_window_extent().y1
-    assert all(axes.xaxis.get_tightbbox().y0 > bottom for axes in figure.axes)
+    assert_whole(figure)
 
 
 def test_gaps_in_a_history_are_left_out_and_a_missing_epoch_is_an_error():
@@ -155,6 +290,15 @@ def test_gaps_in_a_history_are_left_out_and_a_missing_epoch_is_an_error():
         figures.learning_curves({"r": [{"train_loss": 1.0}]})
 
 
+def test_modality_gap_draws_its_history():
+    columns = ("modality_gap", "alignment", "image_uniformity", "text_uniformity")
+    table = pd.DataFrame({"epoch": [1, 2], **{name: [0.5 + n, 0.4 + n] for n, name in enumerate(columns)}})
+    figure = features.modality_gap(table)
+    drawn = [line.get_ydata().tolist() for axes in figure.axes for line in axes.lines]
+    assert drawn == [table[name].tolist() for name in columns]
+    assert [axes.get_ylabel() for axes in figure.axes] == list(features.GEOMETRY)
+
+
 # --- bars ---
 
 
@@ -162,7 +306,7 @@ def test_recall_bars_equal_the_table():
     chance = {"i2t_recall@1": 0.001, "t2i_recall@5": 0.005}
     figure = figures.recall_bars(pd.DataFrame(RUNS), chance=chance)
     for axes, direction in zip(figure.axes, ("i2t", "t2i"), strict=True):
-        assert axes.get_title("left") == DIRECTIONS[direction]
+        assert axes.get_ylabel() == f"{style.DIRECTIONS[direction]} Recall@K (%)"
         for bars, run in zip(axes.containers, RUNS, strict=True):
             expected = [100 * run[f"{direction}_recall@{k}"] for k in (1, 5)]
             np.testing.assert_allclose([bar.get_height() for bar in bars], expected)
@@ -183,8 +327,8 @@ def test_comparison_bars_have_their_intervals():
     np.testing.assert_allclose(segments[0][0][:, 0], [20, 30])
     np.testing.assert_allclose(segments[1][1][:, 0], [17, 21])
     assert [label.get_text() for label in left.get_yticklabels()] == ["plain", "bn"]
-    assert left.get_xlabel() == "Recall@1 (%)"
-    dashed = [line.get_xdata()[0] for line in left.lines if line.get_color() == GREY]
+    assert left.get_xlabel() == "image-to-text Recall@1 (%)"
+    dashed = [line.get_xdata()[0] for line in left.lines if line.get_color() == style.GREY]
     chance = [line.get_xdata()[0] for line in left.lines if line.get_xdata()[0] < 1]
     assert (dashed, chance) == ([pytest.approx(23.9)], [pytest.approx(0.1)])
     assert any("whiskers: 95 % interval" in text for text in texts_of(figure))
@@ -200,36 +344,363 @@ def test_comparison_bars_have_their_intervals():
 def test_zero_shot_bars_are_sorted_and_judged():
     labels = ["dog", "cat", "car", "boat"]
     table = torch.tensor([[0.1, 0.6, 0.25, 0.05], [0.7, 0.1, 0.15, 0.05]])
-    figure = figures.zero_shot_bars(pictures(2), labels, table, ["boat", 0], top=3)
+    figure = figures.zero_shot_bars(images(2), labels, table, ["boat", 0], top=3)
     wrong, right = [axes for axes in figure.axes if not axes.images]
     np.testing.assert_allclose([bar.get_width() for bar in wrong.patches], [60, 25, 5], rtol=1e-5)
     assert [text.get_text() for text in wrong.texts[::2]] == ["✗ cat", "car", "✓ boat (rank 4)"]
     assert [text.get_text() for text in right.texts[:2]] == ["✓ dog", "70.0 %"]
-    assert same_color(right.patches[0].get_facecolor()[:3], RIGHT)
-    assert same_color(wrong.patches[0].get_facecolor()[:3], WRONG)
+    assert same_color(right.patches[0].get_facecolor()[:3], style.RIGHT)
+    assert same_color(wrong.patches[0].get_facecolor()[:3], style.WRONG)
     assert right.get_xlabel() == "probability (%)"
 
 
 def test_zero_shot_bars_refuse_what_does_not_fit():
-    with pytest.raises(LabError, match=r"shape \(1, 2\) do not fit 1 pictures and 3 labels"):
-        figures.zero_shot_bars(pictures(1), ["a", "b", "c"], [[0.5, 0.5]])
+    with pytest.raises(LabError, match=r"shape \(1, 2\) do not fit 1 images and 3 labels"):
+        figures.zero_shot_bars(images(1), ["a", "b", "c"], [[0.5, 0.5]])
     with pytest.raises(LabError, match="'x' is not among the labels a, b"):
-        figures.zero_shot_bars(pictures(1), ["a", "b"], [[0.5, 0.5]], ["x"])
+        figures.zero_shot_bars(images(1), ["a", "b"], [[0.5, 0.5]], ["x"])
 
 
-# --- attention ---
+# --- attention, similarities, maps ---
 
 
 def test_attention_is_drawn_in_multiples_of_average_pooling():
     weights = torch.full((2, 7, 7), 1 / 49)
     weights[1] = 0
     weights[1, 2, 3] = 1
-    figure = figures.attention_maps(pictures(2), weights, ["a", "b"])
-    overlays = [axes.images[1] for axes in picture_axes(figure) if len(axes.images) == 2]
+    figure = figures.attention_maps(images(2), weights, ["a", "b"])
+    overlays = [axes.images[1] for axes in image_axes(figure) if len(axes.images) == 2]
     np.testing.assert_allclose(overlays[0].get_array(), np.ones((7, 7)), rtol=1e-6)
     assert overlays[1].get_array()[2, 3] == pytest.approx(49)
     assert overlays[0].norm is overlays[1].norm
     assert overlays[0].get_extent() == [-0.5, 39.5, 29.5, -0.5]
     assert any("average pooling gives 1" in text for text in texts_of(figure))
-    with pytest.raises(LabError, match=r"2 pictures need as many weights of shape \(H, W\)"):
-        figures.attention_maps(pictures(2), weights[:1])
+    with pytest.raises(LabError, match=r"2 images need as many weights of shape \(H, W\)"):
+        figures.attention_maps(images(2), weights[:1])
+
+
+def test_similarity_matrix_has_captions_as_rows_and_frames_matches():
+    scores = np.array([[0.9, 0.1, -0.001], [0.2, 0.8, 0.7]])  # 2 images, 3 captions
+    matches = np.array([[True, False, False], [False, True, True]])
+    figure = features.similarity_matrix(scores, ["a", "b", "c"], images(2), matches)
+    axes = figure.axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), scores.T)
+    assert [text.get_text() for text in axes.texts] == ["0.90", "0.20", "0.10", "0.80", "0.00", "0.70"]
+    centres = [(patch.get_x() + 0.48, patch.get_y() + 0.47) for patch in axes.patches]
+    np.testing.assert_allclose(centres, [(0, 0), (1, 1), (1, 2)])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+    with pytest.raises(LabError, match=r"scores of shape \(3, 2\) do not fit 2 images and 3 captions"):
+        features.similarity_matrix(scores.T, ["a", "b", "c"], images(2))
+
+
+def random_features(seed: int, rows: int, width: int = 8) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(size=(rows, width)) + 0.3
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_modality_map_is_deterministic_and_joins_pairs(method):
+    image_rows, texts = random_features(0, 30), random_features(1, 40)
+    draw = SimpleNamespace(pairs=[[0, 5], [29, 39]], thumbnails={3: images(1)[0]}, method=method)
+    drawings = [features.modality_map(image_rows, texts, **vars(draw)) for _ in range(2)]
+    offsets = [
+        [np.asarray(points.get_offsets()) for points in figure.axes[0].collections] for figure in drawings
+    ]
+    for first, second in zip(*offsets, strict=True):
+        np.testing.assert_array_equal(first, second)
+    axes = drawings[0].axes[0]
+    assert [len(points) for points in offsets[0]] == [30, 40]
+    np.testing.assert_allclose(axes.lines[1].get_xydata(), [offsets[0][0][29], offsets[0][1][39]])
+    placed = [artist.xy for artist in axes.artists if isinstance(artist, AnnotationBbox)]
+    np.testing.assert_allclose(placed, [offsets[0][0][3]])
+
+
+def test_pca_map_has_the_variance_of_an_independent_svd():
+    image_rows, texts = random_features(0, 30), random_features(1, 40)
+    figure = features.modality_map(image_rows, texts, limit=100)
+    rows = np.concatenate([image_rows, texts])
+    singular = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False) ** 2
+    assert (
+        figure.axes[0].get_xlabel()
+        == f"component 1 ({100 * singular[0] / singular.sum():.0f} % of the variance)"
+    )
+
+
+def test_a_large_map_says_what_it_leaves_out():
+    figure = features.modality_map(random_features(0, 50), random_features(1, 60), limit=20, pairs=[[49, 59]])
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend == ["20 of 50 images", "20 of 60 texts"]
+    assert len(figure.axes[0].lines) == 1
+    with pytest.raises(LabError, match=r"method 'tsn' does not exist; did you mean 'tsne'\?"):
+        features.modality_map(random_features(0, 5), random_features(1, 5), method="tsn")
+
+
+def test_overlapping_thumbnails_are_left_out():
+    image_rows = np.concatenate([np.tile(random_features(0, 1), (5, 1)), random_features(2, 5)])
+    figure = features.modality_map(image_rows, random_features(1, 10), thumbnails=images(5))
+    assert sum(isinstance(artist, AnnotationBbox) for artist in figure.axes[0].artists) == 1
+
+
+def test_drawn_thumbnails_do_not_overlap_where_the_texts_lie_far_away():
+    texts = -1 - random_features(1, 40)  # they widen the axes
+    figure = features.modality_map(random_features(0, 30), texts, thumbnails=images(25, (40, 40)))
+    figure.draw_without_rendering()
+    placed = [artist for artist in figure.axes[0].artists if isinstance(artist, AnnotationBbox)]
+    assert len(placed) == 17
+    assert overlaps([thumbnail.patch.get_window_extent() for thumbnail in placed]) == []
+
+
+# --- confusions, calibration, ranks ---
+
+
+def test_confusion_matrix_shows_shares_and_the_most_frequent_mistakes():
+    counts = np.array([[8, 2, 0], [5, 4, 1], [0, 0, 0]])
+    figure = ranks.confusion_matrix(counts, ["dog", "cat", "car"])
+    axes = figure.axes[0]
+    np.testing.assert_allclose(axes.images[0].get_array(), [[80, 20, 0], [50, 40, 10], [0, 0, 0]])
+    assert [text.get_text() for text in axes.texts] == "80 20 0 50 40 10 0 0 0".split()
+    assert axes.get_title("left") == "accuracy 60.0 % of 20 images"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+    mistakes = ranks.top_confusions(counts, ["dog", "cat", "car"])
+    assert mistakes.to_numpy().tolist() == [
+        ["cat", "dog", 5, 0.5],
+        ["dog", "cat", 2, 0.2],
+        ["cat", "car", 1, 0.1],
+    ]
+    assert any("cat → dog: 5 (50 %)" in text for text in texts_of(figure))
+    with pytest.raises(LabError, match="does not fit 2 labels"):
+        ranks.confusion_matrix(counts, ["dog", "cat"])
+
+
+def test_calibration_matches_a_written_out_loop():
+    rng = np.random.default_rng(0)
+    confidence, correct = rng.random(500), rng.random(500) < 0.6
+    error = 0.0
+    for low in np.arange(10) / 10:
+        inside = (confidence > low) & (confidence <= low + 0.1)
+        error += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+    table = ranks.calibration_bins(confidence, correct)
+    assert table["count"].sum() == 500
+    assert ranks.calibration_error(table) == pytest.approx(error)
+
+
+def test_reliability_diagram_draws_accuracy_by_bin():
+    figure = ranks.reliability_diagram([0.95, 0.95, 0.55, 0.05], [True, False, True, False])
+    axes, counts = figure.axes
+    heights = [bar.get_height() for bar in axes.containers[0]]
+    assert (heights[9], heights[5], heights[0]) == (50, 100, 0)
+    assert np.isnan(heights[3])
+    assert [bar.get_height() for bar in counts.patches] == [1, 0, 0, 0, 0, 1, 0, 0, 0, 2]
+    assert axes.get_title("left") == "expected calibration error 35.0 %"
+    with pytest.raises(LabError, match="one value per prediction"):
+        ranks.reliability_diagram([0.5, 0.5], [True])
+
+
+def test_rank_histogram_counts_queries_and_chance():
+    queries = {"i2t": [1, 1, 3, 60], "t2i": torch.tensor([1, 7, 9, 12, 1000])}
+    figure = ranks.rank_histogram(queries, galleries={"t2i": (1000, 1)})
+    axes = figure.axes[0]
+    shares = [[bar.get_height() for bar in bars] for bars in axes.containers]
+    np.testing.assert_allclose(shares[0], [50, 25, 0, 0, 25, 0, 0])
+    np.testing.assert_allclose(shares[1], [20, 0, 40, 20, 0, 0, 20])
+    ticks = [label.get_text() for label in axes.get_xticklabels()]
+    assert ticks == ["1", "2–5", "6–10", "11–50", "51–100", "101–500", "501–1,000"]
+    chance = [segment[0, 1] for segment in axes.collections[0].get_segments()]
+    np.testing.assert_allclose(chance, [0.1, 0.4, 0.5, 4, 5, 40, 50])
+    with pytest.raises(LabError, match="of 1 or more"):
+        ranks.rank_histogram({"i2t": [0, 1]})
+
+
+def test_chance_of_a_rank_with_several_matches_is_exact():
+    """Against the product of drawing without replacement."""
+    missed = np.prod([(20 - 5 - n) / (20 - n) for n in range(4)])
+    assert ranks.chance_of_rank(4, 20, 5) == pytest.approx(1 - missed)
+    assert ranks.chance_of_rank(16, 20, 5) == 1.0
+
+
+def test_recall_by_gallery_size_beside_published_systems():
+    curve = {
+        "gallery_size": [5000, 100, 1000],
+        "recall": [0.3, 0.9, 0.5],
+        "low": [0.2] * 3,
+        "high": [1.0] * 3,
+    }
+    published = [(f"system number {n % 8}", 1000 if n < 5 else 5000, 0.3 + 0.005 * n) for n in range(10)]
+    figure = ranks.gallery_size_curves({"run": curve}, published, k=5)
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "log"
+    assert axes.lines[0].get_xdata().tolist() == [100, 1000, 5000]
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [90, 50, 30])
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), 500 / axes.lines[1].get_xdata())
+    points = {line.get_label(): line.get_xydata().tolist() for line in axes.lines[2:]}
+    assert points["system number 0"] == [[1000, 30], [5000, pytest.approx(34)]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        f"system number {n}" for n in range(8)
+    ]
+    assert axes.get_ylabel() == "text-to-image Recall@5 (%)"
+    assert_whole(figure)
+
+
+# --- the data check ---
+
+
+def test_data_report_draws_a_panel_for_each_finding():
+    report = {
+        "images_per_split": {"train": 6000, "test": 1000},
+        "captions_per_image": {5: 6998, 4: 2},
+        "image_sizes": [(500, 375), (500, 375), (375, 500)],
+        "caption_lengths": [8, 9, 9, 12],
+        "undecodable": {"truncated": 3, "empty": 1},
+    }
+    figure = figures.data_report(report)
+    titles = [axes.get_title("left") for axes in figure.axes]
+    assert titles == [
+        "7,000 images", "34,998 captions", "2 sizes, most 500×375", "median 9 words", "4 undecodable images",
+    ]  # fmt: skip
+    heights = [[patch.get_height() for patch in axes.patches] for axes in figure.axes]
+    assert heights[0] == [6000, 1000]
+    assert heights[1] == [2, 6998]
+    assert heights[3] == [1, 2, 0, 0, 1]
+    assert [patch.get_width() for patch in figure.axes[4].patches] == [3, 1]
+    assert len(figures.data_report({"images_per_split": {"train": 1}, "undecodable": {}}).axes) == 1
+    with pytest.raises(LabError, match="is empty; it needs one of images_per_split"):
+        figures.data_report({})
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> dict:
+    """The check of a small folder: six images to train and four to validate on, two of them undecodable."""
+    root = write_coco(tmp_path / "coco", {"train": 6, "val": 4})
+    (root / "train2014" / "COCO_train2014_000000000001.jpg").write_bytes(b"")
+    broken = root / "val2014" / "COCO_val2014_000000000008.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    return check(read_captions("coco", root), num_workers=0, progress=False)
+
+
+def test_a_real_report_is_drawn_as_it_was_found(report, tmp_path):
+    figure = figures.data_report(report, tmp_path / "figures" / "report.png")
+    splits, captions, sizes, lengths, causes = figure.axes
+    drawn = {
+        label.get_text(): bar.get_height()
+        for label, bar in zip(splits.get_xticklabels(), splits.patches, strict=True)
+    }
+    assert drawn == report["images_per_split"] == {"train": 6, "val": 4}
+    assert captions.get_title("left") == "30 captions"
+    assert sizes.get_title("left") == "all 48×48"
+    counted, edges = np.histogram(report["caption_lengths"], np.arange(100) - 0.5)
+    heights = {bar.get_x() + 0.5: bar.get_height() for bar in lengths.patches if bar.get_height()}
+    assert heights == {edges[n] + 0.5: counted[n] for n in np.flatnonzero(counted)}
+    assert all(tick == round(tick) for tick in lengths.get_xticks())
+    assert causes.get_title("left") == "2 undecodable images"
+    names = [" ".join(label.get_text().split()) for label in causes.get_yticklabels()]
+    assert names == list(report["undecodable"])
+    assert [bar.get_width() for bar in causes.patches] == list(report["undecodable"].values())
+
+
+def test_a_large_report_is_not_cut_off():
+    report = {"images_per_split": {"train": 113_287, "restval": 30_504, "val": 5000, "test": 5000}}
+    assert_whole(figures.data_report({**report, "caption_lengths": [9] * 300_000 + [10] * 100_000}))
+
+
+def test_a_saved_report_gives_the_same_figure(report, tmp_path):
+    figures.data_report(report, tmp_path / "found.png")
+    read = load_report(save_report(report, tmp_path / "report.json"))
+    figures.data_report(read, tmp_path / "read.png")
+    assert (tmp_path / "found.png").read_bytes() == (tmp_path / "read.png").read_bytes()
+
+
+# --- zero rows and one row ---
+
+IMAGE = np.zeros((8, 8, 3), np.uint8)
+EPOCH = {"epoch": 1, "train_loss": 2.0, "val_loss": 2.1, "learning_rate": 1e-3, "i2t_recall@1": 0.5}
+EPOCH |= {"t2i_recall@1": 0.5, "modality_gap": 0.1, "alignment": 0.2, "image_uniformity": -1.0}
+METRICS = {"i2t_recall@1": 0.5, "t2i_recall@1": 0.5}
+NAN = float("nan")
+
+
+def report_of(images):
+    """A data check's report of so many images without a caption."""
+    sizes = {"images_per_split": {"train": images}, "captions_per_image": {0: images}}
+    lists = {"image_sizes": [[8, 8]] * images, "caption_lengths": [0] * images}
+    return {**sizes, **lists, "undecodable": {"empty file": 1} if images else {}}
+
+
+FIGURES = {
+    "captioned_images": lambda n: figures.captioned_images([IMAGE] * n, ["a dog"] * n),
+    "captioned_images, no caption": lambda n: figures.captioned_images([IMAGE] * n, [[]] * n),
+    "learning_curves": lambda n: figures.learning_curves({"run": pd.DataFrame([EPOCH] * n)}, chance=0.1),
+    "learning_curves of runs": lambda n: figures.learning_curves(
+        {f"run{i}": pd.DataFrame([EPOCH]) for i in range(n)}
+    ),
+    "learning_curves, no values": lambda n: figures.learning_curves(
+        pd.DataFrame([{**dict.fromkeys(EPOCH, NAN), "epoch": 1}] * n)
+    ),
+    "learning_curves, no rate": lambda n: figures.learning_curves(
+        pd.DataFrame([{**EPOCH, "learning_rate": 0.0}] * n)
+    ),
+    "recall_bars": lambda n: figures.recall_bars(pd.DataFrame([METRICS] * n)),
+    "recall_bars, no values": lambda n: figures.recall_bars(pd.DataFrame([dict.fromkeys(METRICS, NAN)] * n)),
+    "comparison_bars": lambda n: figures.comparison_bars(pd.DataFrame([METRICS] * n)),
+    "comparison_bars, no values": lambda n: figures.comparison_bars(
+        pd.DataFrame([dict.fromkeys(METRICS, NAN)] * n)
+    ),
+    "comparison_bars, metrics": lambda n: figures.comparison_bars(
+        pd.DataFrame([METRICS]), metrics=[*METRICS][:n]
+    ),
+    "zero_shot_bars": lambda n: figures.zero_shot_bars([IMAGE], ["dog"] * n, np.ones((1, n))),
+    "zero_shot_bars of images": lambda n: figures.zero_shot_bars(
+        [IMAGE] * n, ["dog"], np.ones((n, 1)), ["dog"] * n
+    ),
+    "attention_maps": lambda n: figures.attention_maps([IMAGE] * n, [np.ones((2, 2)) / 4] * n),
+    "attention_maps, empty map": lambda n: figures.attention_maps([IMAGE], [np.ones((n, n))]),
+    "modality_gap": lambda n: features.modality_gap(pd.DataFrame([EPOCH] * n)),
+    "similarity_matrix": lambda n: features.similarity_matrix(np.ones((n, 1)), ["a dog"], [IMAGE] * n),
+    "similarity_matrix of texts": lambda n: features.similarity_matrix(
+        np.ones((1, n)), ["a dog"] * n, [IMAGE]
+    ),
+    "modality_map, no plane": lambda n: features.modality_map(
+        np.ones((n, 4)), np.ones((n, 4)), pairs=[(0, 0)] * n
+    ),
+    "modality_map of texts, no plane": lambda n: features.modality_map(np.ones((n, 4)), np.ones((1, 4))),
+    "modality_map, tsne, no plane": lambda n: features.modality_map(
+        np.ones((n, 4)), np.ones((1, 4)), method="tsne"
+    ),
+    "failures": lambda n: features.failures(["a dog"] * n, [IMAGE] * n, [2] * n, [[IMAGE]] * n),
+    "failures, nothing above": lambda n: features.failures(["a dog"] * n, [IMAGE] * n, [1] * n, [[]] * n),
+    "confusion_matrix": lambda n: ranks.confusion_matrix(np.ones((n, n)), ["dog"] * n),
+    "confusion_matrix, no counts": lambda n: ranks.confusion_matrix(np.zeros((n, n)), ["dog"] * n),
+    "reliability_diagram": lambda n: ranks.reliability_diagram(np.full(n, 0.5), np.ones(n)),
+    "rank_histogram": lambda n: ranks.rank_histogram({"i2t": np.ones(n)}, galleries={"i2t": (1, 1)}),
+    "rank_histogram of ways": lambda n: ranks.rank_histogram({f"{i}": np.ones(1) for i in range(n)}),
+    "recall_by_gallery_size": lambda n: ranks.gallery_size_curves(
+        {"run": {"sizes": [1] * n, "t2i": [1.0] * n}}
+    ),
+    "recall_by_gallery_size of runs": lambda n: ranks.gallery_size_curves(
+        {f"{i}": {"sizes": [1], "t2i": [1.0]} for i in range(n)}
+    ),
+    "recall_by_gallery_size, published": lambda n: ranks.gallery_size_curves({}, [("CLIP", 1000, 0.5)] * n),
+    "data_report": lambda n: figures.data_report(report_of(n)),
+    "data_report of nothing": lambda n: figures.data_report(
+        {"images_per_split": {}, "image_sizes": [[8, 8]] * n}
+    ),
+}
+
+
+def drawn(draw, rows):
+    """The figure, or why there is none."""
+    try:
+        return draw(rows), ""
+    except LabError as error:
+        return None, str(error)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_over_nothing_or_one_row_is_drawn_or_says_what_is_missing(name, rows, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # numpy's mean of nothing, matplotlib's limits that are equal
+        figure, refusal = drawn(FIGURES[name], rows)
+        if figure is not None:
+            figure.savefig(tmp_path / "figure.png", dpi=30)
+    assert refusal == "" or rows == 0 or any(word in name for word in ("no ", "none", "nothing")), refusal
+    assert "\n" not in refusal
