@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -335,7 +336,9 @@ def _one_sentence(label: str, part: Part, archive: Path) -> Iterator[None]:
                 f"{label}: the connection to {server} failed {len(RETRY_WAITS) + 1} times; check the network and "
                 "run the same call again, which resumes the download"
             ) from error
-        except (*DAMAGE, DataCorruptionError) as error:
+        except (OSError, *DAMAGE, DataCorruptionError) as error:
+            if getattr(error, "errno", None) not in (None, errno.EINVAL):  # of the disk, not of the archive
+                raise
             cause = " ".join(str(error).split())
             if "credentials" in cause:
                 raise LabError(f"{label}: {cause}; delete that file, public sets need no account") from error

@@ -25,7 +25,8 @@ from small_disk import resize, small_disk
 
 from config import Config
 from core.errors import LabError
-from dataset import main, prepare_data
+from dataset import prepare_data
+from interface import cli
 from sources import fetch as sources_fetch
 from sources.fetch import SOURCES, Part, fetch, is_interrupted, is_linked
 
@@ -187,7 +188,7 @@ def test_the_command_line(
     kaggle: Server, data: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["dataset.py", "fetch", "flickr8k", "--data_dir", str(data)])
-    main()
+    cli.dataset()
     printed = capsys.readouterr().out
     assert (
         f"flickr8k: a download of {SIZE / 1e9:.2f} GB; needs {2 * SIZE / 1e9:.2f} GB in {data.parent}"
@@ -503,6 +504,25 @@ def test_hostile_archives(kaggle: Server, server: Server, data: Path, name: str,
     assert not Path("/nowhere").exists()
     server.files["/hostile"] = zipped({"good": b"good"})
     assert contents(fetch("flickr8k", data)) == {"good": b"good"}
+
+
+def test_random_damage_is_always_reported_as_damage(tmp_path: Path) -> None:
+    files = {"a/1": noise.randbytes(700), "a/2": bytes(900), "b": b"text" * 50}
+    archives = [zipped(files, zipfile.ZIP_DEFLATED), tarred(files)]
+    part = Part("http://127.0.0.1/archive", download_bytes=1, unpacked_bytes=1e5, expects={})
+    refusals = []
+    for number in range(600):
+        content = bytearray(archives[number % 2])
+        for _ in range(noise.randint(1, 4)):
+            content[noise.randrange(len(content))] = noise.randrange(256)
+        (tmp_path / "archive").write_bytes(content)
+        try:
+            with sources_fetch._one_sentence("label", part, tmp_path / "archive"):
+                sources_fetch._unpack(tmp_path / "archive", tmp_path / "unpacked", part)
+        except LabError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 300
+    assert all("is damaged" in refusal for refusal in refusals)
 
 
 # ---- names and disks
