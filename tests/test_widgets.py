@@ -17,7 +17,7 @@ import widgets
 from config import Config, make_config
 from core.errors import LabError
 from dataset import load_table
-from evaluate import open_gallery
+from evaluate import evaluate_run, open_gallery
 from interface import colab, controls
 from interface.controls import WIDGET_VIEW, Control, after_pause
 from reports.search import GallerySearch
@@ -188,7 +188,7 @@ def test_search_is_the_exact_ranking(gallery):
     control.inputs["query"].value = "a blue square"
     assert control.picture.value != first
     control.inputs["query"].value = " ; "
-    assert "write what the picture should show" in control.message.value
+    assert "describe the image" in control.message.value
 
 
 def test_search_takes_words_away_and_adds_a_picture(gallery):
@@ -196,7 +196,7 @@ def test_search_takes_words_away_and_adds_a_picture(gallery):
     path = gallery.dataset.pictures([2])[0]
     plain = widgets.search_figure(search, "a red circle", k=3)
     without = widgets.search_figure(search, "a red circle", minus="a circle", k=3)
-    like = widgets.search_figure(search, "", k=3, picture=path)
+    like = widgets.search_figure(search, "", k=3, image=path)
     assert len(plain.axes) == len(without.axes) == 3
     assert len(like.axes) == 4  # the picture asked with stands before its answers
 
@@ -240,9 +240,15 @@ def test_attention_needs_its_pooling(gallery):
 
 def test_runs_are_compared_with_a_baseline(home, run):
     other = fit(config_of(home, seed=1), show=False)
+    for measured in (run, other):
+        evaluate_run(measured, show=False)
+    unmeasured = fit(config_of(home, seed=2, num_epochs=1), show=False)
+    before = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*")}
     control = widgets.run_browser(home / "runs", run.name)
     figure, table = control.result
-    assert list(table.index) == sorted([run.name, other.name])
+    assert list(table.index) == sorted([run.name, other.name, unmeasured.name])
+    assert table.loc[unmeasured.name, "note"] == "not evaluated"
+    assert before == {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*")}
     assert len(figure.axes) == 3
     assert table.loc[run.name, "points over baseline, i2t"] == "baseline"
     gap = 100 * (
@@ -255,7 +261,7 @@ def test_runs_are_compared_with_a_baseline(home, run):
 
 
 def test_no_run_no_browser(tmp_path):
-    with pytest.raises(LabError, match="holds no finished run; train one first"):
+    with pytest.raises(LabError, match="contains no finished run; train one first"):
         widgets.run_browser(tmp_path)
 
 
@@ -268,9 +274,9 @@ def test_captions_are_filtered(home):
     ]  # fmt: skip
     control = widgets.data_browser(table)
     control.inputs["words"].value = "red circle"
-    assert control.result[1]["pictures found"].tolist() == [len(rows)]
+    assert control.result[1]["images found"].tolist() == [len(rows)]
     control.inputs["words"].value = "zebra"
-    assert "no caption holds" in control.message.value
+    assert "no caption contains" in control.message.value
 
 
 def test_flags_are_what_the_check_found(home, tmp_path):
@@ -280,7 +286,7 @@ def test_flags_are_what_the_check_found(home, tmp_path):
     flags = widgets.check_flags(report)
     assert flags.loc[table.paths[0], "detail"] == "not a picture"
     _, about = widgets.browse_figure(table, "", bad=report["bad_images"])
-    assert about["pictures found"].tolist() == [len(table) - 1]
+    assert about["images found"].tolist() == [len(table) - 1]
     control = widgets.data_browser(table, report)
     control.inputs["show"].value = widgets.FLAGS
     assert control.result.index.tolist() == [table.paths[0]]
@@ -321,7 +327,7 @@ def test_a_long_run_leaves_one_figure_and_one_line(monkeypatch):
     assert line["image-to-text Recall@1"] == "25.0%"
     assert line["training left"] == "0:00:00"
     assert view.status(history_of(2)).iloc[0]["training left"] == "0:04:00"
-    assert line["images a second"] == "1,234"
+    assert line["images per second"] == "1,234"
 
 
 def test_quick_epochs_are_drawn_now_and_then_and_the_last_always(monkeypatch):

@@ -56,7 +56,7 @@ def classify(lab):
 
 
 def filter_captions(lab):
-    lab.cell(DATA).get_by_label("captions with").fill("red circle")
+    lab.cell(DATA).get_by_label("captions containing").fill("red circle")
     lab.cell(DATA).locator("th:text-is('red circle')").wait_for()
     lab.save("captions", DATA)
 
