@@ -54,19 +54,19 @@ from sources.image_cache import ImageCache, open_images
 from sources.readers import READERS, read_captions
 from sources.side_by_side import (
     TEMPLATE,
+    LabeledImages,
     PairRanks,
-    Pictures,
-    few,
-    open_pictures,
+    open_labeled_images,
     pair_caption,
     rank_pairs,
+    subset,
     swapped,
 )
 from sources.table import CaptionTable
 from towers.features import cached_image_features, cached_text_features
 from towers.image import build_image_tower
 from towers.text import TEXT_SETTINGS, build_text_tower, text_tokenizer
-from training.augment import draw, speaks_of_sides, swap_sides, variation_number, vary
+from training.augment import speaks_of_sides, swap_sides, uniforms, variation_number, vary
 from training.optim import autocast
 from training.order import Balance, nearest_images, neighbour_order, small_categories
 
@@ -99,7 +99,7 @@ class PairedPictures(Dataset):
 
     def __init__(
         self,
-        pictures: Pictures,
+        pictures: LabeledImages,
         *,
         split: str = "train",
         num_pairs: int | None = None,
@@ -283,9 +283,9 @@ def fixed_pairs(
 
 
 def _open(config: Config, split: str, progress: bool, **draws: Any) -> PairedPictures:
-    pictures = open_pictures(config.data_dir, split, size=config.image_size, cache_dir=config.cache_dir)
+    pictures = open_labeled_images(config.data_dir, split, size=config.image_size, cache_dir=config.cache_dir)
     pairs = PairedPictures(
-        pictures if config.max_samples is None else few(pictures, config.max_samples),
+        pictures if config.max_samples is None else subset(pictures, config.max_samples),
         split=split,
         different_class_prob=config.different_class_prob,
         swapped_captions=config.swap_weight > 0,
@@ -336,7 +336,7 @@ class COCOClipDataset(Dataset):
     An item is `{"image", "text", "image_id": (1,), "text_id": (T,)}`, with categories also `image_match` and
     `text_match` (see CaptionTable.match_ids); `__getitems__` gives many as one
     batch, images (I, 3, S, S) uint8 or (I, width), texts a list of T captions or (T, width).
-    Pictures that cannot be decoded and images without a caption are left out and listed in `left_out`.
+    Images that cannot be decoded and images without a caption are left out and listed in `left_out`.
 
     Args:
         split: name of the split, or several joined by "+".
@@ -834,7 +834,7 @@ class TrainingSet(COCOClipDataset):
         if not self.flip:
             return batch
         ids = batch["image_id"].numpy()
-        flips = draw(ids, seed=self.seed, epoch=self.epoch)["flip"] < self.flip
+        flips = uniforms(ids, seed=self.seed, epoch=self.epoch)["flip"] < self.flip
         flips &= ~np.isin(ids, self.upright)
         if self.swap_sides:
             mirrored = np.isin(batch["text_id"].numpy(), ids[flips]).tolist()

@@ -1,8 +1,4 @@
-"""The format of feature caches: write, verify, open; knows no model.
-
-A cache is one safetensors file: `features` (N, width) float16, and a header of strings that says what
-they are of and what made them. A file is written beside, flushed and renamed, so it is whole or absent.
-"""
+"""Pre-encoded embeddings (lab 1): reading, checking, dividing and writing folders of image and text embeddings."""
 
 from __future__ import annotations
 
@@ -27,7 +23,7 @@ from sources.table import CaptionTable, is_below, safe_relative, stamp
 
 
 def as_rows(rows: Sequence[int] | np.ndarray) -> Tensor:
-    """Row numbers as an index tensor, whatever sequence they come in."""
+    """Row numbers as an index tensor."""
     return torch.as_tensor(np.asarray(rows, dtype=np.int64))
 
 
@@ -38,10 +34,10 @@ ROWS_AT_ONCE = 65_536
 
 
 class Rows:
-    """Some rows of tensors that stay where they are, on disk or shared; indexing copies the rows asked for.
+    """Some rows of tensors, which stay on disk or in shared memory; indexing copies only the rows asked for.
 
     Args:
-        parts: tensors of one width, their rows numbered through.
+        parts: tensors of one width; their rows are numbered across all of them.
         numbers: (N,) which of these rows, in which order; None: all.
     Raises: LabError if the widths differ.
     """
@@ -76,14 +72,14 @@ class Rows:
         numbers = self.numbers[index.numpy() if isinstance(index, Tensor) else index]
         if len(self.parts) == 1:
             return self.parts[0][as_rows(numbers)]
-        found = torch.empty(len(numbers), self.shape[1], dtype=self.parts[0].dtype)
+        result = torch.empty(len(numbers), self.shape[1], dtype=self.parts[0].dtype)
         owners = np.searchsorted(self.starts, numbers, side="right") - 1
         for owner in np.unique(owners).tolist():
             mine = np.flatnonzero(owners == owner)
-            found[as_rows(mine)] = self.parts[owner][as_rows(numbers[mine] - self.starts[owner])].to(
-                found.dtype
+            result[as_rows(mine)] = self.parts[owner][as_rows(numbers[mine] - self.starts[owner])].to(
+                result.dtype
             )
-        return found
+        return result
 
 
 def stacked(views: Sequence[Rows]) -> Rows:
@@ -107,28 +103,28 @@ def row_digests(features: Tensor | Rows, rows: np.ndarray) -> np.ndarray:
 
 
 def same_rows(images: Rows) -> np.ndarray:
-    """(I,) a number of each row, the same where two rows are the same to the bit."""
+    """(I,) a number for each row; rows that are bit-for-bit equal have the same number."""
     return np.unique(row_digests(images, np.arange(len(images))), return_inverse=True)[1]
 
 
-def divide(table: CaptionTable, same: np.ndarray, wanted: dict[str, int]) -> dict[str, Any]:
-    """Pairs and image ids of each split, drawn by seed.
+def divide(table: CaptionTable, same: np.ndarray, sizes: dict[str, int]) -> dict[str, Any]:
+    """Pairs and image ids of each split, drawn at random by seed.
 
     Args:
         same: (I,) number of each image; images of one number stay together.
-        wanted: pairs of `train`, `tune`, `val`, `test`, and the `seed`.
+        sizes: pairs of `train`, `tune`, `val`, `test`, and the `seed`.
     Raises: LabError if a split would hold no image.
     """
     counts = np.diff(table.offsets)  # (I,) captions of each image
     group_counts = np.bincount(same, weights=counts).astype(np.int64)
-    order = np.random.default_rng(wanted["seed"]).permutation(len(group_counts))
+    order = np.random.default_rng(sizes["seed"]).permutation(len(group_counts))
     before = np.empty_like(group_counts)  # pairs drawn before each group
     before[order] = np.cumsum(group_counts[order]) - group_counts[order]
     drawn = before[same]  # (I,) the same of each image
     total = int(counts.sum())
-    test, val = (min(wanted[name], total // 10) for name in ("test", "val"))
-    train = min(wanted["train"], total - test - val)
-    tune = min(wanted["tune"], train // 4)
+    test, val = (min(sizes[name], total // 10) for name in ("test", "val"))
+    train = min(sizes["train"], total - test - val)
+    tune = min(sizes["tune"], train // 4)
     start = test + val
     ranges = {
         "train": (start, start + train),
@@ -139,7 +135,7 @@ def divide(table: CaptionTable, same: np.ndarray, wanted: dict[str, int]) -> dic
     }
     chosen = {name: (drawn >= low) & (drawn < high) for name, (low, high) in ranges.items()}
     if not all(chosen[name].any() for name in ranges if name != "unused"):
-        raise LabError(f"{len(group_counts)} different images are too few to divide; bring at least 40.")
+        raise LabError(f"{len(group_counts)} different images are too few to divide; at least 40 are needed.")
     return {
         "pairs": {name: int(counts[mask].sum()) for name, mask in chosen.items()},
         "splits": {name: table.image_ids[mask].tolist() for name, mask in chosen.items() if name != "unused"},
@@ -147,18 +143,18 @@ def divide(table: CaptionTable, same: np.ndarray, wanted: dict[str, int]) -> dic
 
 
 ROWS_PER_WRITE = 65_536
-ROUNDING = 1e-2  # of a row's largest number: two encodings of one picture in half precision differ by less
+ROUNDING = 1e-2  # of a row's largest number: two encodings of one image in half precision differ by less
 NAMES_SHOWN = 5
 SPLITS_FILE = "splits.json"
 ENCODERS = ("image_tower", "image_weights", "text_tower", "text_model")  # fields that metadata may hold
 COCO_PAIRS = {"train": 473_000, "tune": 100_000, "val": 5_000, "test": 24_000}
-"""Pairs of each split where there are as many as in COCO 2017's 617,000."""
+"""Pairs of each split, for as many pairs as COCO 2017's 617,000."""
 
 
 class Pairs(NamedTuple):
     """What `COCOClipDataset(split, **pairs._asdict())` takes.
 
-    table: (I images, T captions) ids that say what matches; captions are empty where none were given.
+    table: (I images, T captions) ids that say what matches; captions are empty if none were given.
     images: (I, W) features, each distinct image once.
     text_features: (T, V), in the order of the table's captions.
     """
@@ -174,16 +170,16 @@ class Pairs(NamedTuple):
 
 
 def read_pairs(folder: str | Path, split: str = "train", image_root: str | Path | None = None) -> Pairs:
-    """A split of pre-encoded embeddings; no file's code is run, and text embeddings stay on disk.
+    """A split of pre-encoded embeddings; no code in the files is run, and text embeddings stay on disk.
 
-    The metadata holds `image_ids`, one a row: whole numbers, or texts, which become the table's paths. It may
-    hold `captions` and `image_paths`, also one a row, and `image_root`, the folder of these paths. Images are shown
-    only from below `folder` or the argument `image_root`: a file that was downloaded must not choose what is read.
+    The metadata has `image_ids`, one per row: whole numbers, or texts, which become the table's paths. It may have
+    `captions` and `image_paths`, also one per row, and `image_root`, the folder of these paths. Images are shown only
+    from below `folder` or the argument `image_root`: a file that was downloaded must not choose what is read.
 
-    Where the folder was divided, `split` is one of the division's names, or of the files'.
+    If the folder was divided, `split` is one of the division's names, or of the files'.
 
-    Raises: LabError if a file is missing or would run code, rows and ids are not equally many, a row is not
-        finite, rows of one id hold different images, or the folder holds other pairs than were divided.
+    Raises: LabError if a file is missing or would run code, the numbers of rows and ids differ, a row is not
+        finite, rows of one id have different images, or the folder has other pairs than were divided.
     """
     folder = Path(folder)
     division = read_division(folder)
@@ -191,14 +187,13 @@ def read_pairs(folder: str | Path, split: str = "train", image_root: str | Path 
         return _with_images(_read_file(folder, split), folder, image_root)
     whole = joined([_read_file(folder, source) for source in division["sources"]])
     pairs = _with_images(whole, folder, image_root)
-    wanted = np.isin(pairs.table.image_ids, division["splits"][split])
-    part = pairs.take(np.flatnonzero(wanted))
+    part = pairs.take(np.flatnonzero(np.isin(pairs.table.image_ids, division["splits"][split])))
     splits = np.full(len(part.table), split, dtype=object)
     return part._replace(table=dataclasses.replace(part.table, splits=splits))
 
 
 def _with_images(pairs: Pairs, folder: Path, image_root: str | Path | None) -> Pairs:
-    """The pairs, the root of their images below a folder that the user named; else noted, and no image is found."""
+    """The pairs, if their images are below a folder that the user named; else with a note, and without images."""
     named = os.path.realpath(folder / pairs.table.root)
     bases = [os.path.realpath(base) for base in (folder, image_root) if base is not None]
     problems: list[dict[str, Any]] = []
@@ -213,7 +208,7 @@ def _with_images(pairs: Pairs, folder: Path, image_root: str | Path | None) -> P
 
 
 def _below(path: str) -> str:
-    """A path without what would lead out of the folder it is joined to."""
+    """A path without parts that lead out of the folder it is joined to."""
     safe, refusal = safe_relative(path)
     return safe if not refusal else re.sub(r"[^\w.-]+|\.{2,}", "_", path)
 
@@ -229,14 +224,14 @@ def image_ids(folder: str | Path, split: str) -> np.ndarray:
 
 
 def encoders(folder: str | Path) -> dict[str, Any]:
-    """Fields of the configuration that name what made a folder's embeddings; {} where its files do not say."""
+    """Fields of the configuration that name what made a folder's embeddings; {} if its files do not say."""
     folder = Path(folder)
     metadata = _read_metadata(_existing(folder, file_splits(folder)[0], "metadata.json"))
     return {name: metadata[name] for name in ENCODERS if name in metadata}
 
 
 def _read_file(folder: Path, split: str) -> Pairs:
-    """What the three files of a name hold, read once as long as they stay as they are."""
+    """The content of a split's three files, read again only when they change."""
     ends = ("image_embeddings.pt", "text_embeddings.pt", "metadata.json")
     stamps = tuple(stamp(_existing(folder, split, end)) for end in ends)
     return _read_once(folder.resolve(), split, stamps)
@@ -250,8 +245,8 @@ def _read_once(folder: Path, split: str, stamps: tuple[tuple[int, int], ...]) ->
     metadata = _read_metadata(file)
     lengths = {"image rows": len(images), "text rows": len(texts), "image_ids": len(metadata["image_ids"])}
     if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{count:,} {name}" for name, count in lengths.items())
-        raise LabError(f"split {split!r} in {folder} has {found}; a pair needs one of each.")
+        counts = ", ".join(f"{count:,} {name}" for name, count in lengths.items())
+        raise LabError(f"split {split!r} in {folder} has {counts}; a pair needs one of each.")
     ids, names = _number(metadata["image_ids"], file)
     first, image_of_row = _first_rows(ids)
     _refuse_different(
@@ -290,18 +285,18 @@ def joined(sources: Sequence[Pairs]) -> Pairs:
 
 def read_splits(folder: str | Path, *splits: str) -> dict[str, Pairs]:
     """Some splits of one folder. Raises: LabError as `read_pairs`, or if an image is in two of them."""
-    found = {split: read_pairs(folder, split) for split in splits}
+    pairs_of = {split: read_pairs(folder, split) for split in splits}
     owner: dict[int, str] = {}
-    for split, pairs in found.items():
+    for split, pairs in pairs_of.items():
         named = zip(pairs.table.image_ids.tolist(), pairs.table.paths, strict=True)
         shared = [name for ident, name in named if owner.setdefault(ident, split) != split]
         if shared:
-            shown = ", ".join(shared[:NAMES_SHOWN]) + (", ..." if len(shared) > NAMES_SHOWN else "")
+            names = ", ".join(shared[:NAMES_SHOWN]) + (", ..." if len(shared) > NAMES_SHOWN else "")
             raise LabError(
-                f"{len(shared):,} images of split {split!r} are in another split too: {shown}; "
-                "take each out of all splits but one."
+                f"{len(shared):,} images of split {split!r} are in another split too: {names}; "
+                "leave each in one split only."
             )
-    return found
+    return pairs_of
 
 
 def write_pairs(
@@ -319,14 +314,14 @@ def write_pairs(
     Args:
         image_features: (I, W), a row for each of the table's images.
         text_features: (T, V), a row for each of the table's captions.
-        bad: rows of images without a usable picture; their pairs are left out.
+        bad: rows of images that cannot be decoded; their pairs are left out.
         about: further metadata, such as the encoders' names.
     Returns: how many pairs were written.
     """
     image_rows = np.repeat(np.arange(len(table)), np.diff(table.offsets))  # (T,)
-    kept = np.flatnonzero(~np.isin(image_rows, np.fromiter(bad, np.int64, len(bad))))
-    rows = image_rows[kept]
-    for kind, features, index in (("image", image_features, rows), ("text", text_features, kept)):
+    texts = np.flatnonzero(~np.isin(image_rows, np.fromiter(bad, np.int64, len(bad))))
+    rows = image_rows[texts]
+    for kind, features, index in (("image", image_features, rows), ("text", text_features, texts)):
         with atomic_path(Path(folder) / f"{split}_{kind}_embeddings.pt") as beside:
             torch.save(features[as_rows(index)].to(torch.float16), beside)
     metadata = {
@@ -334,10 +329,10 @@ def write_pairs(
         "image_root": str(table.root.resolve()),
         "image_ids": table.image_ids[rows].tolist(),
         "image_paths": [table.paths[row] for row in rows.tolist()],
-        "captions": [table.captions[row] for row in kept.tolist()],
+        "captions": [table.captions[row] for row in texts.tolist()],
     }
     write_text(Path(folder) / f"{split}_metadata.json", json.dumps(metadata))
-    return len(kept)
+    return len(texts)
 
 
 def _existing(folder: Path, split: str, end: str) -> Path:
@@ -349,22 +344,22 @@ def _existing(folder: Path, split: str, end: str) -> Path:
 
 
 def _open_tensor(folder: Path, split: str, kind: str) -> Tensor:
-    """(N, W) of a .pt file, memory-mapped where its format allows."""
+    """(N, W) of a .pt file, memory-mapped if its format allows it."""
     path = _existing(folder, split, f"{kind}_embeddings.pt")
     try:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # torch's format before 1.6 cannot be mapped
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes end in whatever torch met first
+    except Exception as error:  # which error damaged bytes cause depends on where they are
         raise LabError(
-            f"{path} is refused: it is damaged, or holds more than a tensor and would run code; "
+            f"{path} is refused: it is damaged, or contains more than a tensor and would run code; "
             "write it with torch.save(tensor, path)."
         ) from error
     if isinstance(loaded, Tensor) and (loaded.layout is not torch.strided or loaded.device.type != "cpu"):
         kind = "no values (device meta)" if loaded.device.type == "meta" else f"layout {loaded.layout}"
         raise LabError(
-            f"{path} holds a tensor with {kind}; write it with torch.save(tensor.to_dense().cpu(), path)."
+            f"{path} has a tensor with {kind}; write it with torch.save(tensor.to_dense().cpu(), path)."
         )
     if isinstance(loaded, Tensor) and loaded.nbytes > loaded.untyped_storage().nbytes():
         raise LabError(
@@ -374,12 +369,12 @@ def _open_tensor(folder: Path, split: str, kind: str) -> Tensor:
         what = (
             f"{loaded.dtype} of shape {tuple(loaded.shape)}" if isinstance(loaded, Tensor) else type(loaded)
         )
-        raise LabError(f"{path} must hold one (rows, width) tensor of floating point numbers, not {what}.")
+        raise LabError(f"{path} must be one (rows, width) tensor of floating point numbers, not {what}.")
     for start in tqdm(range(0, len(loaded), ROWS_PER_WRITE), desc=f"checking {path.name}", delay=2):
         finite = torch.isfinite(loaded[start : start + ROWS_PER_WRITE]).all(dim=1)
         if not finite.all():
             raise LabError(
-                f"row {start + int(finite.logical_not().nonzero()[0])} of {path} is not finite; encode it anew."
+                f"row {start + int(finite.logical_not().nonzero()[0])} of {path} is not finite; encode it again."
             )
     return loaded
 
@@ -409,27 +404,27 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     return content
 
 
-def _number(given: list[Any], path: Path) -> tuple[np.ndarray, list[str]]:
+def _number(ids: list[Any], path: Path) -> tuple[np.ndarray, list[str]]:
     """(N,) int64 ids and the ids as text; a text's number is a digest, the same in every split."""
-    if all(isinstance(ident, int) and not isinstance(ident, bool) and 0 <= ident < 2**63 for ident in given):
-        return np.array(given, dtype=np.int64), [str(ident) for ident in given]
-    for row, ident in enumerate(given):
+    if all(isinstance(ident, int) and not isinstance(ident, bool) and 0 <= ident < 2**63 for ident in ids):
+        return np.array(ids, dtype=np.int64), [str(ident) for ident in ids]
+    for row, ident in enumerate(ids):
         if not isinstance(ident, str) or not ident:
             raise LabError(
                 f"image_ids[{row}] in {path} is {ident!r}; ids are all whole numbers from 0, or all texts."
             )
-    digests = {ident: hashlib.sha256(ident.encode("utf-8", "surrogatepass")).digest() for ident in set(given)}
+    digests = {ident: hashlib.sha256(ident.encode("utf-8", "surrogatepass")).digest() for ident in set(ids)}
     numbers = {ident: int.from_bytes(digest[:8], "big") >> 1 for ident, digest in digests.items()}
-    return np.array([numbers[ident] for ident in given], dtype=np.int64), given
+    return np.array([numbers[ident] for ident in ids], dtype=np.int64), ids
 
 
 def _first_rows(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First row of each distinct id, in order of appearance, and each row's place among these."""
-    _, first, place = np.unique(ids, return_index=True, return_inverse=True)
+    """First row of each distinct id, in order of appearance, and each row's position among these."""
+    _, first, position = np.unique(ids, return_index=True, return_inverse=True)
     order = np.argsort(first)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    return first[order], rank[place]
+    return first[order], rank[position]
 
 
 def _refuse_different(
@@ -444,11 +439,11 @@ def _refuse_different(
             row = start + int(wrong.nonzero()[0])
             raise LabError(
                 f"rows {first[image_of_row[row]]} and {row} of {path} have the same image id {ids[row]!r} but "
-                "hold different images; give each image its own id."
+                "have different images; give each image its own id."
             )
 
 
-# --- dividing a folder ---
+# --- Dividing a folder ---
 
 
 def split_pairs(
@@ -462,46 +457,46 @@ def split_pairs(
 ) -> dict[str, int]:
     """Divide a folder's images into `train`, `tune` (a part of `train`), `val` and `test`; written once.
 
-    The images of all its files are drawn together. Images whose embeddings are the same to the bit count as
-    one, so that a picture stored under two ids never stands on both sides. Val and test are at most a tenth
-    each, and `tune` at most a quarter of `train`, so that small folders are divided sensibly too.
+    The images of all its files are divided together. Images with bit-for-bit equal embeddings count as one, so that
+    an image stored under two ids is never in two splits. Val and test are at most a tenth each, and `tune` at most a
+    quarter of `train`, so that small folders are divided sensibly too.
 
-    Returns: pairs of each split; `unused` are those beyond the wanted numbers.
-    Raises: LabError if the folder is divided already in another way, or holds too few images.
+    Returns: pairs of each split; `unused` are those beyond the requested numbers.
+    Raises: LabError if the folder is divided already in another way, or has too few images.
     """
     folder = Path(folder)
-    known = read_division(folder)
-    wanted = {"train": train_pairs, "tune": tune_pairs, "val": val_pairs, "test": test_pairs, "seed": seed}
-    if known and known["wanted"] != wanted:
+    division = read_division(folder)
+    sizes = {"train": train_pairs, "tune": tune_pairs, "val": val_pairs, "test": test_pairs, "seed": seed}
+    if division and division["wanted"] != sizes:
         raise LabError(
-            f"{folder / SPLITS_FILE} divides this folder with {known['wanted']}, not {wanted}; "
+            f"{folder / SPLITS_FILE} divides this folder with {division['wanted']}, not {sizes}; "
             "use it as it is, or delete it together with the runs that were trained on it."
         )
-    if not known:
+    if not division:
         sources = file_splits(folder)
         pairs = joined([_read_file(folder, source) for source in sources])
         if len(np.unique(pairs.table.image_ids)) < len(pairs.table):
-            read_splits(folder, *sources)  # raises the one explanation
-        known = {
-            "wanted": wanted,
+            read_splits(folder, *sources)  # raises the LabError that explains it
+        division = {
+            "wanted": sizes,
             "sources": {source: _ids_digest(folder, source) for source in sources},
-            **divide(pairs.table, same_rows(pairs.images), wanted),
+            **divide(pairs.table, same_rows(pairs.images), sizes),
         }
         with atomic_path(folder / SPLITS_FILE) as beside:
-            beside.write_text(json.dumps(known), encoding="utf-8")
-    return known["pairs"]
+            beside.write_text(json.dumps(division), encoding="utf-8")
+    return division["pairs"]
 
 
 def file_splits(folder: Path) -> list[str]:
     """Splits that a folder has files of. Raises: LabError if it has none."""
-    found = sorted(file.name.removesuffix("_metadata.json") for file in folder.glob("*_metadata.json"))
-    if not found:
-        raise LabError(f"{folder} holds no embeddings ({{split}}_metadata.json beside two .pt files).")
-    return found
+    splits = sorted(file.name.removesuffix("_metadata.json") for file in folder.glob("*_metadata.json"))
+    if not splits:
+        raise LabError(f"{folder} has no embeddings ({{split}}_metadata.json beside two .pt files).")
+    return splits
 
 
 def read_division(folder: Path) -> dict[str, Any]:
-    """A folder's splits.json, or {} where it is not divided. Raises: LabError if its files are others now."""
+    """A folder's splits.json, or {} if it is not divided. Raises: LabError if its files have changed since."""
     path = folder / SPLITS_FILE
     if not path.is_file():
         return {}
@@ -518,7 +513,7 @@ def _division_once(folder: Path, stamps: tuple[tuple[int, int], ...]) -> dict[st
     except (ValueError, KeyError, TypeError) as error:
         raise LabError(f"{path} is damaged ({error}); delete it and divide the folder again.") from error
     if {source: _ids_digest(folder, source) for source in known} != known:
-        raise LabError(f"{path} divides other pairs than {folder} holds; delete it and divide again.")
+        raise LabError(f"{path} divides other pairs than {folder} has; delete it and divide again.")
     return division
 
 

@@ -1,4 +1,4 @@
-"""What a generated scene is and how it is told: shapes, places, splits, captions, and captions made false."""
+"""What a generated scene is: shapes, positions, splits, captions, and captions made false."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ TINT_PAINTS: dict[str, Colour] = {
     "light green": (206, 238, 200),
     "lilac": (226, 210, 246),
 }
-_RADII = {"small": (0.115, 0.13), "large": (0.185, 0.205)}  # fractions of the picture's side
+_RADII = {"small": (0.115, 0.13), "large": (0.185, 0.205)}  # fractions of the image's side
 
 
 # ---- shapes: outlines inside the unit circle, x to the right, y downwards ----
 
 
 def _polar(degrees: Iterable[float], *radii: float) -> list[Point]:
-    """Points at these angles, clockwise from the top; the radii take turns."""
+    """Points at these angles, clockwise from the top; the radii alternate."""
     turns = [(math.radians(angle), radii[k % len(radii)]) for k, angle in enumerate(degrees)]
     return [(r * math.sin(t), -r * math.cos(t)) for t, r in turns]
 
@@ -94,7 +94,7 @@ SURFACES: tuple[str, ...] = ("plain", "striped", "dotted")
 BACKGROUNDS: tuple[str, ...] = ("plain", "gradient", "grid", "cloudy", "checked")
 TINTS: tuple[str, ...] = tuple(TINT_PAINTS)
 
-# Two colours of every shape and two shapes of every colour are seen only in the split `novel`.
+# Two colors of every shape and two shapes of every color occur only in the split `novel`.
 HELD_OUT_PAIRS: tuple[tuple[str, str], ...] = tuple(
     (colour, SHAPES[(k + step) % len(SHAPES)]) for k, colour in enumerate(COLOURS) for step in (2, 6)
 )
@@ -108,7 +108,7 @@ KNOWN_PAIRS: tuple[tuple[str, str], ...] = tuple(
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object. Its centre (x, y) and radius are fractions of the side, from the top left."""
+    """One object. Its center (x, y) and radius are fractions of the side, from the top left."""
 
     shape: str
     colour: str
@@ -126,7 +126,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: a kind of background, its tint, and one to three objects of distinct pairs."""
+    """What an image shows: a kind of background, its tint, and one to three objects of distinct pairs."""
 
     background: str
     tint: str
@@ -140,7 +140,7 @@ class _Spot(NamedTuple):
 
 
 def relation(a: SceneObject | _Spot, b: SceneObject | _Spot) -> str | None:
-    """Where `a` is as seen from `b`: "left", "right", "above" or "below"; None where that is open to doubt."""
+    """Where `a` is as seen from `b`: "left", "right", "above" or "below"; None if that is ambiguous."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) > 1.6 * abs(dy):
         return "left" if dx < 0 else "right"
@@ -156,7 +156,7 @@ def _place(sizes: list[str], rng: random.Random) -> list[_Spot]:
         r = round(rng.uniform(*_RADII[size]), 4)
         return _Spot(round(rng.uniform(r + 0.02, 0.98 - r), 4), round(rng.uniform(r + 0.02, 0.98 - r), 4), r)
 
-    if len(sizes) == 1:  # in one of nine places, so that words can tell which
+    if len(sizes) == 1:  # in one of nine places that words can name
         x, y = (round(rng.choice((0.28, 0.5, 0.72)) + rng.uniform(-0.04, 0.04), 4) for _ in "xy")
         return [_Spot(x, y, spot(sizes[0]).radius)]
     while True:
@@ -180,7 +180,7 @@ def _sample_scene(novel: bool, rng: random.Random) -> Scene:
 
 
 def _gist(scene: Scene) -> frozenset[tuple[str, ...]]:
-    """What even the briefest caption tells: every pair; of a lone object its size and surface as well."""
+    """What even the briefest caption says: every pair; of a single object its size and surface as well."""
     if len(scene.objects) == 1:
         (only,) = scene.objects
         return frozenset({(*only.pair, only.size, only.surface)})
@@ -192,31 +192,33 @@ def _parts(gist: frozenset[tuple[str, ...]]) -> list[frozenset[tuple[str, ...]]]
 
 
 def wording(scene: Scene) -> tuple[Any, ...]:
-    """All that words can tell of the scene, places apart."""
+    """All that words can say about the scene, except positions."""
     return scene.background, scene.tint, frozenset((*o.pair, o.size, o.surface) for o in scene.objects)
 
 
 def plan_split(split: str, count: int, seed: int) -> list[Scene]:
-    """The scenes of a split; outside `train` no two that a caption cannot tell apart.
+    """The scenes of a split; outside `train` a caption fits one scene only.
 
-    A gist that another picture's gist contains is drawn again, so a brief caption of two objects does
-    not fit a picture of three. In a split too large for that (thousands) only whole descriptions differ.
+    A scene is drawn again if its gist is part of another scene's, so a brief caption of two objects does not fit an
+    image of three. In a split too large for that (thousands) only full descriptions differ.
     """
     scenes: list[Scene] = []
     gists, parts, wordings = set(), set(), set()
     for index in range(count):
         for attempt in range(400):
             scene = _sample_scene(split == "novel", random.Random(f"{seed}/{split}/{index}/{attempt}"))
-            gist, told = _gist(scene), wording(scene)
+            gist, words = _gist(scene), wording(scene)
             clash = gist in parts or any(part in gists for part in _parts(gist))
-            if split == "train" or not (clash if attempt < 200 else told in wordings):
+            if split == "train" or not (clash if attempt < 200 else words in wordings):
                 break
         else:
-            raise LabError(f"num_{split}={count} is more than can be told apart; use fewer than {index}")
+            raise LabError(
+                f"num_{split}={count} is too large for captions that fit one image only; use fewer than {index}"
+            )
         scenes.append(scene)
         gists.add(gist)
         parts.update(_parts(gist))
-        wordings.add(told)
+        wordings.add(words)
     return scenes
 
 
@@ -248,7 +250,7 @@ def _with_article(words: str) -> str:
 
 
 def _noun(thing: SceneObject, rng: random.Random, *, size: bool = False, surface: bool = False) -> str:
-    """Such as "small striped red star", with the attributes asked for."""
+    """Such as "small striped red star", with the given attributes."""
     words = [rng.choice(_SIZE_WORDS[thing.size])] if size else []
     words += [rng.choice(_SURFACE_WORDS[thing.surface])] if surface else []
     return " ".join([*words, thing.colour, thing.shape])
@@ -261,7 +263,7 @@ def _ground(scene: Scene, full: bool) -> str:
 
 
 def _spot(thing: SceneObject) -> str:
-    """Where a lone object is, in words."""
+    """Where a single object is, in words."""
     row = "top" if thing.y < 0.39 else "bottom" if thing.y > 0.61 else ""
     column = "left" if thing.x < 0.39 else "right" if thing.x > 0.61 else ""
     if row and column:
@@ -305,8 +307,8 @@ def _links(scene: Scene) -> list[_Link]:
     """The clear relation of each object to an earlier one: one link for two objects, two for three."""
     links = []
     for k, thing in enumerate(scene.objects[1:], start=1):
-        found = [(thing, relation(thing, other), other) for other in scene.objects[:k]]
-        links.append(next(_Link(a, where, b) for a, where, b in found if where))
+        relations = [(thing, relation(thing, other), other) for other in scene.objects[:k]]
+        links.append(next(_Link(a, where, b) for a, where, b in relations if where))
     return links
 
 
@@ -360,7 +362,7 @@ def describe(scene: Scene, rng: random.Random) -> list[str]:
 
 
 class Swap(NamedTuple):
-    """A caption that is true of a picture, and one of the same words that is false."""
+    """A caption that is true of an image, and one of the same words that is false."""
 
     kind: str  # "relation" or "colour"
     right: str
@@ -370,8 +372,8 @@ class Swap(NamedTuple):
 def swap_captions(scene: Scene) -> list[Swap]:
     """Right and wrong captions of the same words, for the first two objects of a scene.
 
-    A wrong caption has the relation turned round ("relation") or the two colours exchanged ("colour").
-    It is false of the scene, and never names a held-out pair, which would give it away as unfamiliar.
+    A wrong caption has the opposite relation ("relation") or the two colors exchanged ("colour"). It is false of the
+    scene, and never names a held-out pair, because a model could reject that as unfamiliar.
 
     Returns: at most two swaps; none for a scene of one object.
     """
@@ -379,14 +381,14 @@ def swap_captions(scene: Scene) -> list[Swap]:
         return []
     a, where, b = _links(scene)[0]
 
-    def told(colour_a: str, where: str, colour_b: str) -> str:
+    def sentence(colour_a: str, where: str, colour_b: str) -> str:
         first, second = (_with_article(f"{c} {o.shape}") for c, o in ((colour_a, a), (colour_b, b)))
         return _sentence(f"{first} is {_RELATION_WORDS[where][-1]} {second}")
 
-    right = told(a.colour, where, b.colour)
-    swaps = [Swap("relation", right, told(a.colour, _OPPOSITE[where], b.colour))]
+    right = sentence(a.colour, where, b.colour)
+    swaps = [Swap("relation", right, sentence(a.colour, _OPPOSITE[where], b.colour))]
     exchanged = {(b.colour, a.shape), (a.colour, b.shape)}
     shown = {thing.pair for thing in scene.objects}
     if not exchanged & (shown | set(HELD_OUT_PAIRS)):
-        swaps.append(Swap("colour", right, told(b.colour, where, a.colour)))
+        swaps.append(Swap("colour", right, sentence(b.colour, where, a.colour)))
     return swaps

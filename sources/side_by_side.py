@@ -1,4 +1,4 @@
-"""Where the right caption of a pair of pictures stands among all C * C, and what is confused with it."""
+"""Side-by-side images (lab 2): the labeled images they consist of, and the rank of the right caption among C * C."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from sources.image_cache import ImageCache
 from sources.readers import read_captions
 
 KS = (1, 10, 100)
-ROWS_AT_ONCE = 1024  # pictures scored together: 40 MB against 10,000 captions
-Figure = tuple[np.ndarray, np.ndarray]  # (P,) what each picture adds, (P,) whether it counts
+ROWS_AT_ONCE = 1024  # images scored together: 40 MB against 10,000 captions
+Figure = tuple[np.ndarray, np.ndarray]  # (P,) what each image adds, (P,) whether it counts
 
 
 @dataclass(frozen=True)
 class PairRanks:
-    """Results of P pictures against the captions of all ordered pairs of C classes.
+    """Results of P images against the captions of all ordered pairs of C classes.
 
     Args:
-        truth: (P,) left class * C + right class of each picture.
-        rank: (P,) of the right caption, 1 is nearest; ties count against it.
+        truth: (P,) left class * C + right class of each image.
+        rank: (P,) of the right caption, 1 is the nearest; ties count against it.
         first: (P,) the nearest caption, as `truth`.
         in_order: (P,) whether the right caption scores above the one with left and right swapped.
         num_classes: C.
@@ -45,7 +45,7 @@ class PairRanks:
 
     @property
     def different(self) -> np.ndarray:
-        """(P,) whether left and right are of different classes; only then is there an order to mistake."""
+        """(P,) whether left and right are of different classes; only then can the order be wrong."""
         return self.truth != swapped(self.truth, self.num_classes)
 
     @property
@@ -54,21 +54,22 @@ class PairRanks:
         return self.different & (self.first == swapped(self.truth, self.num_classes))
 
     def values(self) -> dict[str, Figure]:
-        """Each figure as what pictures add to it and which of them count."""
+        """Each figure as what images add to it and which images count."""
         everywhere, different = np.ones(len(self.truth), dtype=bool), self.different
         hits = {k: self.rank <= k for k in KS if k < self.num_classes**2}
-        found = {f"top{k}": (hit, everywhere) for k, hit in hits.items()}
-        found["top1_same"] = (hits[1], ~different)
-        found["top1_different"] = (hits[1], different)
-        found["swapped"] = (self.is_swapped, different)
-        found["order"] = (self.in_order, different)
-        return {name: (value.astype(float), mask) for name, (value, mask) in found.items() if mask.any()}
+        figures = {f"top{k}": (hit, everywhere) for k, hit in hits.items()} | {
+            "top1_same": (hits[1], ~different),
+            "top1_different": (hits[1], different),
+            "swapped": (self.is_swapped, different),
+            "order": (self.in_order, different),
+        }
+        return {name: (value.astype(float), mask) for name, (value, mask) in figures.items() if mask.any()}
 
     def figures(self) -> dict[str, float]:
-        """Shares of pictures, in [0, 1].
+        """Shares of images, in [0, 1].
 
         `top1`, `top10`, `top100`: the right caption is among the nearest. `top1_same`, `top1_different`: the same
-        of pictures of one class twice, and of two classes. Of the latter, `swapped`: the nearest caption is the
+        for images of one class twice, and of two classes. Of the latter, `swapped`: the nearest caption is the
         right pair in the wrong order; `order`: the right order scores above the wrong one, 0.5 by chance.
         """
         return {name: float(value[mask].mean()) for name, (value, mask) in self.values().items()}
@@ -76,7 +77,7 @@ class PairRanks:
     def intervals(
         self, samples: int = 2000, level: float = 0.95, seed: int = 0
     ) -> dict[str, tuple[float, float]]:
-        """Percentile bootstrap intervals of the figures over pictures; another training is not in them.
+        """Percentile bootstrap intervals over images; variation between training seeds is not included.
 
         Source: Efron & Tibshirani 1993, chapter 13.
         """
@@ -101,21 +102,21 @@ class PairRanks:
         return {**figures, **ends, **chance, "num_texts": captions, **counts}
 
     def by_class(self, names: Sequence[str]) -> pd.DataFrame:
-        """A row a class, in [0, 1]: of the pictures that show it, how many, top-1, and how often it is named where
-        it stands on the left and on the right; of those with two classes, the share swapped."""
+        """One row per class, shares in [0, 1]: how many images show it, their top-1, how often the nearest caption
+        names it on the left and on the right if it is there; of images with two classes, the share swapped."""
         left, right = np.divmod(self.truth, self.num_classes)
         named_left, named_right = np.divmod(self.first, self.num_classes)
         rows = []
         for label, name in enumerate(names):
-            shown = (left == label) | (right == label)
+            shows_it = (left == label) | (right == label)
             rows.append(
                 {
                     "class": name,
-                    "pictures": int(shown.sum()),
-                    "top1": _mean(self.rank[shown] == 1),
+                    "images": int(shows_it.sum()),
+                    "top1": _mean(self.rank[shows_it] == 1),
                     "named on the left": _mean(named_left[left == label] == label),
                     "named on the right": _mean(named_right[right == label] == label),
-                    "swapped": _mean(self.is_swapped[shown & self.different]),
+                    "swapped": _mean(self.is_swapped[shows_it & self.different]),
                 }
             )
         return pd.DataFrame(rows).set_index("class")
@@ -132,11 +133,11 @@ def swapped(ids: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def rank_pairs(image_features: Tensor, caption_features: Tensor, image_id: Tensor) -> PairRanks:
-    """Rank every caption for every picture.
+    """Rank every caption for every image.
 
     Args:
-        image_features: (P, D). caption_features: (C * C, D), row left * C + right. Both normalised.
-        image_id: (P,) left * C + right of each picture.
+        image_features: (P, D). caption_features: (C * C, D), row left * C + right. Both normalized.
+        image_id: (P,) left * C + right of each image.
     Raises: LabError if the captions are not of all ordered pairs, or features are not finite.
     """
     num_classes = round(len(caption_features) ** 0.5)
@@ -155,12 +156,12 @@ def rank_pairs(image_features: Tensor, caption_features: Tensor, image_id: Tenso
 
 
 def _score(images: Tensor, captions: Tensor, own: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """rank, nearest caption and order of some pictures."""
+    """rank, nearest caption and order of some images."""
     scores = images @ captions.T  # (p, C * C)
     if not torch.isfinite(scores).all():
         raise LabError("features are not finite; lower learning_rate and train again.")
     score = scores.gather(1, own[:, None])  # (p, 1)
-    rank = (scores >= score).sum(dim=1)  # itself and all that stand before it
+    rank = (scores >= score).sum(dim=1)  # itself and all that score at least as high
     rival = scores.scatter(1, own[:, None], -torch.inf).argmax(dim=1)
     first = torch.where(rank == 1, own, rival)
     return rank, first, (score > scores.gather(1, mirrored[:, None]))[:, 0]
@@ -177,8 +178,8 @@ OBJECTS = {"_codecs encode", "numpy ndarray", "numpy dtype"} | {
 DAMAGE = (LookupError, ValueError, TypeError, AttributeError)
 
 
-class Pictures(NamedTuple):
-    """images: (N, 3, 32, 32) uint8. labels: (N,) class of each. names: (C,) the classes. left_out: file -> cause."""
+class LabeledImages(NamedTuple):
+    """images: (N, 3, 32, 32) uint8. labels: (N,) class of each. names: the C classes. left_out: file -> cause."""
 
     images: Tensor
     labels: np.ndarray
@@ -188,7 +189,7 @@ class Pictures(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of a set's files by split, and of what stands in them."""
+    """Names of a set's files by split, and of what they contain."""
 
     folder: str
     files: Mapping[str, tuple[str, ...]]
@@ -224,16 +225,16 @@ def find_cifar(data_dir: str | Path) -> tuple[Path, Layout] | None:
     return None
 
 
-def read_cifar(data_dir: str | Path, split: str = "test") -> Pictures:
-    """The pictures of split `train` or `test`.
+def read_cifar(data_dir: str | Path, split: str = "test") -> LabeledImages:
+    """The images of split `train` or `test`.
 
     Raises: LabError if there are no such files, or one is damaged.
     """
-    found = find_cifar(data_dir)
-    if found is None:
-        wanted = " or ".join(layout.folder for layout in LAYOUTS.values())
-        raise LabError(f"{data_dir} holds no {wanted}; download CIFAR with torchvision, or fetch cifar100.")
-    folder, layout = found
+    location = find_cifar(data_dir)
+    if location is None:
+        folders = " or ".join(layout.folder for layout in LAYOUTS.values())
+        raise LabError(f"{data_dir} has no {folders}; download CIFAR with torchvision, or fetch cifar100.")
+    folder, layout = location
     if split not in layout.files:
         raise LabError(f"split {split!r} does not exist; CIFAR's files have {', '.join(layout.files)}.")
     names = _read_file(folder / layout.meta, lambda content: _names(content[layout.names_key]))
@@ -242,12 +243,12 @@ def read_cifar(data_dir: str | Path, split: str = "test") -> Pictures:
         for file in layout.files[split]
     ]
     images, labels = zip(*parts, strict=True)
-    return Pictures(torch.from_numpy(np.concatenate(images)), np.concatenate(labels), names)
+    return LabeledImages(torch.from_numpy(np.concatenate(images)), np.concatenate(labels), names)
 
 
 def _names(words: Any) -> list[str]:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise ValueError("its class names are no list of texts")
+        raise ValueError("its class names are not a list of texts")
     return [word.replace("_", " ") for word in words]
 
 
@@ -256,7 +257,7 @@ def _part(content: Mapping[str, Any], labels_key: str, classes: int) -> tuple[np
     images, labels = _pixels(content["data"]), content[labels_key]
     known = isinstance(labels, list) and all(type(label) is int and 0 <= label < classes for label in labels)
     if not known or len(labels) != len(images):
-        raise ValueError("it has labels without pictures or names")
+        raise ValueError("it has labels without images or names")
     return images, np.array(labels, dtype=np.int64)
 
 
@@ -271,13 +272,13 @@ def _pixels(array: Any) -> np.ndarray:
 
 
 def _read_file(path: Path, use: Callable[[Mapping[str, Any]], Read]) -> Read:
-    """What `use` makes of a file's content. Raises: LabError if the file is none of CIFAR's."""
+    """What `use` makes of a file's content. Raises: LabError if it is not a file of CIFAR."""
     data = read_bytes(path, MAX_BYTES)
     try:
         return use(_described(data))
     except DAMAGE as error:
         cause = str(error)[:120]
-        raise LabError(f"{path} is none of CIFAR's files ({cause}); fetch the set again.") from error
+        raise LabError(f"{path} is not one of CIFAR's files ({cause}); download the set again.") from error
 
 
 class _Object:
@@ -290,8 +291,8 @@ class _Object:
 def _described(data: bytes) -> Any:
     """What a pickle describes: dictionaries, lists, tuples, texts, numbers, and NumPy arrays as `_Object`.
 
-    pickle.Unpickler would call what the file names, reserve the sizes it states, and hash nested tuples without
-    end; here each of the file's operations makes at most one value of its own size.
+    pickle.Unpickler would call what the file names, reserve the sizes it states, and hash nested tuples
+    endlessly; here each of the file's operations makes at most one value of its own size.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -343,7 +344,7 @@ def _described(data: bytes) -> Any:
 
 def _dictionary(values: list[Any]) -> dict[str, Any]:
     if not all(isinstance(key, str) for key in values[::2]):
-        raise ValueError("a dictionary has a key that is no text")
+        raise ValueError("a dictionary has a key that is not text")
     return dict(zip(values[::2], values[1::2], strict=True))
 
 
@@ -362,11 +363,11 @@ COLLECTIONS: Mapping[str, Callable[[list[Any]], Any]] = {
 }
 
 TEMPLATE = "a photo of a {left} and a {right}"
-VAL_EVERY = 10  # of each class's training pictures, one in ten is held out where no val split is there
+VAL_EVERY = 10  # one in ten of each class's training images is held out if there is no val split
 
 
 def pair_caption(left: str, right: str, template: str = TEMPLATE) -> str:
-    """The caption of two classes; `a` before a name becomes `an` where it must."""
+    """The caption of two classes; `a` before a name becomes `an` where English needs it."""
     text = template
     for side, name in (("left", left), ("right", right)):
         article = "an" if name[0].lower() in "aeiou" else "a"
@@ -374,43 +375,43 @@ def pair_caption(left: str, right: str, template: str = TEMPLATE) -> str:
     return text
 
 
-def open_pictures(
+def open_labeled_images(
     data_dir: str | Path, split: str = "train", *, size: int = SIDE, cache_dir: str | Path = "cache"
-) -> Pictures:
-    """The pictures of a split, so that pairs of two splits never share one.
+) -> LabeledImages:
+    """The images of a split; no two splits share one.
 
-    `data_dir` holds CIFAR-100's or CIFAR-10's own files as torchvision keeps them, or class folders as the
-    reader `class_folders` takes them. Without a val split, a tenth of each class's training pictures is it.
+    `data_dir` has CIFAR-100's or CIFAR-10's own files as torchvision stores them, or class folders as for the reader
+    `class_folders`. Without a val split, a tenth of each class's training images is used as one.
 
     Args:
-        size: side that pictures of class folders are cut and scaled to; CIFAR's are 32 x 32.
-        cache_dir: where decoded pictures of class folders are kept.
-    Raises: LabError if neither is there, the split does not exist, or CIFAR is asked for another size.
+        size: side that images of class folders are cropped and scaled to; CIFAR's are 32 x 32.
+        cache_dir: where decoded images of class folders are kept.
+    Raises: LabError if there is neither, the split does not exist, or the size is not CIFAR's.
     """
     if find_cifar(data_dir) is None:
         return _read_class_folders(data_dir, split, size, cache_dir)
     if split not in ("train", "val", "test"):
         raise LabError(f"split {split!r} does not exist; CIFAR has train, val, test.")
     if size != SIDE:
-        raise LabError(f"CIFAR's pictures are {SIDE} x {SIDE}; set image_size to {SIDE}, not {size}.")
+        raise LabError(f"CIFAR's images are {SIDE} x {SIDE}; set image_size to {SIDE}, not {size}.")
     return _hold_out(read_cifar(data_dir, "test" if split == "test" else "train"), split)
 
 
-def few(pictures: Pictures, count: int) -> Pictures:
-    """At most `count` pictures, two by two from each class in turn, so that every class left makes a pair."""
-    within = np.empty(len(pictures.labels), dtype=np.int64)  # a picture's number within its class
-    order = np.argsort(pictures.labels, kind="stable")
-    sizes = np.bincount(pictures.labels, minlength=len(pictures.names))
+def subset(images: LabeledImages, count: int) -> LabeledImages:
+    """At most `count` images, two from each class in turn, so that every remaining class can form a pair."""
+    within = np.empty(len(images.labels), dtype=np.int64)  # an image's number within its class
+    order = np.argsort(images.labels, kind="stable")
+    sizes = np.bincount(images.labels, minlength=len(images.names))
     within[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    turns = np.lexsort([within % 2, pictures.labels, within // 2])
-    return _rows(pictures, np.sort(turns[: count - count % 2]))
+    turns = np.lexsort([within % 2, images.labels, within // 2])
+    return _rows(images, np.sort(turns[: count - count % 2]))
 
 
-def _rows(pictures: Pictures, rows: np.ndarray) -> Pictures:
-    return pictures._replace(images=pictures.images[torch.from_numpy(rows)], labels=pictures.labels[rows])
+def _rows(images: LabeledImages, rows: np.ndarray) -> LabeledImages:
+    return images._replace(images=images.images[torch.from_numpy(rows)], labels=images.labels[rows])
 
 
-def _read_class_folders(data_dir: str | Path, split: str, size: int, cache_dir: str | Path) -> Pictures:
+def _read_class_folders(data_dir: str | Path, split: str, size: int, cache_dir: str | Path) -> LabeledImages:
     table = read_captions("class_folders", data_dir)
     has_val = "val" in table.split_sizes()
     part = table.split("train" if split == "val" and not has_val else split)
@@ -419,15 +420,15 @@ def _read_class_folders(data_dir: str | Path, split: str, size: int, cache_dir: 
     names = np.unique(np.asarray(table.categories))
     labels = np.searchsorted(names, np.asarray(part.categories)[good])
     bad = {part.paths[row]: cause for row, cause in cache.bad.items()}
-    pictures = Pictures(cache.gather(good).contiguous(), labels, names.tolist(), bad)
-    return pictures if has_val else _hold_out(pictures, split)
+    images = LabeledImages(cache.gather(good).contiguous(), labels, names.tolist(), bad)
+    return images if has_val else _hold_out(images, split)
 
 
-def _hold_out(pictures: Pictures, split: str) -> Pictures:
-    """Of training pictures those of `train` or of `val`, which has the tenth, twentieth ... of each class."""
+def _hold_out(images: LabeledImages, split: str) -> LabeledImages:
+    """Of training images those of `train`, or of `val`, which has the tenth, twentieth ... of each class."""
     if split not in ("train", "val"):
-        return pictures
-    held = np.zeros(len(pictures.labels), dtype=bool)
-    for label in range(len(pictures.names)):
-        held[np.flatnonzero(pictures.labels == label)[VAL_EVERY - 1 :: VAL_EVERY]] = True
-    return _rows(pictures, np.flatnonzero(held == (split == "val")))
+        return images
+    held = np.zeros(len(images.labels), dtype=bool)
+    for label in range(len(images.names)):
+        held[np.flatnonzero(images.labels == label)[VAL_EVERY - 1 :: VAL_EVERY]] = True
+    return _rows(images, np.flatnonzero(held == (split == "val")))

@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance
 
 from core.errors import LabError
 from training import augment as module
-from training.augment import ERASE_COLOUR, augment, draw, normalise
+from training.augment import ERASE_COLOR, augment, uniforms
 
 SIZE = 40
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -52,7 +52,7 @@ def test_the_hash_is_splitmix64():
         state = splitmix64(seed)
         for key in (epoch, image_id):
             state = splitmix64((state + key) % 2**64)
-        numbers = draw([image_id], seed=seed, epoch=epoch)
+        numbers = uniforms([image_id], seed=seed, epoch=epoch)
         for place, name in enumerate(module.PARAMETERS):
             expected = splitmix64((state + place) % 2**64) >> 11
             assert numbers[name][0] == expected * 2.0**-53
@@ -60,7 +60,7 @@ def test_the_hash_is_splitmix64():
 
 def test_numbers_are_uniform_and_unrelated():
     numbers = np.concatenate(
-        [np.stack(list(draw(range(5000), seed=s, epoch=e).values())) for s, e in ((0, 0), (0, 1), (1, 0))]
+        [np.stack(list(uniforms(range(5000), seed=s, epoch=e).values())) for s, e in ((0, 0), (0, 1), (1, 0))]
     )  # (3 * parameters, ids)
     deciles = np.stack([np.histogram(row, bins=10, range=(0, 1))[0] for row in numbers])
     assert (((deciles - 500) ** 2 / 500).sum(axis=1) < 33).all()  # chi-square of 9 degrees, p = 1e-4
@@ -114,7 +114,7 @@ def test_views_are_made_in_inference_mode_too():
     assert torch.equal(result, view(images, **EVERYTHING, **IMAGENET))
 
 
-def test_with_everything_off_pictures_stay_as_they_are():
+def test_with_everything_off_pictures_are_unchanged():
     images = noise(20)
     assert torch.equal(view(images), images)
     assert view(images[:0], **EVERYTHING).shape == (0, 3, SIZE, SIZE)
@@ -170,8 +170,8 @@ def test_crops_have_the_areas_ratios_and_places_asked_for():
 
 def test_a_crop_is_what_pillow_makes_of_the_same_box():
     images = smooth(24)
-    area = 1 - draw(range(24), seed=3, epoch=5)["crop_area"] * 0.7
-    numbers = draw(range(24), seed=3, epoch=5)
+    area = 1 - uniforms(range(24), seed=3, epoch=5)["crop_area"] * 0.7
+    numbers = uniforms(range(24), seed=3, epoch=5)
     place = numbers["crop_left"], numbers["crop_top"]
     boxes = module._boxes(
         area, module.CROP_RATIO, numbers["crop_ratio"], place, torch.Size((24, SIZE, SIZE, 3))
@@ -187,7 +187,7 @@ def test_a_crop_is_what_pillow_makes_of_the_same_box():
 def test_both_ways_of_cropping_agree():
     """Resizing boxes in uint8, on CPUs, and sampling a grid, everywhere else."""
     pixels = noise(32).permute(0, 2, 3, 1)
-    numbers = draw(range(32), seed=0, epoch=0)
+    numbers = uniforms(range(32), seed=0, epoch=0)
     place = numbers["crop_left"], numbers["crop_top"]
     boxes = module._boxes(1 - 0.8 * numbers["crop_area"], 4 / 3, numbers["crop_ratio"], place, pixels.shape)
     flips = numbers["flip"] < 0.5
@@ -202,7 +202,7 @@ def test_both_ways_of_cropping_agree():
 
 def test_rotation_turns_by_the_angle_drawn_and_leaves_no_black_corner():
     images = smooth(24, 64)
-    angles = 30.0 * (2 * draw(range(24), seed=3, epoch=5)["angle"] - 1)
+    angles = 30.0 * (2 * uniforms(range(24), seed=3, epoch=5)["angle"] - 1)
     results = view(images, rotation=30.0)
     middle = slice(16, 48)  # what no angle turns out of the picture
     for picture, result, angle in zip(images, results, angles, strict=True):
@@ -226,9 +226,9 @@ def test_oblong_pictures_are_cropped_and_rotated_too():
 def test_each_jitter_is_pillows(monkeypatch, name):
     """One of the three at a time, on pictures whose values no factor drives to the limits."""
     images = (smooth(16).float() * 0.4 + 70).to(torch.uint8)
-    numbers = draw(range(16), seed=3, epoch=5)
+    numbers = uniforms(range(16), seed=3, epoch=5)
     still = {key: values if key == name else np.full(16, 0.5) for key, values in numbers.items()}
-    monkeypatch.setattr(module, "draw", lambda ids, **keys: still)
+    monkeypatch.setattr(module, "uniforms", lambda ids, **keys: still)
     enhance = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast}
     for picture, result, u in zip(images, view(images, jitter=0.3), numbers[name], strict=True):
         pil = Image.fromarray(picture.permute(1, 2, 0).numpy())
@@ -250,8 +250,8 @@ def test_strong_jitter_stays_within_the_values_of_a_pixel():
 def test_erasing_overwrites_one_rectangle_of_its_share():
     images = torch.zeros(800, 3, 50, 50, dtype=torch.uint8)
     result = view(images, erasing=0.4)
-    inside = (result == torch.tensor(ERASE_COLOUR).view(3, 1, 1)).all(dim=1)  # (B, S, S)
-    assert torch.equal(result, inside[:, None] * torch.tensor(ERASE_COLOUR, dtype=torch.uint8).view(3, 1, 1))
+    inside = (result == torch.tensor(ERASE_COLOR).view(3, 1, 1)).all(dim=1)  # (B, S, S)
+    assert torch.equal(result, inside[:, None] * torch.tensor(ERASE_COLOR, dtype=torch.uint8).view(3, 1, 1))
     erased = inside.any(dim=(1, 2))
     assert abs(erased.float().mean() - 0.4) < 0.055  # 3 standard deviations
     rows, columns = inside.any(dim=2).sum(1), inside.any(dim=1).sum(1)
@@ -268,11 +268,11 @@ def test_normalised_floats_are_the_formula():
     images = noise(20)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET.values())
     expected = (images / 255 - mean) / std
-    for result in (view(images, **IMAGENET), normalise(images, **IMAGENET)):
-        assert result.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(result, expected, rtol=0, atol=2e-6)
+    result = view(images, **IMAGENET)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(result, expected, rtol=0, atol=2e-6)
     views = view(images, **EVERYTHING)
-    torch.testing.assert_close(view(images, **EVERYTHING, **IMAGENET), normalise(views, **IMAGENET))
+    torch.testing.assert_close(view(images, **EVERYTHING, **IMAGENET), view(views, **IMAGENET))
 
 
 @pytest.mark.parametrize(
@@ -281,12 +281,12 @@ def test_normalised_floats_are_the_formula():
         (noise(2).float(), {}, r"not \(2, 3, 40, 40\) float32"),
         (noise(2).permute(0, 2, 3, 1), {}, r"not \(2, 40, 40, 3\) uint8"),
         (noise(2)[0], {}, r"not \(3, 40, 40\) uint8"),
-        (noise(2), {"ids": [1, 2, 3]}, "one image id a picture, not 3 for 2"),
+        (noise(2), {"ids": [1, 2, 3]}, "one image id per image, not 3 for 2"),
         (noise(2), {"crop_scale": 0.0}, "crop_scale .* not 0.0"),
         (noise(2), {"mean": (0.5, 0.5, 0.5)}, "mean and std"),
     ],
 )
-def test_wrong_input_is_told(images, settings, message):
+def test_wrong_input_is_an_error(images, settings, message):
     with pytest.raises(LabError, match=message):
         view(images, **settings)
 

@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR100
 
 from core.errors import LabError
 from sources.drawing import PAIR_CLASSES, write_shapes
-from sources.side_by_side import few, open_pictures, pair_caption
+from sources.side_by_side import open_labeled_images, pair_caption, subset
 
 NAMES = ["apple", "aquarium_fish", "bee"]
 
@@ -56,7 +56,7 @@ def _rows(images: torch.Tensor) -> set[bytes]:
 @pytest.mark.parametrize("train", [True, False])
 def test_pictures_are_those_of_torchvision(cifar, train):
     oracle = _UncheckedCIFAR100(str(cifar), train=train)
-    ours = [open_pictures(cifar, split) for split in (("train", "val") if train else ("test",))]
+    ours = [open_labeled_images(cifar, split) for split in (("train", "val") if train else ("test",))]
     images = torch.cat([part.images for part in ours])
     assert _rows(images) == _rows(torch.from_numpy(oracle.data).permute(0, 3, 1, 2))
     assert len(images) == len(oracle.data)
@@ -70,14 +70,14 @@ def test_pictures_are_those_of_torchvision(cifar, train):
 
 
 def test_no_picture_is_in_two_splits_and_val_is_a_tenth_of_each_class(cifar):
-    parts = {split: open_pictures(cifar, split) for split in ("train", "val", "test")}
+    parts = {split: open_labeled_images(cifar, split) for split in ("train", "val", "test")}
     assert {split: np.bincount(part.labels).tolist() for split, part in parts.items()} == {
         "train": [18] * 3, "val": [2] * 3, "test": [6] * 3}  # fmt: skip
     assert len(_rows(torch.cat([part.images for part in parts.values()]))) == 60 + 18
     with pytest.raises(LabError, match="CIFAR has train, val, test"):
-        open_pictures(cifar, "dev")
+        open_labeled_images(cifar, "dev")
     with pytest.raises(LabError, match="set image_size to 32, not 64"):
-        open_pictures(cifar, "train", size=64)
+        open_labeled_images(cifar, "train", size=64)
 
 
 def test_class_folders_serve_as_well(tmp_path):
@@ -90,7 +90,7 @@ def test_class_folders_serve_as_well(tmp_path):
                 Image.new("RGB", (40, 36), tint).save(folder / f"{row}.png")
     (tmp_path / "data" / "test" / "cat" / "9.png").write_bytes(b"no picture")
     parts = {
-        split: open_pictures(tmp_path / "data", split, cache_dir=tmp_path)
+        split: open_labeled_images(tmp_path / "data", split, cache_dir=tmp_path)
         for split in ("train", "val", "test")
     }
     assert {split: len(part.images) for split, part in parts.items()} == {"train": 36, "val": 4, "test": 6}
@@ -100,7 +100,7 @@ def test_class_folders_serve_as_well(tmp_path):
         assert part.names == ["cat", "dog"]
         assert np.array_equal(part.images[:, 0, 0, 0].numpy() // 200, part.labels)
     assert set(parts["test"].images[:, 2].unique().tolist()) == {255}
-    assert open_pictures(tmp_path / "data", "test", size=16, cache_dir=tmp_path).images.shape == (
+    assert open_labeled_images(tmp_path / "data", "test", size=16, cache_dir=tmp_path).images.shape == (
         6,
         3,
         16,
@@ -116,23 +116,23 @@ def test_a_file_that_would_run_code_is_refused_and_not_run(cifar, tmp_path):
     for name in ("test", "meta"):
         (tmp_path / name).write_bytes((cifar / "cifar-100-python" / name).read_bytes())
     _dump(tmp_path / "train", {"data": Trap(), "fine_labels": []})
-    with pytest.raises(LabError, match=r"none of CIFAR's files \(it asks for .*mkdir"):
-        open_pictures(tmp_path, "train")
+    with pytest.raises(LabError, match=r"not one of CIFAR's files \(it asks for .*mkdir"):
+        open_labeled_images(tmp_path, "train")
     assert not (tmp_path / "trapped").exists()
     (tmp_path / "train").write_bytes((cifar / "cifar-100-python" / "train").read_bytes()[:500])
-    with pytest.raises(LabError, match="fetch the set again"):
-        open_pictures(tmp_path, "train")
+    with pytest.raises(LabError, match="download the set again"):
+        open_labeled_images(tmp_path, "train")
     _dump(tmp_path / "train", {"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0, 3]})
-    with pytest.raises(LabError, match="labels without pictures or names"):
-        open_pictures(tmp_path, "train")
+    with pytest.raises(LabError, match="labels without images or names"):
+        open_labeled_images(tmp_path, "train")
 
 
 @pytest.mark.parametrize(
     ("count", "sizes"), [(6, [2, 2, 2]), (5, [2, 2, 0]), (8, [4, 2, 2]), (99, [18, 18, 18])]
 )
 def test_few_pictures_still_make_pairs_of_every_class_they_have(cifar, count, sizes):
-    pictures = open_pictures(cifar)
-    some = few(pictures, count)
+    pictures = open_labeled_images(cifar)
+    some = subset(pictures, count)
     assert np.bincount(some.labels, minlength=3).tolist() == sizes
     assert _rows(some.images) <= _rows(pictures.images)
     assert len(_rows(some.images)) == sum(sizes)
@@ -150,7 +150,9 @@ def test_drawn_shapes_are_class_folders_the_same_every_time(tmp_path):
     files = sorted(path.relative_to(first) for path in first.rglob("*.png"))
     assert len(files) == len(PAIR_CLASSES) * 13
     assert all((first / file).read_bytes() == (second / file).read_bytes() for file in files)
-    parts = {split: open_pictures(first, split, cache_dir=tmp_path) for split in ("train", "val", "test")}
+    parts = {
+        split: open_labeled_images(first, split, cache_dir=tmp_path) for split in ("train", "val", "test")
+    }
     assert {split: len(part.labels) for split, part in parts.items()} == {"train": 90, "val": 10, "test": 30}
     assert len(_rows(torch.cat([part.images for part in parts.values()]))) == 130
     reds = [name.startswith("red") for name in parts["train"].names]

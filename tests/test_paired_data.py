@@ -13,7 +13,7 @@ from dataset import PairedPictures, fixed_pairs, make_loader, open_dataset, open
 from losses import InfoNCELoss, SwapMarginLoss, build_loss
 from models import HEADS, HeadOptions
 from sources.drawing import write_shapes
-from sources.side_by_side import Pictures, pair_caption
+from sources.side_by_side import LabeledImages, pair_caption
 from training.augment import augment
 from utils import _augmented, encode_loader, split_metrics
 
@@ -21,11 +21,11 @@ NAMES = ["apple", "aquarium fish", "bee"]
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Pictures:
+def pictures() -> LabeledImages:
     """18 random pictures of each of three classes, in mixed order."""
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (54, 3, 32, 32), dtype=np.uint8))
-    return Pictures(images, rng.permutation(np.repeat(np.arange(3), 18)), NAMES)
+    return LabeledImages(images, rng.permutation(np.repeat(np.arange(3), 18)), NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_pairs_are_drawn_anew_each_epoch_by_the_seed_unless_fixed(pictures):
 def test_what_makes_no_pairs_is_one_sentence(labels, settings, message):
     images = torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)
     with pytest.raises(LabError, match=message):
-        PairedPictures(Pictures(images, np.array(labels), ["cat", "dog"]), **settings)
+        PairedPictures(LabeledImages(images, np.array(labels), ["cat", "dog"]), **settings)
 
 
 def test_a_short_epoch_takes_its_turn_through_all_pictures(pictures):
@@ -191,7 +191,7 @@ CAPTIONS = [pair_caption(left, right) for left in NAMES for right in NAMES]
 
 
 def test_validation_measures_against_all_captions(pictures):
-    coded = Pictures(
+    coded = LabeledImages(
         torch.from_numpy(pictures.labels)[:, None, None, None].expand(-1, 3, 32, 32).byte().contiguous(),
         pictures.labels,
         NAMES,

@@ -102,7 +102,7 @@ def test_classes_are_counted_where_they_stand(scored):
     left, right = np.divmod(found.truth, C)
     for label, name in enumerate("abcd"):
         shown = (left == label) | (right == label)
-        assert table.loc[name, "pictures"] == shown.sum()
+        assert table.loc[name, "images"] == shown.sum()
         assert table.loc[name, "top1"] == pytest.approx((found.rank[shown] == 1).mean())
         assert table.loc[name, "named on the right"] == pytest.approx(
             (found.first[right == label] % C == label).mean()

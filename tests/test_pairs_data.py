@@ -92,7 +92,7 @@ def test_another_division_is_refused(coco2017):
     ):
         split_pairs(coco2017, seed=1)
     write_split(coco2017, "val2017", list(range(160, 201)), seed=1)
-    with pytest.raises(LabError, match="divides other pairs than .* holds; delete it and divide again"):
+    with pytest.raises(LabError, match="divides other pairs than .* has; delete it and divide again"):
         read_pairs(coco2017, "train")
 
 

@@ -344,9 +344,9 @@ GOOD = torch.ones(3, 2)
         (GOOD, GOOD, {"image_ids": [1, 2, 3], "captions": ["x"]}, "'captions' in .* must be a list of 3 texts"),
         (GOOD, GOOD.index_fill(0, torch.tensor([1]), float("nan")), {"image_ids": [1, 2, 3]},
          "row 1 of .*text_embeddings.pt is not finite"),
-        (GOOD.cumsum(0), GOOD, {"image_ids": [5, 6, 5]}, "rows 0 and 2 of .* have the same image id 5 but hold"),
-        (GOOD.long(), GOOD, {"image_ids": [1, 2, 3]}, "must hold one .* not torch.int64 of shape"),
-        ({"features": GOOD}, GOOD, {"image_ids": [1, 2, 3]}, "must hold one .* not <class 'dict'>"),
+        (GOOD.cumsum(0), GOOD, {"image_ids": [5, 6, 5]}, "rows 0 and 2 of .* have the same image id 5 but have"),
+        (GOOD.long(), GOOD, {"image_ids": [1, 2, 3]}, "must be one .* not torch.int64 of shape"),
+        ({"features": GOOD}, GOOD, {"image_ids": [1, 2, 3]}, "must be one .* not <class 'dict'>"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(tmp_path, images, texts, metadata, message):
@@ -362,7 +362,7 @@ def test_bad_input_is_one_sentence(tmp_path, images, texts, metadata, message):
         (torch.eye(3, 4).to_sparse_csr(), "layout torch.sparse_csr; write it with"),
         (torch.empty(3, 4, device="meta"), r"no values \(device meta\); write it with"),
         (torch.ones(1, 4).expand(10**12, 4), "repeats its rows"),
-        ({"a": torch.ones(3, 4)}, "must hold one"),
+        ({"a": torch.ones(3, 4)}, "must be one"),
     ],
 )
 def test_a_tensor_that_is_no_plain_table_is_refused(tmp_path, tensor, message):

@@ -290,7 +290,9 @@ def test_no_cifar_file_harms_the_process(name, tmp_path):
     folder = write_cifar(tmp_path, "cifar10") / "cifar-10-batches-py"
     data, cause = HOSTILE[name]
     (folder / "test_batch").write_bytes(pickle.dumps({"data": data, "labels": [0, 1]}))
-    with pytest.raises(LabError, match=f"test_batch is none of CIFAR's files .*({cause}).*; fetch the set"):
+    with pytest.raises(
+        LabError, match=f"test_batch is not one of CIFAR's files .*({cause}).*; download the set"
+    ):
         side_by_side.read_cifar(tmp_path)
 
 
@@ -299,7 +301,7 @@ def test_no_cifar_file_harms_the_process(name, tmp_path):
     [
         (
             b"}" + pickle.dumps(shared(tuple, 60))[:-1] + b"K\1s.",
-            "a key that is no text",
+            "a key that is not text",
         ),  # its hash would take 2^60 steps
         (b"\x80\x02}r\xff\xff\xff\xff.", "'data'"),  # pickle would reserve 2^32 places for its memo
         (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "bytearray8"),
@@ -310,7 +312,7 @@ def test_no_cifar_file_harms_the_process(name, tmp_path):
 def test_a_crafted_pickle_costs_no_more_than_its_bytes(content, cause, tmp_path):
     folder = write_cifar(tmp_path, "cifar10") / "cifar-10-batches-py"
     (folder / "test_batch").write_bytes(content)
-    with pytest.raises(LabError, match=f"test_batch is none of CIFAR's files .*{cause}"):
+    with pytest.raises(LabError, match=f"test_batch is not one of CIFAR's files .*{cause}"):
         side_by_side.read_cifar(tmp_path)
 
 
@@ -319,11 +321,11 @@ def test_labels_and_names_of_other_kinds_are_refused(tmp_path):
     pixels = np.zeros((1, 3072), "u1")
     for labels in (shared(list, 60), [2**70], [True], [0.0], {"a": 1}):
         (folder / "test_batch").write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
-        with pytest.raises(LabError, match="labels without pictures or names|asks for the operation"):
+        with pytest.raises(LabError, match="labels without images or names|asks for the operation"):
             side_by_side.read_cifar(tmp_path)
     with open(folder / "batches.meta", "wb") as file:
         file.write(pickle.dumps({"label_names": shared(list, 60)}))
-    with pytest.raises(LabError, match=r"batches.meta is none of CIFAR's files \(its class names"):
+    with pytest.raises(LabError, match=r"batches.meta is not one of CIFAR's files \(its class names"):
         side_by_side.read_cifar(tmp_path)
     os.truncate(folder / "test_batch", 0)
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["a"]}))
@@ -341,9 +343,9 @@ def test_cifar_files_run_no_code_and_damage_is_named(tmp_path, capsys):
         side_by_side.read_cifar(tmp_path)
     assert capsys.readouterr().out == ""
     (folder / "test_batch").write_bytes(pickle.dumps({"data": np.zeros((2, 3072), "u1"), "labels": [0, 7]}))
-    with pytest.raises(LabError, match="labels without pictures or names"):
+    with pytest.raises(LabError, match="labels without images or names"):
         side_by_side.read_cifar(tmp_path)
     with pytest.raises(LabError, match="split 'val' does not exist"):
         side_by_side.read_cifar(tmp_path, "val")
-    with pytest.raises(LabError, match="holds no cifar-10-batches-py or cifar-100-python"):
+    with pytest.raises(LabError, match="has no cifar-10-batches-py or cifar-100-python"):
         side_by_side.read_cifar(folder / "nowhere")
