@@ -126,7 +126,7 @@ WORDS = (
     ),
     *(name for table in (towers_text.TEXT_TOWERS, optim.SCHEDULES) for name in table),
     *"run_grid semi_hard data_share feature_map quickstart_bn_s0 CHECKPOINT_DIR COMPARE_FLAGS".split(),
-    *"KAGGLE_USERNAME KAGGLE_KEY TEXT_TOWERS".split(),
+    *"KAGGLE_USERNAME KAGGLE_KEY KAGGLEHUB_CACHE TEXT_TOWERS".split(),
     *"image_id text_id image_features text_features logit_scale".split(),
 )
 
