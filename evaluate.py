@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from core.errors import LabError, choose
-from core.files import StaleCacheError, csv_text, make_folder, write_json, write_text
+from core.files import csv_text, make_folder, write_json, write_text
 from metrics import chance, figures_of, is_recall, metrics_table, recalls_of
 from plots.figures import learning_curves, recall_bars
 from reports.compare import (
@@ -41,17 +41,13 @@ from reports.export import FORMATS, _largest, model_card
 from reports.gallery import (
     Gallery,
     data_digest,
-    encoded,
+    kept_features,
     known_gallery,
-    load_ranks,
+    load_or_encode,
     open_split,
-    origin_of,
-    ranks_path,
     results_folder,
     results_of,
-    save_ranks,
 )
-from reports.gallery import encoded as encoded_gallery
 from reports.report import (
     Page,
     _comparison_figures,
@@ -63,22 +59,21 @@ from reports.report import (
     save_table,
     without_constants,
 )
-from reports.search import GallerySearch, _check_captioned, file_name, found_table, search_grid
+from reports.search import GallerySearch, check_captioned, file_name, found_table, search_grid
 from reports.sections import Exhibit, examine, zero_shot_exhibits
 from reports.zero_shot import DEFAULT_TEMPLATES, Labelled, known_labels, measure, open_labelled
-from retrieval.index import open_index, save_index
-from retrieval.ranks import Ranks
+from retrieval.ranks import Ranks, match_ranks
 from retrieval.statistics import MIN_SEEDS, PairedTest, compare_settings, paired_test
 from training.checkpoints import read_metrics
 from utils import Run, load_run
 
 
 def open_gallery(run: Run, split: str, *, show: bool = True) -> Gallery:
-    """Encode a split by a run's best model.
+    """A split encoded by a run's best model; features that are kept in the run's folder are read.
 
     Raises: LabError if the split does not exist or the run has no weights yet.
     """
-    return encoded(run, open_split(run, split, show=show), show=show)
+    return load_or_encode(run, open_split(run, split, show=show), show=show)
 
 
 def evaluate_run(run: Run, *, again: bool = False, show: bool = True) -> dict[str, dict[str, Any]]:
@@ -133,12 +128,12 @@ def measured_split(
         kept = read_metrics(run.results / "metrics.json").get(split, {})
     same = (kept.get("weights"), kept.get("gallery")) == (run.weights, digest)
     if again or not same or kept.get("recall_ks") != list(run.config.recall_ks):
-        return keep_measured(gallery or encoded(run, dataset, show=show))
+        return keep_measured(gallery or load_or_encode(run, dataset, again=again, show=show))
     return kept
 
 
 def keep_measured(gallery: Gallery) -> dict[str, Any]:
-    """Measure a gallery; write its figures into metrics.json in its run's results, its ranks beside it.
+    """Measure a gallery and write its figures into metrics.json in its run's results.
 
     Figures of other weights in that file are dropped.
     """
@@ -146,8 +141,6 @@ def keep_measured(gallery: Gallery) -> dict[str, Any]:
     run.results = run.results or results_folder(run, known_gallery(run, gallery.split), gallery.fingerprint)
     path = run.results / "metrics.json"
     found = {**gallery.metrics(), "weights": run.weights}
-    if not gallery.measures_itself:
-        save_ranks(gallery.ranks, ranks_path(run, gallery.split), origin_of(found))
     others = {
         name: of for name, of in read_metrics(path, show=False).items() if of.get("weights") == run.weights
     }
@@ -157,15 +150,10 @@ def keep_measured(gallery: Gallery) -> dict[str, Any]:
 
 
 def ranks_of(run: Run, split: str, *, show: bool = True) -> Ranks:
-    """The ranks behind a split's metrics; measured now where they were not kept, or are of something else."""
-    path = ranks_path(run, split)
-    if path.is_file() and split in run.metrics:
-        try:
-            return load_ranks(path, origin_of(run.metrics[split]))
-        except StaleCacheError as stale:
-            print(f"{stale} They are measured again.")
-    keep_measured(open_gallery(run, split, show=show))
-    return load_ranks(ranks_path(run, split), origin_of(run.metrics[split]))
+    """The ranks behind a split's metrics, from its kept features; encoded again only where these are missing."""
+    metrics = run.metrics.get(split, {})
+    features = kept_features(run, split, metrics.get("weights", ""), metrics.get("gallery", ""))
+    return open_gallery(run, split, show=show).ranks if features is None else match_ranks(**features)
 
 
 def zero_shot_accuracy(gallery: Gallery, templates: Sequence[str] = DEFAULT_TEMPLATES) -> dict[str, float]:
@@ -180,45 +168,14 @@ def zero_shot_accuracy(gallery: Gallery, templates: Sequence[str] = DEFAULT_TEMP
     return {name: found[name] for name in ("top1", "top5", "chance", "pictures", "labels")}
 
 
-# --- indexes in a run's folder ---
+# --- search ---
 
 
-def open_search(
-    run: Run, split: str | None = None, *, kind: str = "auto", show: bool = True
-) -> GallerySearch:
-    """A split of a run, ready to be searched; encoded the first time, then opened from `index/` in its folder.
-
-    An index of other weights, other data or another kind is built anew.
-
-    Args:
-        split: None: the first test split.
-        kind: see `search.build_index`.
-    """
-    split = split or run.test_split
-    dataset = open_split(run, split, show=show)
-    _check_captioned(dataset)
-    digest = data_digest(dataset)
-    about = {
-        "run": run.name,
-        "weights": run.weights,
-        "split": split,
-        "data": digest,
-        "kind": kind,
-    }
-    run.results = run.results or results_folder(run, known_gallery(run, split), digest)
-    folder = run.results / "index" / split
-    try:
-        images, captions = (open_index(folder / side, about) for side in ("images", "captions"))
-    except StaleCacheError as stale:
-        if folder.exists():
-            print(f"{stale} It is built anew.")
-        made = GallerySearch.of(encoded_gallery(run, dataset, show=show), kind, about)
-        save_index(made.images, folder / "images")
-        save_index(made.captions, folder / "captions")  # opened again below: the same bits now and later
-        images, captions = (open_index(folder / side, about) for side in ("images", "captions"))
-    features = {"image_features": images.features, "text_features": captions.features}
-    gallery = Gallery(run, dataset, **features, image_id=images.ids, text_id=captions.ids)
-    return GallerySearch(gallery, images, captions)
+def open_search(run: Run, split: str | None = None, *, show: bool = True) -> GallerySearch:
+    """A split of a run, ready to be searched. Args: split: None: the first test split."""
+    dataset = open_split(run, split or run.test_split, show=show)
+    check_captioned(dataset)
+    return GallerySearch(load_or_encode(run, dataset, show=show))
 
 
 def search_command(

@@ -180,7 +180,7 @@ def search_box(gallery: Gallery, query: str = "", k: int = 5) -> Control:
     """Search while typing; starts with `query`, or with a caption of the gallery."""
     first = query or gallery.dataset.table.captions_of(int(gallery.dataset.rows[0]))[0]
     most = max(1, min(10, len(gallery.image_id) - 1))
-    search = GallerySearch.of(gallery)
+    search = GallerySearch(gallery)
 
     def show(upload: Sequence[Any], **asked: Any) -> Figure:
         return search_figure(search, image=bytes(upload[-1]["content"]) if upload else None, **asked)

@@ -24,7 +24,7 @@ from evaluate import open_gallery
 from interface.cli import Parser, one_sentence
 from models import build_model
 from plots.style import Cell, SavePath, image_rows, saved
-from reports.gallery import Gallery
+from reports.gallery import Gallery, encode_split
 from reports.zero_shot import DEFAULT_TEMPLATES, ZeroShot, measure, measure_gallery, open_labelled
 from retrieval.index import build_index
 from retrieval.statistics import bootstrap_intervals, paired_test
@@ -124,7 +124,8 @@ def starting_run(run: Run) -> Run:
 
 def before_and_after(run: Run, split: str, *, show: bool = True) -> tuple[Gallery, Gallery]:
     """A split encoded by a run's starting weights, and by its best ones."""
-    return open_gallery(starting_run(run), split, show=show), open_gallery(run, split, show=show)
+    after = open_gallery(run, split, show=show)
+    return encode_split(starting_run(run), after.dataset, show=show), after
 
 
 # --- retrieval ---

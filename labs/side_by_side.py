@@ -21,7 +21,7 @@ from interface.cli import Parser, one_sentence
 from metrics import told
 from plots.figures import captioned_images
 from reports.compare import settings_label
-from reports.gallery import encoded, results_of
+from reports.gallery import load_or_encode, results_of
 from reports.report import save_table
 from sources.side_by_side import PairRanks
 from utils import Run, load_run
@@ -54,7 +54,7 @@ def evaluate_pairs(
         pairs = fixed_pairs(config, split, progress=show)
         if split in config.train_splits:
             pairs.num_pairs = min(len(pairs), TRAIN_PAIRS)
-        gallery = encoded(run, pairs, show=show)
+        gallery = load_or_encode(run, pairs, show=show)
         metrics = measured_split(run, split, gallery=gallery)
         results[split] = PairResult(pairs, pairs.ranks(run.model, gallery.features), metrics)
     return results

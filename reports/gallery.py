@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ import numpy as np
 from torch import Tensor
 
 from core.errors import LabError
-from core.files import StaleCacheError, atomic_path, fingerprint
-from core.tensor_files import load_arrays
+from core.files import DamagedFileError, fingerprint
+from core.tensor_files import load_tensors, save_tensors
 from dataset import OFF, make_loader, open_dataset
 from metrics import PROTOCOLS
 from retrieval.figures import summarise
-from retrieval.ranks import QueryRanks, Ranks, match_ranks
+from retrieval.ranks import Ranks, match_ranks
 from retrieval.statistics import TEST_SAMPLE_ONLY, bootstrap_intervals
 from sources.readers import COCO_2014, FLICKR8K_LISTS
 from training.checkpoints import read_metrics
@@ -120,18 +120,6 @@ class Gallery:
         return ks
 
 
-def open_split(run: Run, split: str, *, show: bool = True) -> Any:
-    """A split's data set as an evaluation reads it. Raises: LabError if the split does not exist."""
-    return open_dataset(run.config.updated(**OFF), (split,), progress=show)
-
-
-def encoded(run: Run, dataset: Any, *, show: bool = True) -> Gallery:
-    """A data set encoded by a run's best model. Raises: LabError if the run has no weights yet."""
-    loader = make_loader(dataset, run.config.batch_size)
-    features, _ = encode_loader(run.model, loader, run.config, show=show)
-    return Gallery(run, dataset, **features)
-
-
 def data_digest(dataset: Any) -> str:
     """Tells what is measured on a data set from what is measured on another."""
     about = dataset.describe()
@@ -193,10 +181,7 @@ def protocol_of(gallery: Gallery) -> str:
     return "full val2014" if is_val2014 else "full"
 
 
-# --- Measured runs ---
-
-
-RANK_FIELDS = [field.name for field in fields(QueryRanks)]
+# --- folders of results ---
 
 
 def results_of(run: Run) -> Path:
@@ -225,49 +210,51 @@ def results_folder(run: Run, known: str | None, digest: str) -> Path:
     return run.folder / f"on_{digest[:8]}"
 
 
-# --- ranks kept beside metrics.json ---
+# --- encoded splits ---
 
 
-def ranks_path(run: Run, split: str) -> Path:
-    return results_of(run) / f"ranks_{split}.npz"
+def open_split(run: Run, split: str, *, show: bool = True) -> Any:
+    """A split's data set as an evaluation reads it. Raises: LabError if the split does not exist."""
+    return open_dataset(run.config.updated(**OFF), (split,), progress=show)
 
 
-def origin_of(metrics: dict[str, Any]) -> str:
-    """What ranks must come from to belong to these metrics: their gallery under their weights."""
-    return f"{metrics['gallery']} {metrics.get('weights')}"
+def encode_split(run: Run, dataset: Any, *, show: bool = True) -> Gallery:
+    """A data set encoded by a run's model. Raises: LabError if the run has no weights yet."""
+    loader = make_loader(dataset, run.config.batch_size)
+    features, _ = encode_loader(run.model, loader, run.config, show=show)
+    return Gallery(run, dataset, **features)
 
 
-def save_ranks(ranks: Ranks, path: Path, origin: str) -> None:
-    """Write ranks whole or not at all, with what they come from, see `origin_of`."""
-    arrays: dict[str, Any] = {
-        f"{way}_{name}": np.asarray(getattr(getattr(ranks, way), name))
-        for way in ("i2t", "t2i")
-        for name in RANK_FIELDS
-    }
-    with atomic_path(path) as beside, open(beside, "wb") as file:
-        np.savez_compressed(file, origin=np.array(origin), **arrays)
+def load_or_encode(run: Run, dataset: Any, *, again: bool = False, show: bool = True) -> Gallery:
+    """A data set's features under a run's best model, kept as `features_SPLIT.safetensors` with the run's results.
 
-
-def load_ranks(path: Path, origin: str) -> Ranks:
-    """Read what `save_ranks` wrote.
-
-    Raises: StaleCacheError if it is damaged, or of other weights or another gallery.
+    They are encoded again where the weights or the data have changed, or the file is damaged.
+    Args: again: encode again in any case.
+    Raises: LabError if the run has no weights yet.
     """
+    digest = data_digest(dataset)
+    run.results = run.results or results_folder(run, known_gallery(run, dataset.split), digest)
+    features = None if again else kept_features(run, dataset.split, run.weights, digest)
+    if features is not None:
+        return Gallery(run, dataset, **features)
+    gallery = encode_split(run, dataset, show=show)
+    save_tensors(
+        _features_file(run, dataset.split), gallery.features, {"weights": run.weights, "data": digest}
+    )
+    return gallery
+
+
+def kept_features(run: Run, split: str, weights: str, data: str) -> dict[str, Any] | None:
+    """Features and ids of a split as `load_or_encode` wrote them; None if they are of other weights or data."""
     try:
-        arrays = load_arrays(path, "evaluate the run again (--again)")
-        ways, found = [_query_ranks(arrays, way) for way in ("i2t", "t2i")], str(arrays["origin"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StaleCacheError(
-            f"{path} cannot be read ({error}); evaluate the run again (--again)."
-        ) from error
-    if found != origin:
-        raise StaleCacheError(
-            f"{path} holds ranks of other weights or another gallery; evaluate the run again (--again)."
-        )
-    return Ranks(*ways)
+        features, origin = load_tensors(_features_file(run, split), "it is encoded again")
+    except FileNotFoundError:
+        return None
+    except DamagedFileError as damaged:
+        print(damaged)
+        return None
+    return features if (origin.get("weights"), origin.get("data")) == (weights, data) else None
 
 
-def _query_ranks(arrays: dict[str, np.ndarray], way: str) -> QueryRanks:
-    parts: dict[str, Any] = {name: arrays[f"{way}_{name}"] for name in RANK_FIELDS}
-    numbers = {name: int(parts[name]) for name in ("gallery_size", "num_left_out")}
-    return QueryRanks(**{**parts, **numbers})
+def _features_file(run: Run, split: str) -> Path:
+    return results_of(run) / f"features_{split}.safetensors"

@@ -27,7 +27,7 @@ from core.errors import LabError
 from core.files import fingerprint
 from plots.style import Cell, image_rows, saved
 from reports.gallery import Gallery
-from retrieval.index import Index, build_index, combine, mine_neighbours
+from retrieval.index import Index, build_index, combine
 from sources.decode import UndecodableImage, decode, decode_rgb
 from towers.features import image_features, text_features
 
@@ -73,22 +73,20 @@ class FoundCaptions:
 
 @dataclass
 class GallerySearch:
-    """A gallery with an index over its pictures and one over its captions.
-
-    `GallerySearch.of(gallery)` searches exactly; `open_search` keeps the indexes in the run's folder.
-    """
+    """A gallery that can be searched. Raises: LabError if the data are not captioned images."""
 
     gallery: Gallery
-    images: Index
-    captions: Index
 
-    @classmethod
-    def of(cls, gallery: Gallery, kind: str = "exact", about: dict[str, str] | None = None) -> GallerySearch:
-        """Indexes of a kind named in search.KINDS. Raises: LabError if the data are no captioned pictures."""
-        _check_captioned(gallery.dataset)
-        images = build_index(gallery.image_features, gallery.image_id, kind=kind, about=about)
-        captions = build_index(gallery.text_features, gallery.text_id, kind=kind, about=about)
-        return cls(gallery, images, captions)
+    def __post_init__(self) -> None:
+        check_captioned(self.gallery.dataset)
+
+    @cached_property
+    def images(self) -> Index:
+        return build_index(self.gallery.image_features, self.gallery.image_id)
+
+    @cached_property
+    def captions(self) -> Index:
+        return build_index(self.gallery.text_features, self.gallery.text_id)
 
     def by_text(self, texts: Sequence[str], k: int = 5) -> list[Found]:
         """The k nearest pictures of each text. Raises: LabError if a text is empty or k not in 1..pictures."""
@@ -101,7 +99,7 @@ class GallerySearch:
     def by_picture(self, pictures: Sequence[Picture], k: int = 5) -> list[Found]:
         """The k nearest other pictures of each. Raises: as `by_text`; UndecodableImage if one cannot be read."""
         features, ids = self._picture_features(pictures)
-        hits = mine_neighbours(self.images, features, ids, k)
+        hits = self.images.neighbors(features, ids, k)
         return [
             Found(label(one), *self._pictures(hits.rows[row], hits.scores[row]), None, [self._shown(one)])
             for row, one in enumerate(pictures)
@@ -167,7 +165,7 @@ class GallerySearch:
             raise LabError("there is no picture to search by; give at least one.")
         items = [self._item(picture) for picture in pictures]
         features = [
-            self._encoded(picture) if item is None else self.images.features[item].float()
+            self._encoded(picture) if item is None else self.images.features[item]
             for picture, item in zip(pictures, items, strict=True)
         ]
         ids = [OUTSIDE if item is None else int(self.images.ids[item]) for item in items]
@@ -210,14 +208,14 @@ class GallerySearch:
         return [ident in owners for ident in ids.tolist()] if owners else None
 
 
-def _check_captioned(dataset: Any) -> None:
+def check_captioned(dataset: Any) -> None:
     if not hasattr(dataset, "table"):
         raise LabError(f"split {dataset.split!r} holds no captioned pictures, so there is nothing to search.")
 
 
 def search_text(gallery: Gallery, queries: Sequence[str], k: int = 5) -> list[Found]:
     """The k nearest pictures of each text. Raises: LabError if a text is empty or k is not in 1..pictures."""
-    return GallerySearch.of(gallery).by_text(queries, k)
+    return GallerySearch(gallery).by_text(queries, k)
 
 
 # --- queries in words and in bytes ---

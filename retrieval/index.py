@@ -1,18 +1,12 @@
-"""An index over features: build, save, open, query, mine neighbours; knows features, not models.
+"""The nearest of many features: exactly by a matrix product, or from `IVF_FROM` rows approximately by FAISS.
 
-Scores are inner products of L2-normalised features, that is cosine similarities. The search is exact up to
-`FAISS_FROM` rows; from there on FAISS answers, and what it leaves open is answered exactly.
+Scores are inner products of L2-normalized features, that is cosine similarities.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,20 +16,49 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from core.errors import LabError, choose
-from core.files import DamagedFileError, StaleCacheError, atomic_path
-from core.tensor_files import file_checksum, load_tensors, save_tensors
 from retrieval.ranks import full_float32
 
-FAISS_FROM = 200_000  # rows; below, one product answers a query in about 0.1 s on a CPU
-QUERIES_AT_ONCE = 1024
+IVF_FROM = 200_000  # rows; below, an exact query takes about 0.1 s on a CPU
+PROBES = 16  # lists of an approximate index that a query looks into; recall and time grow with it
 SCORES_AT_ONCE = 1 << 24  # 64 MiB of float32
+QUERIES_AT_ONCE = 1024
 ROWS_AT_ONCE = 1 << 16
-FEATURES_FILE, ENGINE_FILE = "index.safetensors", "index.faiss"
+
+
+def nearest_rows(
+    queries: Tensor,
+    features: Tensor,
+    k: int,
+    query_ids: Tensor | None = None,
+    ids: Tensor | None = None,
+    ceiling: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(Q, k) scores and rows of the features nearest to each query, by the full matrix product.
+
+    Args:
+        queries: (Q, D); features: (N, D).
+        query_ids, ids: (Q,) and (N,); rows of the query's own id are left out; a negative id matches nothing.
+        ceiling: (Q,) scores above which a row is left out.
+    Returns: where fewer than k rows remain, score -inf and row -1.
+    """
+    parts = []
+    steps = torch.arange(len(queries)).split(max(1, SCORES_AT_ONCE // len(features)))
+    with full_float32(), torch.no_grad():
+        for some in tqdm(steps, "search", delay=2, leave=False):
+            scores = queries[some].float() @ features.float().T  # (q, N)
+            if query_ids is not None and ids is not None:
+                own = query_ids[some, None]
+                scores.masked_fill_((ids == own) & (own >= 0), -torch.inf)
+            if ceiling is not None:
+                scores.masked_fill_(scores > ceiling[some, None], -torch.inf)
+            best, rows = scores.topk(min(k, len(features)))
+            parts.append((best, rows.masked_fill_(best == -torch.inf, -1)))
+    return torch.cat([best for best, _ in parts]), torch.cat([rows for _, rows in parts])
 
 
 @dataclass(frozen=True)
 class Hits:
-    """What Q queries found, nearest first, on the CPU.
+    """The answers to Q queries, nearest first, on the CPU.
 
     Args: scores: (Q, k) float32; rows: (Q, k) rows of the index; ids: (Q, k) their ids.
     """
@@ -46,187 +69,86 @@ class Hits:
 
 
 @dataclass(frozen=True)
-class EngineOptions:
-    """What FAISS needs beside the features; each kind reads what concerns it.
-
-    Args:
-        hnsw_links: neighbours each row of the graph keeps; memory and time to build grow with it.
-        hnsw_breadth: rows kept in sight during a query; recall and time grow with it; None: one of 2,000, at least
-            64, for 0.94 of the ten nearest among a million.
-        ivf_lists: lists the rows are sorted into; None: the square root of their number.
-        ivf_probes: lists a query looks into; recall and time grow with it.
-    """
-
-    hnsw_links: int = 16
-    hnsw_breadth: int | None = None
-    ivf_lists: int | None = None
-    ivf_probes: int = 16
-
-
-@dataclass(frozen=True)
 class Index:
-    """Features that answer queries; made by `build_index` or `open_index`.
+    """Features that answer queries; made by `build_index`.
 
     Args:
-        features: (N, D), normalised.
-        ids: (N,) whose features these are; rows of one id belong together.
-        about: what they were made from, such as a run and its weights.
-        kind: a name in KINDS.
-        engine: FAISS's own index, where the kind has one.
+        features: (N, D) float32, L2-normalized.
+        ids: (N,) what these are features of; several rows may share an id.
+        engine: FAISS's index of the features; None: exact.
     """
 
     features: Tensor
     ids: Tensor
-    about: Mapping[str, str] = field(default_factory=dict)
-    kind: str = "exact"
     engine: Any = None
 
     def __len__(self) -> int:
         return len(self.features)
 
-    def to(self, device: torch.device | str) -> Index:
-        """The same index with exact products made on `device`."""
-        return replace(self, features=self.features.to(device))
-
     def query(self, queries: Tensor, k: int = 10) -> Hits:
-        """The k nearest rows of each query, in bounded memory; equal scores come in any order.
+        """The k nearest rows of each query; equal scores come in any order.
 
         Args: queries: (Q, D); their lengths scale the scores.
         Raises: LabError if k is not in 1..N, or queries are not finite or of another width.
         """
         _check_k(k, len(self))
-        return self._search(_checked_queries(queries, self.features), k, _Rivals(self.ids), spare=0)
+        queries = _checked_queries(queries, self.features)
+        find = nearest_rows if self.engine is None else self._ask_engine
+        scores, rows = find(queries, self.features, k)
+        return Hits(scores, rows, self.ids[rows])
 
-    def _search(self, queries: Tensor, k: int, rivals: _Rivals, spare: int) -> Hits:
-        """`spare`: how many rows beyond k to ask FAISS for, since some are no rivals."""
-        with _plain_products(self.features.device):
-            if self.engine is None:
-                scores, rows = _exact_top(self.features, queries, k, rivals)
-            else:
-                scores, rows = self._ask_engine(queries, k, rivals, spare)
-            rows[scores == -math.inf] = -1
-            return Hits(scores, rows, torch.where(rows < 0, -1, self.ids[rows.clamp(min=0)]))
+    def neighbors(self, queries: Tensor, query_ids: Tensor, k: int = 10) -> Hits:
+        """The k nearest rows of each query whose id is not the query's own; a negative id excludes nothing.
 
-    def _ask_engine(self, queries: Tensor, k: int, rivals: _Rivals, spare: int) -> tuple[Tensor, Tensor]:
-        found = self.engine.search(queries.numpy(), min(len(self), k + spare))
-        scores, rows = (torch.from_numpy(part) for part in found)
-        scores[rows < 0] = -math.inf  # FAISS's sign for nothing more found
-        rivals.keep(scores, slice(None), rows.clamp(min=0))
-        scores, place = scores.topk(k)
-        rows = rows.gather(1, place)
-        short = (scores[:, -1] == -math.inf).nonzero().flatten()
-        if len(short):
-            scores[short], rows[short] = _exact_top(self.features, queries[short], k, rivals.of(short))
-        return scores, rows
+        Args: queries: (Q, D); query_ids: (Q,).
+        Raises: LabError as `query`, or if a query has fewer than k rows of other ids.
+        """
+        _check_k(k, len(self))
+        queries = _checked_queries(queries, self.features)
+        if query_ids.shape != (len(queries),):
+            raise LabError(
+                f"query_ids has shape {tuple(query_ids.shape)}; give one per query, ({len(queries)},)."
+            )
+        own = _most_own_rows(self.ids, query_ids)
+        if len(self) - own < k:
+            raise LabError(
+                f"k is {k} but only {len(self) - own} rows have another id than the query; lower k."
+            )
+        if self.engine is None:
+            scores, rows = nearest_rows(queries, self.features, k, query_ids, self.ids)
+        else:
+            scores, rows = self._ask_engine(queries, self.features, k + own)
+            is_own = (self.ids[rows] == query_ids[:, None]) & (query_ids[:, None] >= 0)
+            order = is_own.int().argsort(dim=1, stable=True)[:, :k]  # others first, still nearest first
+            scores, rows = scores.gather(1, order), rows.gather(1, order)
+        return Hits(scores, rows, self.ids[rows])
 
+    def _ask_engine(self, queries: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(Q, k) scores and rows; where the probed lists hold fewer than k rows, of all lists."""
+        import faiss
 
-@dataclass(frozen=True)
-class _Rivals:
-    """Which rows may answer which query.
-
-    Args:
-        ids: (N,) of the index.
-        own: (Q,) ids that are no answer, or None.
-        ceiling: (Q,) scores above which a row is no answer, or None.
-    """
-
-    ids: Tensor
-    own: Tensor | None = None
-    ceiling: Tensor | None = None
-
-    def of(self, queries: Tensor) -> _Rivals:
-        """The same for some of the queries."""
-        parts = (None if part is None else part[queries] for part in (self.own, self.ceiling))
-        return _Rivals(self.ids, *parts)
-
-    def keep(self, scores: Tensor, queries: slice, rows: slice | Tensor) -> None:
-        """Sink, in place, scores (q, n) of the rows, (q, n) or a slice, that may not answer."""
-        if self.own is not None:
-            own = self.own[queries, None].to(scores.device)
-            scores.masked_fill_((self.ids[rows].to(scores.device) == own) & (own >= 0), -math.inf)
-        if self.ceiling is not None:
-            scores.masked_fill_(scores > self.ceiling[queries, None].to(scores.device), -math.inf)
+        every_list = faiss.SearchParametersIVF(nprobe=self.engine.nlist)  # type: ignore[call-arg]
+        parts = []
+        for some in tqdm(queries.split(QUERIES_AT_ONCE), "search", delay=2, leave=False):
+            scores, rows = self.engine.search(some.numpy(), k)
+            short = rows[:, -1] < 0
+            if short.any():
+                scores[short], rows[short] = self.engine.search(some.numpy()[short], k, params=every_list)
+            parts.append((torch.from_numpy(scores), torch.from_numpy(rows)))
+        return torch.cat([scores for scores, _ in parts]), torch.cat([rows for _, rows in parts])
 
 
-@contextmanager
-def _plain_products(device: torch.device) -> Iterator[None]:
-    """Within, products are in full float32 and leave no graph, and rows found may serve in training."""
-    with (
-        full_float32(),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-    ):
-        yield
-
-
-def _exact_top(features: Tensor, queries: Tensor, k: int, rivals: _Rivals) -> tuple[Tensor, Tensor]:
-    """(Q, k) best scores and their rows, by chunks of the product."""
-    parts = []
-    for start in tqdm(range(0, len(queries), QUERIES_AT_ONCE), "search", delay=2, leave=False):
-        span = slice(start, start + QUERIES_AT_ONCE)
-        parts.append(_top_of(features, queries[span], k, rivals, span))
-    scores, rows = (torch.cat(part) for part in zip(*parts, strict=True))
-    return scores, rows
-
-
-def _top_of(features: Tensor, queries: Tensor, k: int, rivals: _Rivals, span: slice) -> tuple[Tensor, Tensor]:
-    queries = queries.to(features.device)
-    step = min(ROWS_AT_ONCE, SCORES_AT_ONCE // len(queries))
-    best = queries.new_empty(len(queries), 0)
-    best_rows = torch.empty(len(queries), 0, dtype=torch.int64, device=features.device)
-    for start in range(0, len(features), step):
-        rows = slice(start, min(start + step, len(features)))
-        scores = queries @ features[rows].float().T  # (Q, step)
-        rivals.keep(scores, span, rows)
-        top, place = scores.topk(min(k, scores.shape[1]))
-        best, best_rows = torch.cat([best, top], 1), torch.cat([best_rows, place + start], 1)
-        best, place = best.topk(min(k, best.shape[1]))
-        best_rows = best_rows.gather(1, place)
-    return best.cpu(), best_rows.cpu()
-
-
-# ---- what can be asked beside the nearest rows -----------------------------------------------------
-
-
-def mine_neighbours(
-    index: Index, queries: Tensor, query_ids: Tensor, k: int, *, below: Tensor | None = None
-) -> Hits:
-    """The k nearest rows of each query that have another id than its own: its hardest negatives.
-
-    A negative id matches nothing, so it excludes nothing.
-
-    Args:
-        queries: (Q, D); query_ids: (Q,).
-        below: (Q,) scores above which a row is taken for a match and left out. Where fewer than k rows are
-            left, the last have score -inf and row and id -1.
-    Raises: LabError as `Index.query`, and if some query has fewer than k rows of other ids.
-    Source: a ceiling made from the match's score, NV-Retriever, Moreira et al. 2024.
-    """
-    _check_k(k, len(index))
-    queries = _checked_queries(queries, index.features)
-    for name, given in (("query_ids", query_ids), ("below", below)):
-        if given is not None and given.shape != (len(queries),):
-            raise LabError(f"{name} has shape {tuple(given.shape)}; give one a query, ({len(queries)},).")
-    query_ids = query_ids.to("cpu", torch.int64)
-    own = _own_rows(index.ids, query_ids)
-    if len(index) - own < k:
-        raise LabError(f"k is {k} but only {len(index) - own} rows are not the query's own; lower k.")
-    rivals = _Rivals(index.ids, query_ids, None if below is None else below.cpu())
-    return index._search(queries, k, rivals, spare=own if below is None else own + k)
-
-
-def _own_rows(ids: Tensor, query_ids: Tensor) -> int:
+def _most_own_rows(ids: Tensor, query_ids: Tensor) -> int:
     """The most rows of the index that share a query's id."""
-    ordered, wanted = ids.sort().values, query_ids[query_ids >= 0].contiguous()
-    counts = torch.searchsorted(ordered, wanted, right=True) - torch.searchsorted(ordered, wanted)
-    return int(counts.max()) if len(wanted) else 0
+    known, counts = ids.unique(return_counts=True)
+    shared = torch.isin(known, query_ids[query_ids >= 0])
+    return int(counts[shared].max()) if shared.any() else 0
 
 
 def combine(features: Tensor, weights: Sequence[float]) -> Tensor:
-    """(D,) one query of several: the weighted sum of normalised features, normalised.
+    """(D,) one query made of several: the weighted sum of normalized features, normalized.
 
-    Args: features: (P, D); weights: P numbers, negative for what is not wanted.
+    Args: features: (P, D); weights: P numbers, negative for what should be absent.
     Raises: LabError if there are not as many weights as features, or they cancel out.
     """
     if not len(features) or len(weights) != len(features):
@@ -237,34 +159,63 @@ def combine(features: Tensor, weights: Sequence[float]) -> Tensor:
     return F.normalize(total, dim=0)
 
 
-def recall_of(index: Index, exact: Index, queries: Tensor, k: int = 10) -> float:
-    """Fraction in [0, 1] of the exact k nearest rows that `index` finds too, mean over (Q, D) queries."""
-    found, wanted = index.query(queries, k).rows, exact.query(queries, k).rows
-    hits = [len(np.intersect1d(*pair)) for pair in zip(found.numpy(), wanted.numpy(), strict=True)]
-    return float(np.mean(hits)) / k
+# --- building ---
 
 
-# ---- bad input -------------------------------------------------------------------------------------
+def build_index(features: Tensor, ids: Tensor | None = None, *, kind: str = "auto") -> Index:
+    """An index over features.
+
+    Args:
+        features: (N, D), L2-normalized.
+        ids: (N,) int64; None: the row numbers.
+        kind: `exact`, or `ivf`: approximate; `auto`: exact below `IVF_FROM` rows, else ivf.
+    Raises: LabError if there are no features, or they are not finite or not normalized.
+    """
+    ids = torch.arange(len(features)) if ids is None else ids.cpu()
+    _check_features(features, ids)
+    features = features.detach().float().cpu()
+    if kind == "auto":
+        kind = "exact" if len(features) < IVF_FROM else "ivf"
+    return Index(features, ids, choose({"exact": lambda _: None, "ivf": _ivf}, kind, "index kind")(features))
+
+
+def _ivf(features: Tensor) -> Any:
+    """FAISS's inverted lists: as many as the square root of the rows, trained on an even sample."""
+    import faiss
+
+    lists = round(len(features) ** 0.5)
+    engine: Any = faiss.index_factory(features.shape[1], f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+    sample = np.linspace(0, len(features) - 1, min(len(features), 64 * lists)).astype(np.int64)
+    engine.train(features[torch.from_numpy(sample)].numpy())
+    engine.nprobe = PROBES
+    with tqdm(total=len(features), desc="index", unit="row", unit_scale=True, delay=2, leave=False) as bar:
+        for part in features.split(8192):
+            engine.add(part.numpy())
+            bar.update(len(part))
+    return engine
+
+
+# --- bad input ---
 
 
 def _check_k(k: int, size: int) -> None:
     if not 1 <= k <= size:
-        raise LabError(f"k is {k} but the gallery holds {size} rows; choose k from 1 to {size}.")
+        raise LabError(f"k is {k} but the gallery has {size} rows; choose k from 1 to {size}.")
 
 
 def _checked_queries(queries: Tensor, features: Tensor) -> Tensor:
     """(Q, D) float32 on the CPU."""
     if queries.ndim != 2 or queries.shape[1] != features.shape[1] or not len(queries):
         raise LabError(
-            f"queries have shape {tuple(queries.shape)} but the index wants (queries, {features.shape[1]}); "
-            "encode both by one model."
+            f"queries have shape {tuple(queries.shape)} but the index needs (queries, {features.shape[1]}); "
+            "encode both with the same model."
         )
     if not torch.isfinite(queries).all():
         raise LabError("a query holds NaN or infinite values; look for a diverged run or a broken cache.")
     return queries.detach().float().cpu().contiguous()
 
 
-def _check_gallery(features: Tensor, ids: Tensor) -> None:
+def _check_features(features: Tensor, ids: Tensor) -> None:
     if features.ndim != 2 or not features.is_floating_point():
         raise LabError(
             f"features must be (rows, width) floats, not {tuple(features.shape)} of {features.dtype}."
@@ -281,145 +232,5 @@ def _check_gallery(features: Tensor, ids: Tensor) -> None:
         row = int(wrong[0])
         raise LabError(
             f"row {row} of the gallery has length {float(lengths[row]):.3g}; features must be finite and "
-            "normalised, so look for a diverged run or a forgotten normalisation."
+            "normalized, so look for a diverged run or a forgotten normalization."
         )
-
-
-# ---- building --------------------------------------------------------------------------------------
-
-
-def build_index(
-    features: Tensor,
-    ids: Tensor | None = None,
-    *,
-    kind: str = "auto",
-    half: bool = False,
-    about: Mapping[str, str] | None = None,
-    options: EngineOptions | None = None,
-) -> Index:
-    """An index over features.
-
-    Args:
-        features: (N, D), L2-normalised.
-        ids: (N,) int64; None: the row numbers.
-        kind: `exact`; FAISS's `flat`, `hnsw` or `ivf`; `auto`: exact below FAISS_FROM rows, else ivf.
-        half: keep them as float16: half the memory, scores off by up to 1e-3.
-        about: what they were made from; `open_index` compares it.
-    Raises: LabError if the gallery is empty, not finite or not normalised, or FAISS is wanted and absent.
-    """
-    ids = torch.arange(len(features)) if ids is None else ids.cpu()
-    _check_gallery(features, ids)
-    if kind == "auto":
-        kind = "exact" if len(features) < FAISS_FROM else "ivf"
-    make = choose(KINDS, kind, "index kind")
-    kept = features.detach().to(torch.float16 if half else torch.float32)
-    index = Index(kept, ids, dict(about or {}), kind)
-    if make is None:
-        return index
-    return replace(index, engine=_filled(make(len(kept), kept.shape[1], options or EngineOptions()), kept))
-
-
-def _faiss() -> ModuleType:
-    try:
-        import faiss
-    except ImportError as error:
-        raise LabError(
-            "this kind of index needs the package faiss-cpu; install it or choose 'exact'."
-        ) from error
-    return faiss
-
-
-def _filled(engine: Any, features: Tensor) -> Any:
-    """FAISS's index, trained on an even sample and given every row."""
-    if not engine.is_trained:
-        sample = np.linspace(0, len(features) - 1, min(len(features), 64 * engine.nlist)).astype(np.int64)
-        engine.train(features[torch.from_numpy(sample)].float().cpu().numpy())
-    with tqdm(total=len(features), desc="index", unit="row", unit_scale=True, delay=2, leave=False) as bar:
-        for part in features.split(8192):
-            engine.add(part.float().cpu().numpy())
-            bar.update(len(part))
-    return engine
-
-
-def _flat(rows: int, width: int, options: EngineOptions) -> Any:
-    return _faiss().IndexFlatIP(width)
-
-
-def _hnsw(rows: int, width: int, options: EngineOptions) -> Any:
-    faiss = _faiss()
-    engine = faiss.IndexHNSWFlat(width, options.hnsw_links, faiss.METRIC_INNER_PRODUCT)
-    engine.hnsw.efSearch = options.hnsw_breadth or max(64, rows // 2000)
-    return engine
-
-
-def _ivf(rows: int, width: int, options: EngineOptions) -> Any:
-    faiss = _faiss()
-    lists = min(options.ivf_lists or round(rows**0.5), rows)
-    engine = faiss.index_factory(width, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
-    engine.nprobe = min(options.ivf_probes, lists)
-    return engine
-
-
-KINDS: dict[str, Callable[[int, int, EngineOptions], Any] | None] = {
-    "exact": None,
-    "flat": _flat,
-    "hnsw": _hnsw,
-    "ivf": _ivf,
-}
-"""How an index answers: a product here, or FAISS's own index of (rows, width, options)."""
-
-
-# ---- files -----------------------------------------------------------------------------------------
-
-
-def save_index(index: Index, folder: str | Path) -> Path:
-    """Write an index into a folder, each file whole or not at all; `about` and kind stand in its header."""
-    folder, metadata = Path(folder), dict[str, str]()
-    if index.engine is None:
-        (folder / ENGINE_FILE).unlink(missing_ok=True)
-    else:
-        with atomic_path(folder / ENGINE_FILE) as beside:
-            _faiss().write_index(index.engine, str(beside))
-        metadata["engine"] = str(file_checksum(folder / ENGINE_FILE))
-    metadata["header"] = json.dumps({"kind": index.kind, "about": dict(index.about)}, sort_keys=True)
-    save_tensors(folder / FEATURES_FILE, {"features": index.features, "ids": index.ids}, metadata)
-    return folder
-
-
-def open_index(folder: str | Path, about: Mapping[str, str] | None = None) -> Index:
-    """The index of a folder, memory-mapped.
-
-    Args: about: what it must have been made from; None: anything.
-    Raises: StaleCacheError if it was made from something else (naming what), is absent or damaged.
-    """
-    folder = Path(folder)
-    try:
-        tensors, metadata = load_tensors(folder / FEATURES_FILE, "rebuild it")
-        header = json.loads(metadata["header"])
-        features, ids = tensors["features"], tensors["ids"]
-    except FileNotFoundError as error:
-        raise StaleCacheError(f"{folder} holds no index; build one first.") from error
-    except DamagedFileError as error:
-        raise StaleCacheError(f"the index {error}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StaleCacheError(f"the index in {folder} is damaged ({error}); rebuild it.") from error
-    found, wanted = header["about"], header["about"] if about is None else about
-    wrong = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
-    if wrong:
-        raise StaleCacheError(f"the index in {folder} belongs to another {', '.join(wrong)}; rebuild it.")
-    engine = None if KINDS.get(header["kind"]) is None else _open_engine(folder, features, metadata)
-    return Index(features, ids, found, header["kind"], engine)
-
-
-def _open_engine(folder: Path, features: Tensor, metadata: Mapping[str, str]) -> Any:
-    faiss = _faiss()
-    try:
-        if "engine" in metadata and metadata["engine"] != str(file_checksum(folder / ENGINE_FILE)):
-            raise StaleCacheError(f"the index in {folder} is damaged or is of two builds; rebuild it.")
-        engine = faiss.read_index(str(folder / ENGINE_FILE), faiss.IO_FLAG_MMAP_IFC)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise StaleCacheError(f"the index in {folder} is damaged ({reason}); rebuild it.") from error
-    if (engine.ntotal, engine.d) != features.shape:
-        raise StaleCacheError(f"the index in {folder} is damaged or is of two builds; rebuild it.")
-    return engine

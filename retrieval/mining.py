@@ -1,4 +1,4 @@
-"""Which wrong captions an image should learn from, and which images should meet in a batch."""
+"""Hard negatives: captions of other images that are near an image and not true of it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 
 from config import Config
 from core.errors import LabError
-from retrieval.index import build_index, mine_neighbours
+from retrieval.index import nearest_rows
 
-SPARE = 8  # candidates looked at beyond those asked for, since some say the same as a match
-MOST_CANDIDATES = 1 << 16  # captions a refresh searches; of a larger set that many, drawn anew each time
-SAME_PAIRS = 0.7  # share of common word pairs from which on two captions say the same
+SPARE = 8  # further candidates, since some have the same meaning as a match
+MOST_CANDIDATES = 1 << 16  # captions that one refresh searches; of a larger set another random part each time
+SAME_PAIRS = 0.7  # share of common word pairs above which two captions count as the same
 ARTICLES = frozenset({"a", "an", "the"})
 NONE = -1  # no caption
 
 
-def told(caption: str) -> list[str]:
+def content_words(caption: str) -> list[str]:
     """The words of a caption in lower case, without articles."""
     return [word for word in re.findall(r"\w+", caption.lower()) if word not in ARTICLES]
 
 
 def says_the_same(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether two captions, as `told`, are equal or share most of their pairs of neighbouring words.
+    """Whether two captions, as `content_words`, are equal or share most of their pairs of neighbouring words.
 
     Pairs and not words: "red star left of blue ring" and "blue ring left of red star" have the same words.
     """
@@ -49,10 +49,10 @@ def mine_semantic(
     seed: int = 0,
     epoch: int = 0,
 ) -> np.ndarray:
-    """Each image's k nearest captions of other images, less those that may be true of it.
+    """Each image's k nearest captions of other images, without those that may be true of it.
 
-    Left out are captions that say the same as one of the image's own, and those whose score is above
-    `margin` times that of its nearest own caption.
+    Left out are captions that mean the same as one of the image's own, and those whose score is above
+    `margin` times that of its nearest own caption (NV-Retriever, Moreira et al. 2024).
 
     Args:
         image_features: (I, D); text_features: (T, D); normalised.
@@ -64,14 +64,11 @@ def mine_semantic(
     rows = np.arange(len(text_id))
     if len(rows) > MOST_CANDIDATES:
         rows = np.sort(np.random.default_rng((seed, epoch)).permutation(rows)[:MOST_CANDIDATES])
-    searched = torch.from_numpy(rows)
-    index = build_index(text_features[searched], torch.from_numpy(text_id)[searched])
-    most_own = int(np.unique(text_id[rows], return_counts=True)[1].max())
-    limit = margin * best_match(image_features, text_features, image_id, text_id)
-    asked = min(k + SPARE, len(rows) - most_own)
-    hits = mine_neighbours(index, image_features, torch.from_numpy(image_id), asked, below=limit)
-    found = np.where(hits.rows.numpy() >= 0, rows[hits.rows.numpy()], NONE)
-    return first_that_differ(found, image_id, text_id, captions, k)
+    ceiling = margin * best_match(image_features, text_features, image_id, text_id)
+    texts, ids = text_features[torch.from_numpy(rows)], torch.from_numpy(text_id[rows])
+    _, nearest = nearest_rows(image_features, texts, k + SPARE, torch.from_numpy(image_id), ids, ceiling)
+    candidates = np.where(nearest >= 0, rows[nearest], NONE)
+    return first_that_differ(candidates, image_id, text_id, captions, k)
 
 
 def best_match(
@@ -98,7 +95,7 @@ def mine_random(
     seed: int = 0,
     epoch: int = 0,
 ) -> np.ndarray:
-    """(I, k) rows of any captions of other images that do not say the same as a match; see `mine_semantic`."""
+    """(I, k) rows of random captions of other images that differ from its own; see `mine_semantic`."""
     rng = np.random.default_rng((seed, epoch))
     drawn = rng.integers(len(text_id), size=(len(image_id), k + SPARE))
     drawn[text_id[drawn] == image_id[:, None]] = NONE
@@ -108,19 +105,19 @@ def mine_random(
 def first_that_differ(
     candidates: np.ndarray, image_id: np.ndarray, text_id: np.ndarray, captions: Sequence[str], k: int
 ) -> np.ndarray:
-    """(I, k) the first of each image's (I, C) candidates that say neither what a match says nor each other."""
+    """(I, k) the first of each image's (I, C) candidates that differ from its own captions and from each other."""
     own_rows = captions_of(image_id, text_id)
-    kept = np.full((len(candidates), k), NONE)
+    chosen = np.full((len(candidates), k), NONE)
     for image, rows in enumerate(candidates.tolist()):
-        said = [told(captions[row]) for row in own_rows[image]]
+        said = [content_words(captions[row]) for row in own_rows[image]]
         place = 0
         for row in rows:
-            words = told(captions[row]) if row != NONE and place < k else []
+            words = content_words(captions[row]) if row != NONE and place < k else []
             if words and not any(says_the_same(words, other) for other in said):
-                kept[image, place] = row
+                chosen[image, place] = row
                 place += 1
                 said.append(words)
-    return kept
+    return chosen
 
 
 def captions_of(image_id: np.ndarray, text_id: np.ndarray) -> list[np.ndarray]:
@@ -131,18 +128,18 @@ def captions_of(image_id: np.ndarray, text_id: np.ndarray) -> list[np.ndarray]:
     return [order[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-# --- what cannot be ---
+# --- bad input ---
 
 
 def check_negatives(config: Config, images: int) -> None:
-    """Raises: LabError if more negatives are asked for than there are training images to bring them."""
+    """Raises: LabError if more negatives are asked for than there are training images."""
     others, in_batch = images - 1, min(config.batch_size, images) - 1
     if config.mining != "none" and config.num_mined > others:
         raise LabError(
-            f"num_mined is {config.num_mined} but an image has only {others} others in training; ask for fewer."
+            f"num_mined is {config.num_mined} but there are only {others} other training images; lower it."
         )
     if config.loss == "contrastive" and config.num_hard_negatives > in_batch:
         raise LabError(
             f"num_hard_negatives is {config.num_hard_negatives} but an image has only {in_batch} others in its "
-            "batch; ask for fewer, or raise batch_size."
+            "batch; lower it, or raise batch_size."
         )

@@ -33,9 +33,7 @@ OF_RUN = {  # what a file is called below the run's folder, and what its damage 
     "metrics": ("metrics.json", ""),
     "training": ("training.json", ""),
     "history": ("history.csv", ""),
-    "ranks": ("ranks_val.npz", ""),
-    "image index": ("index/val/images/index.safetensors", ""),
-    "caption index": ("index/val/captions/index.safetensors", ""),
+    "features": ("features_val.safetensors", ""),
 }
 OF_CACHE = {
     "text features": "features/text-*.safetensors",
@@ -151,7 +149,7 @@ def test_a_damaged_cache(config, right, kind, number):
 def test_a_damaged_checkpoint(config, right, capsys, which, number):
     """A run that was stopped, its checkpoints damaged: it is finished from the one before, or from the start."""
     folder = next(config.runs_dir.glob("*/training.json")).parent
-    for name in ("training.json", "metrics.json", "ranks_val.npz"):
+    for name in ("training.json", "metrics.json", "features_val.safetensors"):
         (folder / name).unlink()
     for path in sorted(folder.glob("checkpoints/*.pt"))[which:]:
         damage(path, number)
@@ -196,15 +194,6 @@ def test_metrics_without_a_key_are_measured_again(config, right, capsys, name):
     assert f"{path} lacks figures of val; they are measured again." in capsys.readouterr().out
 
 
-def test_ranks_without_a_key_are_measured_again(config, right, capsys):
-    path = next(config.runs_dir.glob("*/ranks_val.npz"))
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files if name != "t2i_values"}
-    np.savez(path, **arrays)
-    assert_same(outcome(fit(config, show=False)), right)
-    assert "They are measured again." in capsys.readouterr().out
-
-
 def test_training_without_its_data_is_written_again(config, right):
     path = next(config.runs_dir.glob("*/training.json"))
     training = read_json(path)
@@ -214,7 +203,9 @@ def test_training_without_its_data_is_written_again(config, right):
     assert read_json(path)["data"]["train"]["images"] == 16
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "history.csv", "best.safetensors", "ranks_val.npz"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "history.csv", "best.safetensors", "features_val.safetensors"]
+)
 def test_resuming_from_what_is_no_checkpoint_is_one_sentence(config, name):
     path = next(config.runs_dir.glob(f"*/{name}"))
     with pytest.raises(LabError, match=r"is damaged \(.*\); give a file step_\*\.pt of a run's checkpoints"):

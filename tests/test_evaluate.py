@@ -19,7 +19,7 @@ from evaluate import keep_measured, measured, ranks_of
 from interface import cli
 from metrics import metrics_table, retrieval_metrics
 from reports import compare, search, sections, zero_shot
-from reports.gallery import RANK_FIELDS, fitting_protocols, load_ranks, protocol_of, ranks_path, save_ranks
+from reports.gallery import fitting_protocols, protocol_of
 from retrieval.statistics import compare_settings, paired_test
 from sources.drawing import write_scenes
 from utils import load_run
@@ -198,7 +198,6 @@ def test_a_data_set_may_bring_its_own_metrics(tmp_path):
     keep_measured(gallery)
     found = json.loads((tmp_path / "metrics.json").read_text())["test"]
     assert (found["protocol"], found["top1"], found["num_images"]) == ("the data set's own", 0.5, 30)
-    assert not list(tmp_path.glob("ranks*"))
     table = metrics_table({"test": found})
     assert table.to_dict("list") == {"top1": ["50.0 [40.0, 60.0]"], "swaps": ["0.3"]}
     exhibits = {exhibit.name: exhibit for exhibit in sections.examine(gallery, tmp_path, show=False)}
@@ -206,24 +205,11 @@ def test_a_data_set_may_bring_its_own_metrics(tmp_path):
     assert exhibits["attention"].caption == "attention is not shown: this data set has no image files."
 
 
-# --- ranks kept beside the figures ---
+# --- kept features ---
 
 
 def same(one, two):
-    ways = [(getattr(one, way), getattr(two, way)) for way in ("i2t", "t2i")]
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) for a, b in ways for name in RANK_FIELDS)
-
-
-def test_ranks_are_kept_and_refused_where_they_do_not_fit(tmp_path):
-    gallery = made_gallery()
-    path = tmp_path / "ranks_test.npz"
-    save_ranks(gallery.ranks, path, gallery.fingerprint)
-    assert same(load_ranks(path, gallery.fingerprint), gallery.ranks)
-    with pytest.raises(LabError, match="ranks of other weights or another gallery"):
-        load_ranks(path, made_gallery(29).fingerprint)
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(LabError, match="cannot be read"):
-        load_ranks(path, gallery.fingerprint)
+    return all(np.array_equal(getattr(one, way).values, getattr(two, way).values) for way in ("i2t", "t2i"))
 
 
 def test_a_gallery_differs_with_its_data():
@@ -234,15 +220,22 @@ def test_a_gallery_differs_with_its_data():
 
 def test_ranks_need_no_second_encoding(run, gallery, monkeypatch):
     measured(run)
-    monkeypatch.setattr("evaluate.open_gallery", lambda *_, **__: pytest.fail("encoded again"))
+    monkeypatch.setattr("reports.gallery.encode_loader", lambda *_, **__: pytest.fail("encoded again"))
     assert same(ranks_of(run, "test"), gallery.ranks)
+    again = evaluate.open_gallery(load_run(run.folder), "test", show=False)
+    assert all(torch.equal(value, gallery.features[name]) for name, value in again.features.items())
+    with pytest.raises(pytest.fail.Exception, match="encoded again"):
+        measured(run, again=True)
 
 
-def test_lost_ranks_are_measured_again(run):
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"nothing")])
+def test_lost_features_are_encoded_again(run, damage):
     measured(run)
-    ranks_path(run, "novel").unlink()
+    path = run.folder / "features_novel.safetensors"
+    before = {name: value.clone() for name, value in load_file(path).items()}
+    damage(path)
     assert ranks_of(run, "novel", show=False).num_images == 12
-    assert ranks_path(run, "novel").is_file()
+    assert all(torch.equal(value, before[name]) for name, value in load_file(path).items())
 
 
 # --- results follow what they are derived from ---

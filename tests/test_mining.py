@@ -14,7 +14,7 @@ from torch import nn
 from config import make_config
 from core.errors import LabError
 from dataset import OFF, COCOClipDataset, TrainingSet, make_loader, open_dataset
-from retrieval.mining import NONE, best_match, mine_random, mine_semantic, says_the_same, told
+from retrieval.mining import NONE, best_match, content_words, mine_random, mine_semantic, says_the_same
 from sources.readers import read_captions
 from sources.table import CaptionTable
 from train import Trainer, fit
@@ -40,7 +40,7 @@ def features(rows: int, width: int = 6, seed: int = 0) -> torch.Tensor:
     ],
 )
 def test_captions_that_say_the_same(one, other, same):
-    assert says_the_same(told(one), told(other)) is same
+    assert says_the_same(content_words(one), content_words(other)) is same
 
 
 def semantic_by_hand(images, texts, image_id, text_id, captions, k, margin):
@@ -49,14 +49,14 @@ def semantic_by_hand(images, texts, image_id, text_id, captions, k, margin):
     for image in range(len(images)):
         scores = (texts @ images[image]).numpy()
         own = text_id == image_id[image]
-        said = [told(c) for c, mine in zip(captions, own, strict=True) if mine]
+        said = [content_words(c) for c, mine in zip(captions, own, strict=True) if mine]
         place = 0
         for row in np.argsort(-scores):
             if own[row] or scores[row] > margin * scores[own].max() or place == k:
                 continue
-            if not any(says_the_same(told(captions[row]), other) for other in said):
+            if not any(says_the_same(content_words(captions[row]), other) for other in said):
                 found[image, place] = row
-                said.append(told(captions[row]))
+                said.append(content_words(captions[row]))
                 place += 1
     return found
 
@@ -311,8 +311,8 @@ def test_towers_that_are_not_cached_are_mined_through(small):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_mined": 24}, "num_mined is 24 but an image has only 23 others in training; ask for fewer"),
-        ({"loss": "contrastive", "num_hard_negatives": 8}, "has only 7 others in its batch; ask for fewer"),
+        ({"num_mined": 24}, "num_mined is 24 but there are only 23 other training images; lower it"),
+        ({"loss": "contrastive", "num_hard_negatives": 8}, "has only 7 others in its batch; lower it"),
         ({"balance_by": "category"}, "balance_by 'category' needs categories, which .* does not give"),
         ({"train_splits": ("train", "restval")}, "split 'restval' has no image"),
         ({"freeze_projections": True}, "nothing to train: "),

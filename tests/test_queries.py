@@ -1,6 +1,7 @@
 """Texts, pictures and combinations find what a written-out product says; files and mistakes are told."""
 
 import io
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +13,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from small_data import write_coco
 
-import evaluate
 from config import make_config
 from core.errors import LabError
 from evaluate import open_gallery, open_search, search_command
 from models import build_model
 from reports import search as reports_search
+from reports.gallery import encode_split, open_split
 from reports.search import GallerySearch, search_text
 from sources.decode import UndecodableImage, decode_rgb
 from towers.features import image_features, text_features
@@ -63,7 +64,7 @@ def gallery(run):
 
 @pytest.fixture(scope="module")
 def search(gallery):
-    return GallerySearch.of(gallery)
+    return GallerySearch(gallery)
 
 
 def files_of(gallery, items):
@@ -168,7 +169,7 @@ def test_a_combination_is_the_weighted_sum_without_its_own_pictures(gallery, sea
 
 def test_a_split_is_encoded_once_and_then_opened(run, gallery, monkeypatch):
     first = open_search(run, show=False)
-    monkeypatch.setattr(evaluate, "encoded", lambda *a, **k: pytest.fail("encoded again"))
+    monkeypatch.setattr("reports.gallery.encode_loader", lambda *_, **__: pytest.fail("encoded again"))
     second = open_search(run, "val", show=False)
     for name, features in gallery.features.items():
         assert torch.equal(getattr(second.gallery, name), features)
@@ -176,25 +177,16 @@ def test_a_split_is_encoded_once_and_then_opened(run, gallery, monkeypatch):
     assert second.captions_of([0], 2) == first.captions_of([0], 2)
 
 
-def test_an_index_of_other_weights_or_another_run_is_built_anew(home, capsys):
-    run = write_run(home, "second_s0")
-    open_search(run, show=False)
-    assert capsys.readouterr().out == ""
+def test_features_of_other_weights_are_encoded_again(home):
+    open_search(write_run(home, "second_s0"), show=False)
     run = write_run(home, "second_s0", seed=1)
     (found,) = open_search(run, show=False).by_text(["a dog"], 3)
-    assert "belongs to another weights; rebuild it. It is built anew." in capsys.readouterr().out
-    (encoded,) = search_text(open_gallery(run, "val", show=False), ["a dog"], 3)
-    assert found.pictures == encoded.pictures
-    assert found.scores == pytest.approx(
-        encoded.scores, abs=1e-6
-    )  # float32 sums over mapped and other memory
-    other = write_run(home, "third_s0", seed=1)
-    (run.folder / "index").rename(other.folder / "index")
-    open_search(other, show=False)
-    assert "belongs to another run" in capsys.readouterr().out
-    open_search(other, kind="flat", show=False)
-    assert "belongs to another kind" in capsys.readouterr().out
-    assert open_search(other, kind="flat", show=False).images.kind == "flat"
+    (encoded,) = search_text(encode_split(run, open_split(run, "val")), ["a dog"], 3)
+    assert found == encoded
+    other = write_run(home, "third_s0", seed=2)
+    shutil.copy(run.folder / "features_val.safetensors", other.folder)
+    (found,) = open_search(other, show=False).by_text(["a dog"], 3)
+    assert found == search_text(encode_split(other, open_split(other, "val")), ["a dog"], 3)[0]
 
 
 def test_the_command_writes_a_grid_and_a_table(run, gallery, tmp_path):
@@ -247,9 +239,9 @@ def test_long_queries_get_file_names_of_their_own():
     [
         (lambda s: s.by_text(["a dog", " "]), "text is empty; write what"),
         (lambda s: s.by_text([]), "text is empty"),
-        (lambda s: s.by_text(["x"], k=0), "k is 0 but the gallery holds 12"),
-        (lambda s: s.by_text(["x"], k=13), "k is 13 but the gallery holds 12"),
-        (lambda s: s.by_picture([1], k=12), "only 11 rows are not the query's own"),
+        (lambda s: s.by_text(["x"], k=0), "k is 0 but the gallery has 12"),
+        (lambda s: s.by_text(["x"], k=13), "k is 13 but the gallery has 12"),
+        (lambda s: s.by_picture([1], k=12), "only 11 rows have another id"),
         (lambda s: s.by_picture([]), "no picture to search by"),
         (lambda s: s.by_picture([12]), "picture 12 does not exist; the gallery's are 0 to 11"),
         (lambda s: s.by_picture([-1]), "picture -1 does not exist"),
@@ -257,7 +249,7 @@ def test_long_queries_get_file_names_of_their_own():
         (lambda s: s.by_picture([np.zeros((4, 4, 3))]), r"not ndarray \(4, 4, 3\) of float64"),
         (lambda s: s.by_picture([np.zeros((4, 4, 2), np.uint8)]), r"not ndarray \(4, 4, 2\) of uint8"),
         (lambda s: s.by_text("a dog"), r"as a list; write \['a dog'\]"),
-        (lambda s: s.captions_of([0], k=37), "k is 37 but the gallery holds 36"),
+        (lambda s: s.captions_of([0], k=37), "k is 37 but the gallery has 36"),
         (lambda s: s.combined([]), "at least one text or picture"),
         (lambda s: s.combined([("a", 1), ("a", -1)]), "cancel out"),
         (lambda s: s.combined([(1, 1), (2, 1)], k=11), "k is 11 but the gallery holds 10 pictures that can"),
@@ -289,7 +281,7 @@ def test_a_missing_and_a_cut_off_picture_are_named(search, gallery, tmp_path):
 def test_what_is_no_gallery_of_captioned_pictures_is_named(gallery):
     other = SimpleNamespace(dataset=SimpleNamespace(split="test"))
     with pytest.raises(LabError, match="'test' holds no captioned pictures"):
-        GallerySearch.of(other)
+        GallerySearch(other)
 
 
 def test_a_run_without_weights_is_named(home, run):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from core.errors import LabError
-from retrieval.index import build_index, mine_neighbours
+from retrieval.index import build_index
 
 NEIGHBOURS_KEPT = 16
 GROUP = 8  # images that are put side by side because they are neighbours
@@ -20,7 +20,7 @@ def nearest_images(image_features: Tensor, k: int = NEIGHBOURS_KEPT) -> np.ndarr
     """(I, k) each image's nearest others, or all others where there are fewer."""
     items = torch.arange(len(image_features))
     index = build_index(image_features, items)
-    return mine_neighbours(index, image_features, items, min(k, len(items) - 1)).rows.numpy()
+    return index.neighbors(image_features, items, min(k, len(items) - 1)).rows.numpy()
 
 
 def neighbour_order(items: np.ndarray, neighbours: np.ndarray, epoch: int, seed: int) -> np.ndarray:
