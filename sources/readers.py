@@ -187,7 +187,7 @@ def keep_table(path: Path, table: CaptionTable, stamps: dict[str, tuple[int, int
 def read_kept_table(path: Path, root: Path) -> CaptionTable | None:
     """The table of `keep_table`, or None if it is absent, damaged, or older than its sources."""
     try:
-        arrays = load_arrays(path, "it is read again from its sources")
+        arrays: dict[str, Any] = load_arrays(path, "it is read again from its sources")
         texts = json.loads(arrays.pop("texts").tobytes())
         if any(stamp(source) != tuple(then) for source, then in texts.pop("stamps").items()):
             return None
