@@ -166,7 +166,7 @@ def test_check_from_a_shell(tmp_path, monkeypatch, capsys):
     assert re.search(r"captions +18 +3 to 3 per image", said)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"data_report.json", "data_report.png"}
     monkeypatch.setattr("sys.argv", ["dataset.py", "fetch", "coco"])
-    with pytest.raises(SystemExit, match="did you mean 'coco2014'"):
+    with pytest.raises(SystemExit, match="did you mean 'coco201[47]'"):
         cli.dataset()
 
 
