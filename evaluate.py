@@ -35,7 +35,7 @@ from reports.compare import (
     judged_figures,
     opened,
     settings_label,
-    told_test,
+    verdict_of,
 )
 from reports.export import FORMATS, _largest, model_card
 from reports.gallery import (
@@ -269,9 +269,9 @@ def compare_runs(
     """One row a setting: protocol, seeds, mean and standard deviation of its figures, and verdicts.
 
     Figures are of the first test split, recalls in [0, 1]; `_std` over seeds is nan for a single one. Each of
-    `metrics` has a column `_verdict` against the baseline: `higher`, `lower` or `no difference shown` where both
+    `metrics` has a column `_verdict` against the baseline: `higher`, `lower` or `no significant difference` where both
     have three seeds or more (Welch's interval of the difference of means); for two single runs on one gallery the
-    paired test, marked `test sample only`, which says nothing of another seed's training; else `too few seeds`.
+    paired test, marked `test sample only`: it says nothing about variation between seeds; else `too few seeds`.
 
     Args:
         baseline: a setting's label or a run's name; None: the first.
@@ -309,7 +309,7 @@ def verdict(setting: Setting, base: Setting, metric: str) -> str:
         found = compare_settings(setting.figures[metric].tolist(), base.figures[metric].tolist())
         return WORDS[found.difference > 0 if found.is_difference else None]
     if counts == {1} and is_recall(metric):
-        return told_test(paired_test_of(setting.runs[0], base.runs[0], metric))
+        return verdict_of(paired_test_of(setting.runs[0], base.runs[0], metric))
     return TOO_FEW
 
 
@@ -422,9 +422,9 @@ def report_comparison(
     )
     page.table(shown, f"{caption}{alike}.")
     page.text(
-        "A setting is called higher or lower only where both have three seeds or more and Welch's 95 % interval "
-        "of the difference leaves out zero. Between two single runs a paired test over the test images stands in "
-        "its place, marked test sample only: it says nothing of another seed's training."
+        "A setting is called higher or lower only if both have at least three seeds and Welch's 95 % interval of "
+        "the difference excludes zero. Two single runs are compared by a paired test over the test images, marked "
+        "test sample only: variation between training seeds is not included."
     )
     page.heading("Figures")
     for path, words in _comparison_figures(settings, table, folder).items():
@@ -492,7 +492,7 @@ def evaluate_command(folder: str, places: dict[str, Any], **options: Any) -> Non
     """Evaluate a run, print its table, and say where everything lies."""
     run = load_run(folder, **places)
     report_run(run, **options)
-    print(metrics_table(run.metrics).to_string())
+    print(metrics_table(run.metrics).T.to_string())
     print(f"{results_of(run)}: metrics.json, tables/, figures/, report.html")
 
 

@@ -1,4 +1,4 @@
-"""Runs side by side: a row a setting, seeds averaged, what is and is not a difference; the page that tells it."""
+"""Comparing runs: one row per setting, averaged over seeds, with the significance of each difference."""
 
 from __future__ import annotations
 
@@ -16,15 +16,12 @@ from metrics import as_text, is_recall
 from retrieval.statistics import TEST_SAMPLE_ONLY, PairedTest
 from utils import Run
 
-# --- Comparison ---
-
-
 BASELINE, OTHER_GALLERY, TOO_FEW = "baseline", "not compared: another gallery", "too few seeds"
-WORDS = {True: "higher", False: "lower", None: "no difference shown"}
+WORDS = {True: "higher", False: "lower", None: "no significant difference"}
 
 
 def opened(folder: Path, load: Callable[[Path], Run]) -> Run | None:
-    """A run, or None where its folder is damaged, which is said: one of ten must not stop the others."""
+    """A run, or None with a printed message if its folder is damaged, so that the other runs are still compared."""
     try:
         return load(folder)
     except LabError as error:
@@ -32,17 +29,8 @@ def opened(folder: Path, load: Callable[[Path], Run]) -> Run | None:
         return None
 
 
-def flag_settings(config: Config) -> list[Config]:
-    """The configuration under each setting of the flags; a cached image tower has no map to pool."""
-    pooling = (False,) if config.image_tower_mode == "cached" else (False, True)
-    flags = [
-        {"use_batch_norm": norm, "use_attention_pooling": pool} for norm in (False, True) for pool in pooling
-    ]
-    return [config.updated(**setting) for setting in flags]
-
-
 def settings_label(config: Config) -> str:
-    """What sets a run apart from its preset, seed and places apart: `plain`, `bn`, `attn, num_epochs=2`."""
+    """How a run differs from its preset, seed and folders aside: `plain`, `bn`, `attn, num_epochs=2`."""
     flags = [short for field, short in FLAGS.items() if config[field]]
     fields = [n for n in config.differences(make_config(config.preset)) if n not in {*FLAGS, *NOT_IN_NAME}]
     return ", ".join([*flags, *(f"{name}={config[name]}" for name in fields)]) or "plain"
@@ -50,11 +38,11 @@ def settings_label(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """The runs of one configuration, a seed each, on one gallery.
+    """The runs of one configuration, one per seed, on one gallery.
 
     Args:
-        figures: a row a run.
-        gallery: fingerprint of what they were measured on.
+        figures: one row per run.
+        gallery: fingerprint of the images and captions they were measured on.
     """
 
     label: str
@@ -68,32 +56,33 @@ class Setting:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Its gallery in words, how many seeds, and mean seconds of training."""
-        found = self.runs[0].metrics[self.split]
-        protocol = {"split": self.split, "protocol": found["protocol"]}
-        sizes = {"images": found["num_images"], "captions": found["num_texts"]}
+        """Split, protocol and size of its gallery, number of seeds, mean training time in seconds."""
+        metrics = self.runs[0].metrics[self.split]
+        protocol = {"split": self.split, "protocol": metrics["protocol"]}
+        sizes = {"images": metrics["num_images"], "captions": metrics["num_texts"]}
         seconds = [run.training.get("train_seconds", math.nan) for run in self.runs]
         return {**protocol, **sizes, "seeds": len(self.runs), "seconds": sum(seconds) / len(seconds)}
 
 
 def judged_figures(settings: Sequence[Setting]) -> list[str]:
-    """Recall@1 both ways, or the first two figures where there is none."""
+    """Recall@1 in both directions, or the first two metrics if there is none."""
     names = [str(name) for name in settings[0].figures]
     recalls = [name for name in names if is_recall(name) and name.endswith("@1")]
     return recalls or names[:2]
 
 
-def _baseline(settings: Sequence[Setting], wanted: str | None) -> Setting:
-    if wanted is None:
+def _baseline(settings: Sequence[Setting], name: str | None) -> Setting:
+    """The setting with this label or with a run of this name; by default the first."""
+    if name is None:
         return settings[0]
     by_run = {run.name: setting for setting in settings for run in setting.runs}
-    return choose({**by_run, **{setting.label: setting for setting in settings}}, wanted, "baseline")
+    return choose({**by_run, **{setting.label: setting for setting in settings}}, name, "baseline")
 
 
-def told_test(found: PairedTest) -> str:
+def verdict_of(test: PairedTest) -> str:
     """A paired test in words: `higher (test sample only, p = 0.003)`."""
-    word = WORDS[found.difference > 0 if found.is_difference else None]
-    p_value = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
+    word = WORDS[test.difference > 0 if test.is_difference else None]
+    p_value = "p < 0.001" if test.p_value < 0.001 else f"p = {test.p_value:.3f}"
     return f"{word} ({TEST_SAMPLE_ONLY}, {p_value})"
 
 
@@ -103,7 +92,7 @@ def _mean_and_spread(row: pd.Series, name: str) -> str:
 
 
 def differing_fields(runs: Mapping[str, Config]) -> pd.DataFrame:
-    """Fields in which the configurations differ, seeds and places apart: a row a field, a column a name."""
+    """Fields in which the configurations differ, seeds and folders aside: one row per field, one column per name."""
     dumped = {name: config.model_dump(mode="json") for name, config in runs.items()}
     table = pd.DataFrame({name: {k: str(v) for k, v in values.items()} for name, values in dumped.items()})
     differ = table.nunique(axis=1) > 1

@@ -1,4 +1,4 @@
-"""Writes what a finished run, or a comparison of runs, has to show: tables, figures, one page to hand in."""
+"""Reports of a finished run and of a comparison of runs: tables, figures and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from core.files import csv_text, write_text
 from metrics import metrics_table
 from plots.figures import comparison_bars, learning_curves
 from reports.compare import Setting, differing_fields, judged_figures
-from reports.gallery import INTERVALS, results_of
+from reports.gallery import results_of
 from reports.sections import Exhibit
-from retrieval.statistics import TEST_SAMPLE_ONLY
 from utils import Run
 
+INTERVAL = "95 % bootstrap interval over test images; variation between training seeds is not included"
 FOLD_ROWS = 20
 NUMBER = re.compile(r"-?[\d.,]+( %)?( ± [\d.,]+)?( \[.*\])?")  # with its spread or interval
-LEFT_OUT_SHOWN = 50
-CURVES_SHOWN = 7
+MAX_LEFT_OUT = 50
+MAX_CURVES = 7
 
 
 # --- tables and pages ---
@@ -96,7 +96,7 @@ def save_table(table: pd.DataFrame, path: Path) -> list[Path]:
 
 
 def free_name(folder: Path, taken: Collection[str]) -> str:
-    """A folder's name, with as many of its parents' before it as tell it from those taken."""
+    """A folder's name, preceded by as many parent folders as make it different from the names taken."""
     parts = folder.parts[1:]
     names = ("_".join(parts[-count:]) for count in range(1, len(parts) + 1))
     return next(name for name in names if name not in taken)
@@ -123,23 +123,23 @@ def run_page(run: Run, exhibits: Mapping[str, Sequence[Exhibit]]) -> Page:
         )
     page.table(
         metrics_table(run.metrics),
-        f"Recalls in percent; i2t: image-to-text, t2i: text-to-image; brackets: {INTERVALS}.",
+        f"Recalls in percent; i2t: image-to-text, t2i: text-to-image; brackets: {INTERVAL}.",
     )
     page.text(
-        "Intervals answer what other test images would have given; another seed's training is not in them. "
-        "Every image of a split is searched once, all its captions count as right."
+        "Every image of the split is in the gallery once. Each of its captions counts as a correct match."
     )
     figures = results_of(run) / "figures"
     for split in run.metrics:
         if (figures / f"recall_{split}.png").is_file():
-            page.figure(figures / f"recall_{split}.png", f"Recall@K on split {split}, dotted: chance.")
+            page.figure(figures / f"recall_{split}.png", f"Recall@K on split {split}; dotted lines: chance.")
     page.heading("Training")
     page.figure(
-        figures / "learning_curves.png", "Training and validation; the star is the epoch that was kept."
+        figures / "learning_curves.png",
+        "Training and validation; the star marks the epoch whose weights were kept.",
     )
-    for part, shown in exhibits.items():
-        page.heading(f"Looking inside: {part}")
-        for exhibit in shown:
+    for part, sections in exhibits.items():
+        page.heading(f"Details: {part}")
+        for exhibit in sections:
             _show(page, exhibit)
     page.heading("Files left out")
     _show_left_out(page, run)
@@ -158,32 +158,32 @@ def _show(page: Page, exhibit: Exhibit) -> None:
 
 
 def facts(run: Run) -> pd.DataFrame:
-    """What was trained on what, for how long, on which machine."""
+    """What was trained, on which data, for how long and on which machine."""
     config, training = run.config, dict(run.training)
-    data = {part: f"{about['splits']}: {about['images']:,} images, {about['captions']:,} captions"
-            for part, about in training.pop("data", {}).items()}  # fmt: skip
+    data = {part: f"{sizes['splits']}: {sizes['images']:,} images, {sizes['captions']:,} captions"
+            for part, sizes in training.pop("data", {}).items()}  # fmt: skip
     split_source = run.training.get("data", {}).get("train", {}).get("split_source", "")
-    told = {
+    described = {
         "preset, seed": f"{config.preset}, {config.seed}",
         "data": f"{config.data_dir.resolve().name}, reader {config.reader}",
         **({"split": split_source} if split_source else {}),
         "trained on": data.get("train", "+".join(config.train_splits)),
-        "epoch chosen on": f"{data.get('val', '+'.join(config.val_splits))}, by {config.best_metric}",
+        "best epoch chosen on": f"{data.get('val', '+'.join(config.val_splits))}, by {config.best_metric}",
         "image tower": f"{config.image_tower} ({config.image_tower_mode}), head {config.image_head}",
         "text tower": f"{config.text_tower} ({config.text_tower_mode}), head {config.text_head}",
         "loss": f"{config.loss}, batches of {config.batch_size} images",
-        "epochs": f"{training.pop('epochs', len(run.history))} of {config.num_epochs}, number {run.best_epoch} kept",
+        "epochs": f"{training.pop('epochs', len(run.history))} of {config.num_epochs}, epoch {run.best_epoch} kept",
         "training time": duration(training.pop("train_seconds", 0.0)),
         "training finished": "yes"
         if training.pop("finished", False)
-        else "no: these figures are of its best so far",
+        else "no: these are the results of its best epoch so far",
     }
     others = {
         key.replace("_", " "): value
         for key, value in training.items()
         if isinstance(value, (str, int, float))
     }
-    return pd.DataFrame({"value": {**told, **others}}).rename_axis("fact")
+    return pd.DataFrame({"value": {**described, **others}}).rename_axis("fact")
 
 
 def duration(seconds: float) -> str:
@@ -196,38 +196,38 @@ def duration(seconds: float) -> str:
 
 
 def _show_left_out(page: Page, run: Run) -> None:
-    """Files of training, validation and test that were left out, with their causes; all of them as a CSV too."""
-    of_training = {part: about.get("left_out", {}) for part, about in run.training.get("data", {}).items()}
-    of_tests = {split: found.get("left_out_files", {}) for split, found in run.metrics.items()}
+    """Files of training, validation and test that were left out, with the reasons; also saved as tables/left_out."""
+    of_training = {part: data.get("left_out", {}) for part, data in run.training.get("data", {}).items()}
+    of_tests = {split: metrics.get("left_out_files", {}) for split, metrics in run.metrics.items()}
     rows = [
         {"split": split, "file": path, "cause": cause}
         for split, files in {**of_training, **of_tests}.items()
         for path, cause in files.items()
     ]
     if not rows:
-        page.text("None: every picture could be decoded and has a caption.")
+        page.text("None: every image could be decoded and has a caption.")
         return
     table = pd.DataFrame(rows).set_index("split")
     save_table(table, results_of(run) / "tables" / "left_out")
     more = (
-        f"; the first {LEFT_OUT_SHOWN} of them, all in tables/left_out.csv"
-        if len(rows) > LEFT_OUT_SHOWN
-        else ""
+        f"; the first {MAX_LEFT_OUT} of them, all in tables/left_out.csv" if len(rows) > MAX_LEFT_OUT else ""
     )
-    page.table(table[:LEFT_OUT_SHOWN], f"{len(rows):,} pictures were left out, none replaced{more}.")
+    page.table(
+        table[:MAX_LEFT_OUT], f"{len(rows):,} images were left out; they are not replaced by others{more}."
+    )
 
 
 def _show_configuration(page: Page, run: Run) -> None:
     config = run.config
     ours = {run.name: config, f"preset {config.preset}": make_config(config.preset)}
     table = differing_fields({**ours, "documented lab": DEFAULT_CONFIG}).rename_axis("field")
-    page.table(table, "Fields that differ from the preset, or the preset's from the documented lab.")
+    page.table(table, "Fields that differ between this run, its preset and the documented lab.")
     machine = pd.DataFrame({"value": {name: str(config[name]) for name in sorted(NOT_IN_NAME)}})
-    page.table(machine.rename_axis("field"), "Fields that change where or how fast a run is computed.")
+    page.table(machine.rename_axis("field"), "Fields that are not part of the run's name.")
 
 
 def without_constants(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The table without what all rows share of their gallery, and that in words: `; split: test`."""
+    """The table without the gallery columns that are equal in all rows, and these as text: `; split: test`."""
     shared = [name for name in ("split", "protocol", "images", "captions") if table[name].nunique() == 1]
     words = "".join(f"; {name}: {table[name].iloc[0]}" for name in shared)
     return table.drop(columns=shared), words
@@ -237,11 +237,11 @@ def _comparison_figures(settings: Sequence[Setting], table: pd.DataFrame, folder
     judged = judged_figures(settings)
     bars, whiskers = with_intervals(settings, table, judged)
     comparison_bars(bars, folder / "comparison.png", metrics=judged, whiskers=whiskers)
-    shown = settings[:CURVES_SHOWN]
-    histories = {setting.label: setting.runs[0].history for setting in shown}
-    best = {setting.label: setting.runs[0].best_epoch for setting in shown}
+    first = settings[:MAX_CURVES]
+    histories = {setting.label: setting.runs[0].history for setting in first}
+    best = {setting.label: setting.runs[0].best_epoch for setting in first}
     learning_curves(histories, folder / "learning_curves.png", best_epoch=best)
-    of_how_many = "" if len(shown) == len(settings) else f"; {len(shown)} of {len(settings)} settings"
+    of_how_many = "" if len(first) == len(settings) else f"; {len(first)} of {len(settings)} settings"
     return {
         folder / "comparison.png": f"{' and '.join(judged)}; whiskers: {whiskers}.",
         folder
@@ -252,19 +252,19 @@ def _comparison_figures(settings: Sequence[Setting], table: pd.DataFrame, folder
 def with_intervals(
     settings: Sequence[Setting], table: pd.DataFrame, metrics: Sequence[str]
 ) -> tuple[pd.DataFrame, str]:
-    """The table with single runs' intervals as whiskers, and what the whiskers are."""
+    """The table with the intervals of single runs as whiskers, and what the whiskers are."""
     single = [len(setting.runs) == 1 for setting in settings]
     table = table.copy()
     for metric in metrics:
         for end in ("low", "high"):
-            found = [setting.runs[0].metrics[setting.split].get(f"{metric}_{end}") for setting in settings]
+            ends = [setting.runs[0].metrics[setting.split].get(f"{metric}_{end}") for setting in settings]
             table[f"{metric}_{end}"] = [
-                value if alone else None for value, alone in zip(found, single, strict=True)
+                value if alone else None for value, alone in zip(ends, single, strict=True)
             ]
             table[f"{metric}_{end}"] = table[f"{metric}_{end}"].astype(float)
     kinds = {
-        False: "± 1 standard deviation over seeds",
-        True: f"one seed: 95 % interval, {TEST_SAMPLE_ONLY}",
+        False: "several seeds: ± 1 standard deviation",
+        True: f"one seed: {INTERVAL}",
     }
     return table, "; ".join(kinds[alone] for alone in sorted(set(single)))
 
@@ -274,6 +274,6 @@ def _runs_table(settings: Sequence[Setting]) -> pd.DataFrame:
     for setting in settings:
         for run in setting.runs:
             seconds = duration(run.training.get("train_seconds", 0.0))
-            about = {"setting": setting.label, "seed": run.config.seed, "training time": seconds}
-            rows.append({"run": run.name, **about, "machine": run.training.get("machine", "")})
+            columns = {"setting": setting.label, "seed": run.config.seed, "training time": seconds}
+            rows.append({"run": run.name, **columns, "machine": run.training.get("machine", "")})
     return pd.DataFrame(rows).set_index("run")

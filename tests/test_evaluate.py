@@ -368,7 +368,13 @@ def test_a_difference_is_claimed_only_over_seeds(settings):
     verdicts = evaluate.comparison_table(settings)["i2t_recall@1_verdict"].tolist()
     assert compare_settings(BETTER, WORSE).is_difference
     assert not compare_settings(LIKE, WORSE).is_difference
-    expected = ["baseline", "higher", "no difference shown", "too few seeds", "not compared: another gallery"]
+    expected = [
+        "baseline",
+        "higher",
+        "no significant difference",
+        "too few seeds",
+        "not compared: another gallery",
+    ]
     assert verdicts == expected
     flipped = evaluate.comparison_table(settings, settings[1].runs[0].name)["i2t_recall@1_verdict"]
     assert flipped.tolist()[:2] == ["lower", "baseline"]
@@ -381,7 +387,9 @@ def test_two_single_runs_have_the_paired_test_of_their_kept_ranks(home, run):
     table = evaluate.compare_runs([run, other], show=False)
     test = paired_test(ranks_of(other, "test"), ranks_of(run, "test"), "t2i_recall@1")
     word = (
-        {True: "higher", False: "lower"}[test.difference > 0] if test.is_difference else "no difference shown"
+        {True: "higher", False: "lower"}[test.difference > 0]
+        if test.is_difference
+        else "no significant difference"
     )
     assert table["t2i_recall@1_verdict"].iloc[1] == f"{word} (test sample only, p = {test.p_value:.3f})"
     found = evaluate.paired_test_of(other, run, "t2i_recall@1")

@@ -131,7 +131,7 @@ def test_a_report_says_what_was_trained_and_what_was_left_out(run, tmp_path, cap
     page = parsed(run.folder / "report.html")
     text = " ".join(page.texts)
     for told in ("train: 8 images, 40 captions", "12 min 30 s", "a machine", "torch", "test2014/COCO_test2014",
-                 "empty file", "19", "full", "embed_dim", "2 of 2, number 2 kept"):  # fmt: skip
+                 "empty file", "19", "full", "embed_dim", "2 of 2, epoch 2 kept"):  # fmt: skip
         assert told in text, told
     assert len(page.images) == 2
     assert (tmp_path / "copy.html").read_bytes() == (run.folder / "report.html").read_bytes()
