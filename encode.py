@@ -1,4 +1,4 @@
-"""Embeddings made elsewhere, one row a pair: `{split}_image_embeddings.pt`, `_text_embeddings.pt`, `_metadata.json`.
+"""Pre-encode a data set, one row per pair: `{split}_image_embeddings.pt`, `_text_embeddings.pt`, `_metadata.json`.
 
 `python encode.py split DIR` divides such a folder by image into splits `train`, `tune` (a part of `train`),
 `val` and `test`, once: the division is kept in DIR/splits.json.
@@ -36,7 +36,7 @@ def split_command(folder: str, **options: int) -> None:
 
 
 def text_cache_report(config: Config) -> pd.DataFrame:
-    """Opens or fills the text caches of all a configuration's splits; a row each: captions, MB, seconds, rate."""
+    """Open or fill the text caches of all splits: one row per split with captions, MB, seconds and rate."""
     rows = []
     for splits in config.split_groups():
         captions = load_table(config, splits).captions
@@ -60,18 +60,18 @@ def text_cache_report(config: Config) -> pd.DataFrame:
 def preencode(
     config: Config, folder: str | Path, *, progress: bool = True, shard: tuple[int, int] = WHOLE
 ) -> pd.DataFrame:
-    """Encode every split's pictures and captions and write them to `folder`, one row a pair.
+    """Encode every split's images and captions and write them to `folder`, one row per pair.
 
-    The caches are filled on the way; interrupted, it continues from them. A tower that takes one size of
-    picture gets it, whatever image_size says.
+    The feature caches are filled first, so an interrupted call continues from them. A tower that takes only one
+    image size gets images of that size, whatever image_size is.
 
     Args:
         shard: (rank, world) of several processes: each fills its share of the caches and writes no pairs; a
-            last call without it joins the shares.
-    Returns: images, captions and pairs of each split, and the widths of their features; of a share, nothing.
+            final call without it joins the shares.
+    Returns: images, captions and pairs and feature widths, one row per split; empty for a share.
     """
     config = _at_its_size(config)
-    about = config.model_dump(mode="json", include=set(ENCODERS))
+    encoders = config.model_dump(mode="json", include=set(ENCODERS))
     rows = []
     for split in [split for split in load_table(config).split_sizes() if split != UNUSED]:
         table = load_table(config, (split,))
@@ -79,7 +79,7 @@ def preencode(
         features, images = cached_image_features(config, table, progress=progress, shard=shard)
         if shard != WHOLE:
             continue
-        pairs = write_pairs(folder, split, table, features, texts, bad=list(images.bad), about=about)
+        pairs = write_pairs(folder, split, table, features, texts, bad=list(images.bad), about=encoders)
         rows.append(
             {
                 "split": split,
@@ -94,18 +94,18 @@ def preencode(
 
 
 def _at_its_size(config: Config) -> Config:
-    """The configuration at the only size of picture that its image tower takes, saying so."""
+    """The configuration with the only image size that its image tower takes."""
     size = image_size(config.image_tower, config.image_weights) or config.image_size
     if size == config.image_size:
         return config
-    print(f"pictures are {size} x {size} pixels, as image tower {config.image_tower!r} takes them.")
+    print(f"image_size is {size}, the only size that image tower {config.image_tower!r} takes.")
     return config.updated(image_size=size)
 
 
 def main(config: Config, folder: str = "outputs/embeddings") -> None:
-    """Pre-encode a data set for training heads alone, and say where everything lies.
+    """Pre-encode a data set for training heads alone, and print the output paths.
 
-    Under `accelerate launch encode.py ...` every process, each on its GPU, encodes its share.
+    With `accelerate launch encode.py ...` every process encodes its share on its own GPU.
     """
     join_group(get_device(config.device))
     if is_main():

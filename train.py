@@ -32,7 +32,7 @@ from config import Config, make_config, run_name
 from core.errors import LabError, StoppedAtOnceError, choose, nearest
 from core.files import atomic_path, file_digest, write_json, write_text
 from core.tensor_files import load_tensors, save_tensors
-from dataset import OFF, make_loader, open_dataset, prepare_data
+from dataset import make_loader, open_dataset, prepare_data
 from evaluate import report_run
 from losses import build_loss
 from models import build_model
@@ -282,8 +282,8 @@ class Trainer:
         held = {"+".join(self.config.val_splits): self.val_set}
         for split in self.config.test_splits:
             with contextlib.suppress(LabError):  # its evaluation will say so
-                plain = self.config.updated(**OFF)
-                held[split] = held.get(split) or open_dataset(plain, (split,), progress=self.show)
+                if split not in held:
+                    held[split] = open_dataset(self.config, (split,), evaluation=True, progress=self.show)
         own = _image_digests(self.train_set)
         for split, dataset in held.items():
             shared = np.setdiff1d(np.intersect1d(seen, _image_digests(dataset)), own)

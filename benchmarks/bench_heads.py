@@ -18,6 +18,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.bench_lab import train_seeds
@@ -25,6 +26,8 @@ from config import Config, make_config
 from dataset import embeddings_at, make_loader, open_dataset
 from losses import build_loss
 from models import build_model
+from sources.embeddings import Pairs, Rows, write_pairs
+from sources.readers import read_captions
 
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES = [place / "flickr8k" for place in (ROOT.parent / "shared", ROOT / "data")]
@@ -119,6 +122,18 @@ def bench_size(pairs: int, batches: int, rounds: int = 3) -> None:
     print(f"  data's share of a step: {100 * wait / (wait + step):.1f} % (at most 10 wanted)")
 
 
+def convert(data: Path, folder: Path) -> Path:
+    """Write Flickr8k's features.safetensors (images by name, captions in the file's order) as embeddings of pairs."""
+    table = read_captions("flickr8k", data)
+    table = table.take(np.argsort(np.array(table.paths), kind="stable"))
+    features = load_file(data / "features.safetensors")
+    whole = Pairs(table, Rows([features["image_features"]]), Rows([features["text_features"]]))
+    for split in ("train", "val", "test"):
+        part = whole.take(np.flatnonzero(table.splits == split))
+        write_pairs(folder, split, part.table, part.images[:], part.text_features[:])
+    return folder
+
+
 def bench_recall() -> None:
     """The preset on Flickr8k's features: official split, epoch chosen on dev, test read once."""
     data = next((place for place in FEATURES if (place / "features.safetensors").is_file()), None)
@@ -126,7 +141,8 @@ def bench_recall() -> None:
         print("recall: skipped; it needs features.safetensors in ../shared/flickr8k or data/flickr8k")
         return
     with tempfile.TemporaryDirectory() as folder:
-        config = make_config("projection_heads", **embeddings_at(data), runs_dir=folder)
+        embeddings = convert(data, Path(folder) / "embeddings")
+        config = make_config("projection_heads", **embeddings_at(embeddings), runs_dir=folder)
         print("\nprojection_heads, Flickr8k 1K test, 5 captions, three seeds (24.5 and 19 R@1 wanted)")
         print(train_seeds(config).to_string())
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 import tune
+from benchmarks.bench_heads import convert
 from config import Config, make_config
 from dataset import embeddings_at
 from evaluate import compare_runs, readable
@@ -33,7 +34,9 @@ def _seeds(config: Config, count: int, epochs: int | None) -> list[Config]:
 
 def bench(data: Path, folder: Path, given: argparse.Namespace) -> None:
     """The study, its best settings, and both sides' seeds."""
-    config = make_config("projection_heads", **embeddings_at(data), runs_dir=folder / "runs")
+    config = make_config(
+        "projection_heads", **embeddings_at(convert(data, folder / "embeddings")), runs_dir=folder / "runs"
+    )
     space = read_space(given.space)
     short = config.updated(num_epochs=given.trial_epochs, captions_per_image=given.captions)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What differs between machines: torchvision's operators, the device, the memory allocator."""
+"""Differences between machines: torchvision's operators, the device, the memory allocator."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 def _define_missing_vision_ops() -> list[torch.library.Library]:
     """Declare the operators torchvision registers at import, where its C++ library cannot load.
 
-    Beside a CPU-only torch, torchvision's Linux wheel finds no CUDA libraries and its import
-    fails on `torchvision::nms`. Schemas are enough for models, transforms and datasets;
-    `torchvision.ops.nms` and `torchvision.io` stay unusable.
+    With a CPU-only torch, torchvision's Linux wheel finds no CUDA libraries and its import fails on
+    `torchvision::nms`. Schemas are enough for models, transforms and datasets, not for `torchvision.ops.nms` and
+    `torchvision.io`.
     """
     spec = importlib.util.find_spec("torchvision")
     if spec is None or torch.version.cuda is not None:
@@ -40,13 +40,13 @@ def _define_missing_vision_ops() -> list[torch.library.Library]:
     return [library]
 
 
-_VISION_OPS = _define_missing_vision_ops()  # kept alive: dropping a Library undefines its operators
+_VISION_OPS = _define_missing_vision_ops()  # a reference: deleting a Library removes its operators
 
 
 def get_device(name: str = "auto") -> torch.device:
     """The device to run on: `name`, or with "auto" CUDA, else Apple's MPS, else the CPU.
 
-    Raises: LabError if the named device does not exist here.
+    Raises: LabError if the named device cannot be used.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -57,17 +57,17 @@ def get_device(name: str = "auto") -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise LabError(
-            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); set device to 'auto'"
+            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); set device to 'auto'"
         ) from error
     return device
 
 
 @functools.cache
 def reuse_freed_memory() -> None:
-    """Let this process keep the memory that tensors give back, on Linux with glibc.
+    """Let this process keep freed memory, on Linux with glibc; elsewhere nothing happens.
 
-    By default every large activation is mapped from the kernel and unmapped again, page by page zeroed: a quarter of
-    a training step of a small convolutional net goes there. Elsewhere this does nothing.
+    By default the kernel maps, zeroes and unmaps every large activation, which takes a quarter of a training step of
+    a small convolutional network.
     """
     if sys.platform != "linux":
         return
@@ -79,13 +79,13 @@ def reuse_freed_memory() -> None:
 
 
 def recover_memory(message: str) -> None:
-    """Make room where memory has run out: what tensors gave back is given to the system again.
+    """After an out-of-memory error: return freed memory to the system.
 
-    oneDNN's code generator stays broken in a thread in which it once got no memory; convolutions do without it then.
+    oneDNN's code generator stays broken in a thread in which it ran out of memory, so it is switched off then.
     """
     if "primitive" in message and torch.backends.mkldnn.enabled:
         torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-        print("oneDNN got no memory for its code: continuing without it, which is slower.")
+        print("oneDNN ran out of memory: continuing without it, which is slower.")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -94,5 +94,5 @@ def recover_memory(message: str) -> None:
 
 
 def full_precision(values: Tensor) -> Tensor:
-    """Half precision as float32; float32 and float64 as they are."""
+    """Half precision as float32; float32 and float64 unchanged."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -11,9 +11,9 @@ Choice = TypeVar("Choice")
 
 
 class LabError(ValueError):
-    """Bad input, told in one sentence that says what to do.
+    """Bad input: one sentence that says what is wrong and what to do.
 
-    Command lines print it without a traceback, and so do notebooks.
+    Command lines and notebooks print it without a traceback.
     """
 
     def _render_traceback_(self) -> list[str]:
@@ -21,17 +21,17 @@ class LabError(ValueError):
 
 
 def shown(value: object) -> str:
-    """A value as a message names it, in at most 200 characters however deep or long it is."""
+    """A value for a message, in at most 200 characters."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring = 2, 150
     try:
         return short.repr(value)[:200]
-    except ValueError:  # a whole number of thousands of digits
+    except ValueError:  # an integer with thousands of digits
         return f"a {type(value).__name__} too long to show"
 
 
 class StoppedAtOnceError(KeyboardInterrupt):
-    """A second Ctrl-C ended the work in the middle; its sentence says what is saved."""
+    """A second Ctrl-C ended the work in the middle; the message says what is saved."""
 
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
@@ -48,13 +48,13 @@ def choose(table: Mapping[str, Choice], name: str, what: str) -> Choice:
     """`table[name]`, or an error that lists the valid names.
 
     Args:
-        table: the choices by name, as they stand at the foot of a module.
-        name: what was asked for.
+        table: the choices by name.
+        name: the choice.
         what: the configuration field or kind of thing, for the message.
     Raises: LabError if `name` is not in `table`.
     """
     names = sorted(table)
-    if name in names:  # a list takes what cannot be a key, too
+    if name in names:  # a list, because `name` may be unhashable
         return table[name]
     hint = nearest(name, names) or "."
     raise LabError(f"{what} {shown(name)} does not exist{hint} Choose one of: {', '.join(names)}.")

@@ -1,7 +1,7 @@
-"""Files that are whole or absent: every write goes through here, and so do checksums, locks and leftovers.
+"""Files that are complete or absent: atomic writes, checksums, locks, temporary files.
 
-A file is written beside its place, flushed to disk and renamed. A failed write leaves what was there, removes
-what it had written, and ends in one sentence.
+A file is written under a temporary name, flushed to disk and renamed. A failed write keeps the earlier file, removes
+the temporary one and raises an error of one sentence.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ TORN_WORDS = (
     "PytorchStreamWriter failed",
     "unexpected pos",
     "requested and",
-)  # of torch and NumPy, without cause
-FORMULA = re.compile(r"[=+\-@\t\r](?![\d.,]+( %)?( ± [\d.,]+)?$)")  # a text that is no number
-ABANDONED_SECONDS = 3600.0  # a temporary file of a living process id that is older is nobody's
+)  # torch and NumPy on a full disk, without the cause
+FORMULA = re.compile(r"[=+\-@\t\r](?![\d.,]+( %)?( ± [\d.,]+)?$)")  # text that is not a number
+ABANDONED_SECONDS = 3600.0  # an older temporary file was abandoned, even if its process id is in use
 
 
 class DiskFullError(LabError):
-    """A write failed because no space is left; nothing that was there is lost."""
+    """A write failed because no space is left; the earlier file is kept."""
 
 
 def read_bytes(path: str | os.PathLike[str], max_bytes: int = 2 * 2**30) -> bytes:
     """A file's content.
 
-    Raises: LabError if it is no regular file (a pipe would be waited for), has more than `max_bytes`, or cannot be
+    Raises: LabError if it is not a regular file (reading a pipe would block), has more than `max_bytes`, or cannot be
         read.
     """
     try:
@@ -61,9 +61,9 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int = 2 * 2**30) -> byte
 
 
 class DamagedFileError(LabError):
-    """A file that is not what was written.
+    """A file whose content is not what was written.
 
-    Args: advice: what to do about it.
+    Args: advice: what to do.
     """
 
     def __init__(self, path: str | Path, reason: str, advice: str) -> None:
@@ -71,7 +71,7 @@ class DamagedFileError(LabError):
 
 
 def make_folder(path: str | Path) -> Path:
-    """A folder and its parents, made if absent. Raises: LabError if that is impossible."""
+    """A folder and its parents, created if absent. Raises: LabError if that is impossible."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def make_folder(path: str | Path) -> Path:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or what it was raised from, says that a disk, quota or file size is exhausted."""
+    """Whether an error or its cause says that a disk, quota or file size is exhausted."""
     while error is not None:
         text = str(error)
         if getattr(error, "errno", None) in FULL or any(word in text.lower() for word in FULL_WORDS):
@@ -95,7 +95,7 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def csv_text(table: Any, **options: Any) -> str:
-    """A pandas table as CSV whose texts no spreadsheet takes for formulas: `=1+1` becomes `'=1+1`.
+    """A pandas table as CSV in which texts are not formulas for a spreadsheet: `=1+1` becomes `'=1+1`.
 
     Args: options: of DataFrame.to_csv.
     """
@@ -108,10 +108,7 @@ def csv_text(table: Any, **options: Any) -> str:
 
 @contextmanager
 def write_errors(path: str | Path) -> Iterator[None]:
-    """Within, a failed write to `path` is a LabError; a full disk is a DiskFullError, whichever library met it.
-
-    Other exceptions pass unchanged.
-    """
+    """Within, a failed write to `path` raises LabError, a full disk DiskFullError; other exceptions are unchanged."""
     path = Path(path)
     try:
         yield
@@ -122,25 +119,25 @@ def write_errors(path: str | Path) -> Iterator[None]:
             raise disk_full(path) from error
         if isinstance(error, OSError):
             cause = error.strerror or error
-            raise LabError(f"{path} could not be written ({cause}); what was there is kept.") from error
+            raise LabError(f"{path} could not be written ({cause}); the earlier file is kept.") from error
         raise
 
 
 def disk_full(path: Path) -> DiskFullError:
-    """The error that names a full folder, and what was too much for it."""
+    """The error that names a full folder and the file that did not fit."""
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     return DiskFullError(
         f"no space left in {folder}: {path.name} needs more than the {free / 1e6:,.1f} MB that are free; free some "
-        "space or choose a folder on another disk, then run again. What was there is kept."
+        "space or choose a folder on another disk, then run again. The earlier file is kept."
     )
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to; flushed to disk and renamed to it if all went well.
+    """A temporary path to write to, flushed to disk and renamed to `path` at the end.
 
-    Raises: LabError if it cannot be written; what stood at `path` is kept.
+    Raises: LabError if it cannot be written; the earlier file at `path` is kept.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -156,7 +153,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove the temporary files of `atomic_path` that dead processes left in a folder and those below it."""
+    """Remove temporary files of `atomic_path` that ended processes left in a folder and its subfolders."""
     for path in Path(folder).rglob(".*.tmp"):
         number = path.name.split(".")[-2]
         if number.isdigit() and _is_abandoned(path, int(number)):
@@ -177,7 +174,7 @@ def _is_abandoned(path: Path, process: int) -> bool:
 
 @contextmanager
 def locked(path: str | Path, timeout: float = -1) -> Iterator[None]:
-    """Within, no other process holds the lock file `path`; it ends with its process, however that ends.
+    """Within, this process alone holds the lock file `path`; the lock is released when the process ends.
 
     Raises: Timeout after `timeout` seconds; LabError if the folder cannot hold a lock.
     """
@@ -202,7 +199,7 @@ def locked(path: str | Path, timeout: float = -1) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write UTF-8 text whole or not at all; returns the path."""
+    """Write UTF-8 text atomically; returns the path."""
     with atomic_path(path) as beside:
         beside.write_text(text, encoding="utf-8")
     return Path(path)
@@ -212,20 +209,20 @@ SEAL, SEAL_PREFIX = "checksum", "crc32:"
 
 
 def sealed(code: int) -> str:
-    """A CRC-32 as files state it."""
+    """A CRC-32 as it is written in files."""
     return f"{SEAL_PREFIX}{code:08x}"
 
 
 def checksum(content: Any) -> int:
-    """CRC-32 of what JSON keeps of the content, whatever its layout."""
+    """CRC-32 of content as JSON, independent of the layout."""
     plain = json.loads(json.dumps(content, default=str))
     return zlib.crc32(json.dumps(plain, sort_keys=True).encode())
 
 
 def seal_of(content: dict[str, Any]) -> str | None:
-    """Take the checksum out of a file's content; None where it states none.
+    """Remove the checksum from a file's content and return it; None where there is none.
 
-    It is known by its name and by its value, so that one damaged letter cannot hide it.
+    It is recognized by its name or its value, so that one damaged letter cannot hide it.
     """
     stated = [name for name, value in content.items() if name == SEAL or str(value).startswith(SEAL_PREFIX)]
     values = [content.pop(name) if name == SEAL else "" for name in stated]
@@ -235,7 +232,7 @@ def seal_of(content: dict[str, Any]) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or {} where there is no file.
 
-    Raises: DamagedFileError if it is not JSON, not an object, or another than its checksum states.
+    Raises: DamagedFileError if it is not a JSON object or does not match its checksum.
     """
     advice = "delete it and run again"
     try:
@@ -243,7 +240,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedFileError(path, f"not JSON: {error}", advice) from error
     if not isinstance(content, dict):
-        raise DamagedFileError(path, "it holds no JSON object", advice)
+        raise DamagedFileError(path, "it is not a JSON object", advice)
     stated = seal_of(content)
     if stated is not None and stated != sealed(checksum(content)):
         raise DamagedFileError(path, "its checksum does not match", advice)
@@ -251,7 +248,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: str | Path, content: dict[str, Any], *, seal: bool = False) -> None:
-    """Write JSON whole or not at all; with `seal`, a checksum is the last entry."""
+    """Write JSON atomically; with `seal`, a checksum is the last entry."""
     content = {**content, SEAL: sealed(checksum(content))} if seal else content
     write_text(path, json.dumps(content, indent=1, default=str))
 
@@ -260,7 +257,7 @@ def write_json(path: str | Path, content: dict[str, Any], *, seal: bool = False)
 
 
 def fingerprint(items: Iterable[str]) -> str:
-    """SHA-256 over strings in order; no two different lists collide by concatenation."""
+    """SHA-256 of a list of strings; lists with the same concatenation differ."""
     digest = hashlib.sha256()
     for item in items:
         data = item.encode("utf-8", "surrogatepass")
@@ -270,7 +267,7 @@ def fingerprint(items: Iterable[str]) -> str:
 
 
 def file_digest(*paths: str | Path) -> str:
-    """SHA-256 over the bytes of files, one after another."""
+    """SHA-256 of the concatenated bytes of files."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -280,4 +277,4 @@ def file_digest(*paths: str | Path) -> str:
 
 
 class StaleCacheError(LabError):
-    """A cache that belongs to other inputs, another encoder, or is damaged."""
+    """A cache that is damaged or belongs to other inputs or another encoder."""

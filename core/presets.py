@@ -291,7 +291,6 @@ NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
             "sidecar",
             "class_folders",
             "pairs",
-            "features",
             "paired_cifar",
         ),
     ),

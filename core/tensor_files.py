@@ -1,7 +1,7 @@
 """Tensor files that are checked when they are read: safetensors, torch's archive, NumPy's archive.
 
-The checksum is a CRC-32 of the content (3.7 GB/s on one core, measured; SHA-256 makes 0.8): it finds damage, not
-forgery. Files written before there was one are read as they are.
+The checksum is a CRC-32 of the content (3.7 GB/s on one core, measured; SHA-256 makes 0.8): it detects damage, not
+forgery. Older files without a checksum are read too.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ COMMENT_BYTES = len(sealed(0))
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write safetensors with its checksum among the metadata. Raises: LabError if it cannot be written."""
+    """Write safetensors with a checksum in the metadata. Raises: LabError if it cannot be written."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as beside:
         save_file(dict(tensors), beside, metadata={**metadata, SEAL: _tensors_seal(tensors, metadata)})
 
 
 def load_tensors(path: str | Path, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, memory-mapped, and the metadata of a safetensors file; all of it is read once.
+    """Tensors by name, memory-mapped, and the metadata of a safetensors file; the whole file is read once.
 
-    Args: advice: what to do where the file is damaged, for the message.
-    Raises: DamagedFileError if it is not what was written; FileNotFoundError.
+    Args: advice: what to do if the file is damaged, for the message.
+    Raises: DamagedFileError; FileNotFoundError.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -62,7 +62,7 @@ def _tensors_seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 
 def save_archive(path: str | Path, content: dict[str, Any]) -> None:
-    """`torch.save` with a checksum as the archive's comment, where zip tools and torch pass over it."""
+    """`torch.save` with a checksum in the archive's comment, which zip tools and torch ignore."""
     with atomic_path(path) as beside:
         torch.save(content, beside)
         with open(beside, "rb+") as file:
@@ -74,9 +74,9 @@ def save_archive(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def load_archive(path: str | Path, device: torch.device | str, advice: str) -> dict[str, Any]:
-    """What `save_archive` wrote, without executing pickled code.
+    """The content of a file by `save_archive`, without executing pickled code.
 
-    Raises: DamagedFileError if it is not what was written, or holds anything else than a dict.
+    Raises: DamagedFileError if it is damaged or not a dict.
     """
     try:
         _check_archive(Path(path))
@@ -97,15 +97,15 @@ def _check_archive(path: Path) -> None:
         file.seek(max(0, size - ZIP_END_BYTES - COMMENT_BYTES))
         tail = file.read()
     if tail[-ZIP_END_BYTES:].startswith(ZIP_END):
-        return  # written before there was a checksum
+        return  # an older file without a checksum
     if not tail.startswith(ZIP_END):
-        raise ValueError("it is cut off or no archive of torch")
+        raise ValueError("it is cut off or not an archive of torch")
     if tail[ZIP_END_BYTES:] != sealed(file_checksum(path, size - COMMENT_BYTES)).encode():
         raise ValueError("its checksum does not match")
 
 
-def load_arrays(path: str | Path, advice: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, whose members carry a CRC-32 each.
+def load_arrays(path: str | Path, advice: str) -> dict[str, Any]:
+    """The arrays of an .npz file, each of which has a CRC-32.
 
     Raises: DamagedFileError if one does not match; FileNotFoundError.
     """
@@ -119,7 +119,7 @@ def load_arrays(path: str | Path, advice: str) -> dict[str, np.ndarray]:
 
 
 def file_checksum(path: Path, size: int | None = None) -> int:
-    """CRC-32 of a file's first `size` bytes; None: of all."""
+    """CRC-32 of a file's first `size` bytes; None: of the whole file."""
     left, code = path.stat().st_size if size is None else size, 0
     with open(path, "rb") as file:
         while left > 0 and (block := file.read(min(left, 1 << 20))):

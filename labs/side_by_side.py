@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from core.errors import LabError
-from dataset import PairedPictures, fixed_pairs
+from dataset import PairedPictures, open_dataset
 from evaluate import measured_split, report_run
 from interface.cli import Parser, one_sentence
 from metrics import told
@@ -51,7 +51,7 @@ def evaluate_pairs(
         raise LabError(f"{run.folder} was trained on reader {config.reader!r}, not on 'paired_cifar'.")
     results = {}
     for split in splits:
-        pairs = fixed_pairs(config, split, progress=show)
+        pairs = open_dataset(config, (split,), evaluation=True, progress=show)
         if split in config.train_splits:
             pairs.num_pairs = min(len(pairs), TRAIN_PAIRS)
         gallery = load_or_encode(run, pairs, show=show)

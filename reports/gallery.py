@@ -14,7 +14,7 @@ from torch import Tensor
 from core.errors import LabError
 from core.files import DamagedFileError, fingerprint
 from core.tensor_files import load_tensors, save_tensors
-from dataset import OFF, make_loader, open_dataset
+from dataset import make_loader, open_dataset
 from metrics import PROTOCOLS
 from retrieval.figures import summarise
 from retrieval.ranks import Ranks, match_ranks
@@ -215,7 +215,7 @@ def results_folder(run: Run, known: str | None, digest: str) -> Path:
 
 def open_split(run: Run, split: str, *, show: bool = True) -> Any:
     """A split's data set as an evaluation reads it. Raises: LabError if the split does not exist."""
-    return open_dataset(run.config.updated(**OFF), (split,), progress=show)
+    return open_dataset(run.config, (split,), evaluation=True, progress=show)
 
 
 def encode_split(run: Run, dataset: Any, *, show: bool = True) -> Gallery:

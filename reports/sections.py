@@ -25,6 +25,7 @@ from reports.gallery import Gallery, fitting_protocols
 from reports.zero_shot import DEFAULT_TEMPLATES, ZeroShot, measure_gallery, summary_table
 from retrieval.figures import MEASURES, feature_geometry, recall_by_gallery_size
 from retrieval.ranks import QueryRanks
+from training.order import evenly_spread
 
 WAYS = {"i2t": "image-to-text", "t2i": "text-to-image"}
 SHOWN_PICTURES = 8
@@ -181,7 +182,7 @@ def worst_captions(ranks: QueryRanks) -> np.ndarray:
 def similarities(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
     """Cosine similarities of a few pictures and a caption of each."""
     _need_pictures(gallery)
-    items = _spread(len(gallery.image_id), SHOWN_PICTURES)
+    items = evenly_spread(len(gallery.image_id), SHOWN_PICTURES).tolist()
     text_ids = gallery.text_id.tolist()
     rows = [text_ids.index(ident) for ident in gallery.image_id[items].tolist() if ident in text_ids]
     path = _file(folder, "similarity", gallery)
@@ -217,7 +218,7 @@ def maps(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
     """Both modalities in one plane."""
     joined, thumbnails = None, None
     if gallery.has_pictures:
-        items = _spread(len(gallery.image_id), THUMBNAILS)
+        items = evenly_spread(len(gallery.image_id), THUMBNAILS).tolist()
         thumbnails = dict(zip(items, gallery.dataset.pictures(items), strict=True))
         joined = [(n, row) for n in items for row in np.flatnonzero(gallery.text_id == gallery.image_id[n])]
     for method, told in {"pca": "principal components", "tsne": "t-SNE"}.items():
@@ -234,7 +235,7 @@ def attention(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
     look = model.attention if model.image_pooling is not None else tower_maps
     if look is None or gallery.run.config.image_tower_mode == "cached":
         raise LabError("this run's image tower averages over positions, or its features are cached.")
-    items = _spread(len(gallery.image_id), SHOWN_PICTURES)
+    items = evenly_spread(len(gallery.image_id), SHOWN_PICTURES).tolist()
     pictures = gallery.dataset.__getitems__(items)["image"]
     with torch.inference_mode():
         weights = look(pictures.to(model.logit_scale.device)).cpu().numpy()
@@ -294,8 +295,3 @@ def _need_pictures(gallery: Gallery) -> None:
             if hasattr(gallery.dataset, "table")
             else "this data set has no image files."
         )
-
-
-def _spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of `count` items, evenly spread."""
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(int)).tolist()

@@ -26,7 +26,8 @@ from sources.readers import read_captions
 from sources.scenes import Scene
 from sources.side_by_side import find_cifar, read_cifar
 from sources.table import CaptionTable, stamp
-from towers.features import PIXELS_PER_BATCH, image_features, text_features, tower_of
+from towers.features import PIXELS_PER_BATCH, image_features, text_features
+from training.order import evenly_spread
 from utils import Run
 
 # --- Classifier ---
@@ -335,7 +336,7 @@ def open_labelled(run: Run, folder: str | Path, *, show: bool = True) -> Labelle
 
 def _open_cifar(run: Run, folder: Path, show: bool) -> Labelled:
     pictures = read_cifar(folder)
-    rows = _at_most(len(pictures.labels), run.config.max_samples)
+    rows = evenly_spread(len(pictures.labels), run.config.max_samples)
     size = run.config.image_size
 
     def gather(some: np.ndarray) -> Tensor:
@@ -352,7 +353,7 @@ def _open_class_folders(run: Run, folder: Path, show: bool) -> Labelled:
     table: CaptionTable = read_captions("class_folders", folder)
     if not table.split_source.startswith("drawn") and "test" in table.split_sizes():
         table = table.split("test")
-    table = table.take(_at_most(len(table), config.max_samples))
+    table = table.take(evenly_spread(len(table), config.max_samples))
     images = open_images(table, config.cache_dir, config.image_size, config.image_resize, config.num_workers)
     rows = np.setdiff1d(np.arange(len(table)), list(images.bad))
     assert table.categories is not None
@@ -361,21 +362,10 @@ def _open_class_folders(run: Run, folder: Path, show: bool) -> Labelled:
     return Labelled(folder.name, labels, truth, _encode(run, images.gather, rows, show), len(images.bad))
 
 
-def _at_most(count: int, limit: int | None) -> np.ndarray:
-    """Rows of `count`, at most `limit` of them, spread evenly."""
-    kept = count if limit is None else min(count, limit)
-    return np.linspace(0, count - 1, kept).astype(np.int64)
-
-
-@torch.inference_mode()
 def _encode(run: Run, gather: Callable[[np.ndarray], Tensor], rows: np.ndarray, show: bool) -> Tensor:
-    """(len(rows), D) features of decoded pictures; a cached image tower is loaded for them once."""
-    model, config = run.model, run.config
-    device = model.logit_scale.device
-    tower: Callable[[Tensor], Tensor] = torch.nn.Identity()
-    if config.image_tower_mode == "cached":
-        tower = tower_of(model, config, "image")
-    batch = max(1, PIXELS_PER_BATCH.get(device.type, 256 * 224**2) // config.image_size**2)
+    """(len(rows), D) features of decoded images."""
+    device, size = run.model.logit_scale.device, run.config.image_size
+    batch = max(1, PIXELS_PER_BATCH.get(device.type, 256 * 224**2) // size**2)
     parts = np.array_split(rows, max(1, -(-len(rows) // batch)))
-    bar = tqdm(parts, "labelled pictures", unit="batch", disable=not show, delay=1)
-    return torch.cat([model.encode_image(tower(gather(part).to(device))).float().cpu() for part in bar])
+    bar = tqdm(parts, "labelled images", unit="batch", disable=not show, delay=1)
+    return torch.cat([image_features(run.model, run.config, gather(part)) for part in bar])

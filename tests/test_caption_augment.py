@@ -134,7 +134,7 @@ def test_words_are_swapped_for_exactly_the_flipped_pictures(tmp_path):
     [
         (
             {"augment_word_dropout": 0.1, "max_caption_variations": 2, "text_tower_mode": "cached"},
-            "but theirs are cached",
+            "but the captions are cached",
         ),
         ({"augment_flip": 0.5, "augment_swap_sides": True, "text_tower_mode": "cached"}, "augment_swap_sides changes"),
         ({"augment_reorder": 0.5}, "set max_caption_variations to 2 or more"),

@@ -16,7 +16,6 @@ from config import make_config, run_name
 from core.errors import LabError
 from dataset import (
     COCOClipDataset,
-    EpochBatches,
     load_table,
     make_loader,
     open_dataset,
@@ -29,6 +28,7 @@ from sources.readers import read_captions
 from sources.table import CaptionTable
 from train import fit
 from training.engine import match_ids
+from training.order import EpochBatches
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from torch import nn
 
 from config import make_config
 from core.errors import LabError
-from dataset import OFF, COCOClipDataset, TrainingSet, make_loader, open_dataset
+from dataset import COCOClipDataset, TrainingSet, make_loader, open_dataset
 from retrieval.mining import NONE, best_match, content_words, mine_random, mine_semantic, says_the_same
 from sources.readers import read_captions
 from sources.table import CaptionTable
 from train import Trainer, fit
-from training.order import Balance, nearest_images, neighbour_order, small_categories
+from training.order import Balance, evenly_spread, nearest_images, neighbour_order, small_categories
 
 
 def features(rows: int, width: int = 6, seed: int = 0) -> torch.Tensor:
@@ -116,7 +116,7 @@ def test_categories_come_equally_often():
     assert (balance.quota, len(balance)) == (8, 24)
     counts = np.zeros(61, dtype=int)
     for epoch in range(40):
-        drawn = balance.draw(epoch, seed=0)
+        drawn = balance.sample_epoch(epoch, seed=0)
         assert dict(zip(*np.unique(categories[drawn], return_counts=True), strict=True)) == {
             "a": 8,
             "b": 8,
@@ -125,9 +125,14 @@ def test_categories_come_equally_often():
         counts += np.bincount(drawn, minlength=61)
     assert counts[:50].min() > 0  # a large category brings others each epoch
     assert (counts[50:58] == 40).all()
-    assert (balance.draw(3, 0) == balance.draw(3, 0)).all()
+    assert (balance.sample_epoch(3, 0) == balance.sample_epoch(3, 0)).all()
     assert small_categories(categories, 8) == {"c": 3}
     assert len(Balance(categories, 2)) == 6
+
+
+def test_evenly_spread_rows():
+    assert evenly_spread(10, 4).tolist() == [0, 3, 6, 9]
+    assert evenly_spread(3, None).tolist() == evenly_spread(3, 5).tolist() == [0, 1, 2]
 
 
 def own_data(folder, *, sidecar: bool = False):
@@ -178,7 +183,7 @@ def test_a_balanced_run_leaves_small_categories_out(tmp_path):
     assert len(ids) == dataset.items_per_epoch == 12
     names = dataset.table.categories[np.searchsorted(dataset.table.image_ids, ids.numpy())]
     assert sorted(np.unique(names, return_counts=True)[1]) == [6, 6]
-    assert len(open_dataset(config.updated(**OFF), ("train",))) == 13
+    assert len(open_dataset(config, ("train",), evaluation=True)) == 13
 
 
 # --- the data set ---
@@ -313,7 +318,7 @@ def test_towers_that_are_not_cached_are_mined_through(small):
     [
         ({"num_mined": 24}, "num_mined is 24 but there are only 23 other training images; lower it"),
         ({"loss": "contrastive", "num_hard_negatives": 8}, "has only 7 others in its batch; lower it"),
-        ({"balance_by": "category"}, "balance_by 'category' needs categories, which .* does not give"),
+        ({"balance_by": "category"}, "balance_by 'category' needs categories, but .* has none"),
         ({"train_splits": ("train", "restval")}, "split 'restval' has no image"),
         ({"freeze_projections": True}, "nothing to train: "),
     ],
@@ -341,6 +346,6 @@ def test_a_caption_file_without_its_picture_and_the_reverse_are_told(tmp_path):
 
 
 def test_plain_settings_give_the_plain_dataset(small):
-    assert type(open_dataset(small.updated(**OFF), ("train",))) is COCOClipDataset
+    assert type(open_dataset(small, ("train",), evaluation=True)) is COCOClipDataset
     assert type(open_dataset(small, ("train",))) is TrainingSet
     assert type(open_dataset(small, ("val",))) is COCOClipDataset

@@ -203,7 +203,7 @@ def test_weights_of_another_tower_are_refused(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(LabError, match="does not hold this tower's weights"):
         image.resnet50(str(tmp_path / "other.pth"))
-    with pytest.raises(LabError, match="is no file"):
+    with pytest.raises(LabError, match="is not a file"):
         image.resnet50(str(tmp_path / "none.pth"))
 
 

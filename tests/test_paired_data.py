@@ -9,7 +9,7 @@ from torch import nn
 
 from config import make_config
 from core.errors import LabError
-from dataset import PairedPictures, fixed_pairs, make_loader, open_dataset, open_paired
+from dataset import PairedPictures, make_loader, open_dataset
 from losses import InfoNCELoss, SwapMarginLoss, build_loss
 from models import HEADS, HeadOptions
 from sources.drawing import write_shapes
@@ -92,7 +92,7 @@ def test_pairs_are_drawn_anew_each_epoch_by_the_seed_unless_fixed(pictures):
     [
         ([0, 0, 1], {}, "set different_class_prob to 1"),
         ([0, 0, 0], {}, "set different_class_prob to 0"),
-        ([0, 0, 1, 1], {"different_class_prob": 1.5}, "is a probability, not 1.5"),
+        ([0, 0, 1, 1], {"different_class_prob": 1.5}, "must be between 0 and 1, not 1.5"),
         ([0, 0, 1, 1], {"template": "two pictures"}, "must name {left} and {right}"),
     ],
 )
@@ -151,23 +151,23 @@ def test_splits_open_from_the_configuration_and_share_no_picture(shapes):
     assert [part.fixed for part in parts.values()] == [False, True, True]
     pixels = [{image.numpy().tobytes() for image in part.pictures.images} for part in parts.values()]
     assert sum(map(len, pixels)) == len(set.union(*pixels)) == 240
-    other = open_paired(shapes.updated(seed=3), ("test",))
+    other = open_dataset(shapes.updated(seed=3), ("test",))
     assert [other.pair(item) for item in range(40)] == [parts["test"].pair(item) for item in range(40)]
     assert len({part.describe()["sha256"] for part in parts.values()}) == 3
-    assert parts["train"].describe() == open_paired(shapes, ("train",)).describe()
+    assert parts["train"].describe() == open_dataset(shapes, ("train",)).describe()
 
 
 def test_settings_reach_the_pairs(shapes):
     config = shapes.updated(pairs_per_epoch=7, max_samples=40, different_class_prob=1.0, swap_weight=0.5)
-    pairs = open_paired(config, ("train",))
+    pairs = open_dataset(config, ("train",))
     assert (len(pairs), len(pairs.pictures.images), pairs.swapped_captions) == (7, 40, True)
     ids = pairs.__getitems__(list(range(7)))["image_id"]
     assert (ids // 10 != ids % 10).all()
-    assert len(open_paired(config, ("val",))) == 20
-    again = fixed_pairs(config, "train", 11)
-    assert (len(again), again.fixed) == (11, True)
-    with pytest.raises(LabError, match="name one split at a time"):
-        open_paired(config, ("train", "val"))
+    assert len(open_dataset(config, ("val",))) == 20
+    again = open_dataset(config, ("train",), evaluation=True)
+    assert (len(again), again.fixed) == (40, True)
+    with pytest.raises(LabError, match="one split at a time"):
+        open_dataset(config, ("train", "val"))
 
 
 class Oracle(nn.Module):

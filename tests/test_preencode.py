@@ -152,7 +152,7 @@ def test_the_command_writes_both_layouts(coco, tmp_path, siglip_folder, mistral_
     )
     monkeypatch.setattr("sys.argv", ["encode.py", *words.split()])
     cli.encode()
-    assert "pictures are 32 x 32 pixels, as image tower 'siglip' takes them" in capsys.readouterr().out
+    assert "image_size is 32, the only size that image tower 'siglip' takes" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == sorted(
         f"{split}_{end}"
         for split in ("train", "val")
@@ -183,7 +183,7 @@ def _encode_share(config, folder, rank, world):
 
 def test_two_processes_encode_half_each(coco, tmp_path, siglip_folder, mistral_folder, monkeypatch):
     monkeypatch.setattr(towers_features, "TEXTS_PER_FILE", 10)
-    monkeypatch.setattr(towers_features, "PICTURES_PER_FILE", 3)
+    monkeypatch.setattr(towers_features, "IMAGES_PER_FILE", 3)
     places = (coco, tmp_path, siglip_folder, mistral_folder)
     alone = _config(*places, image_size=SIDE, cache_dir=tmp_path / "alone")
     preencode(alone, tmp_path / "expected", progress=False)

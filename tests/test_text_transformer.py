@@ -111,7 +111,7 @@ def test_padding_and_what_stands_behind_the_end_change_nothing():
 
 
 def test_texts_over_the_context_are_refused():
-    with pytest.raises(LabError, match="78 tokens are too long; at most 77"):
+    with pytest.raises(LabError, match="a text of 78 tokens is too long; the maximum is 77"):
         tiny()(torch.ones(1, 78, dtype=torch.long))
 
 

@@ -102,14 +102,14 @@ def test_the_feature_map_keeps_places():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: tiny(30), "patches of 8 pixels do not tile 30 x 30"),
+        (lambda: tiny(30), "patches of 8 pixels do not divide images of 30 x 30"),
         (lambda: VisionTransformer(32, 8, 24, 1, 5), "width 24 cannot have 5 heads"),
         (lambda: tiny(pooling="max"), "choose one of class, mean"),
         (lambda: tiny(activation="relu"), "Choose one of: gelu, quick_gelu"),
         (lambda: tiny(initialisation="zeros"), "choose one of clip, xavier"),
-        (lambda: tiny()(pictures(64, 64)), "takes 32 x 32 pictures, not 64 x 64"),
+        (lambda: tiny()(pictures(64, 64)), "takes 32 x 32 images, not 64 x 64"),
         (lambda: towers_image.vit("pretrained"), "set image_weights to 'random'"),
-        (lambda: towers_image.image_width("vit"), "no fixed features"),
+        (lambda: towers_image.image_width("vit"), "no pretrained weights"),
     ],
 )
 def test_what_cannot_be_built_is_said(make, words):
@@ -306,9 +306,9 @@ def test_freezing_the_transformers_built_here():
 
 def test_what_is_no_clip_is_refused(tmp_path, clip_folder):
     transformers.BertModel(transformers.BertConfig(**TINY, vocab_size=30)).save_pretrained(tmp_path)
-    with pytest.raises(LabError, match="is no CLIP: it has no joint space"):
+    with pytest.raises(LabError, match="is not a CLIP model: it has no joint"):
         towers_image.clip_vision(str(tmp_path))
     with pytest.raises(LabError, match="there is no such folder, and the hub does not"):
         towers_image.clip_vision("/nowhere/at/all")
-    with pytest.raises(LabError, match="takes 32 x 32 pictures"):
+    with pytest.raises(LabError, match="takes 32 x 32 images"):
         towers_image.clip_vision(str(clip_folder))(pictures(64, 64))

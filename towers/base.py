@@ -1,4 +1,4 @@
-"""What towers have in common: pictures normalised on the device, and the stand-in for cached features."""
+"""What towers share: images are normalized on the device, weights are loaded, cached features pass unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 class CachedTower(nn.Module):
-    """Stands where a tower ran once and its features are cached: an identity with a width."""
+    """Takes the place of a tower whose features are cached: the identity, with a width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -40,23 +40,23 @@ class CachedTower(nn.Module):
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise LabError(
                 f"a cached tower takes (batch, {self.width}) features, not {got}; "
-                "encode the pictures or texts first, or set the tower's mode to frozen."
+                "encode the images or texts first, or set the tower's mode to frozen."
             )
         return full_precision(features)
 
     def feature_map(self, features: Tensor) -> Tensor:
         raise LabError(
-            "attention pooling needs a feature map, which a cached image tower no longer has; "
+            "attention pooling needs a feature map, which a cached image tower does not have; "
             "set image_tower_mode to 'frozen' or 'trainable', or use_attention_pooling to False."
         )
 
 
 class PictureTower(nn.Module):
-    """Normalises uint8 pictures itself, so that bytes travel to the device.
+    """Normalizes uint8 images on the device.
 
     Args:
         width: of its output.
-        mean, std: of the pictures it was trained on, in [0, 1].
+        mean, std: of the images it was trained on, in [0, 1].
     """
 
     def __init__(self, width: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -68,7 +68,7 @@ class PictureTower(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 in 0..255 becomes normalised float; float pictures pass as they are."""
+        """uint8 in 0..255 to normalized float; float images are returned unchanged."""
         if images.dtype == torch.uint8:
             images = (images.float() / 255 - self.mean) / self.std
         return images.contiguous(memory_format=torch.channels_last)
@@ -78,9 +78,9 @@ class ImageTower(PictureTower):
     """A convolutional encoder.
 
     Args:
-        body: maps (B, 3, H, W) normalised to the feature map (B, width, h, w).
+        body: maps normalized (B, 3, H, W) to the feature map (B, width, h, w).
         width: channels of the feature map.
-        mean, std: of the pictures the body was trained on, in [0, 1].
+        mean, std: of the images the body was trained on, in [0, 1].
     """
 
     def __init__(self, body: nn.Module, width: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -92,7 +92,7 @@ class ImageTower(PictureTower):
         return self.body(self.normalise(images))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8, or float already normalised -> (B, width), averaged over positions."""
+        """(B, 3, H, W) uint8, or normalized float -> (B, width), averaged over positions."""
         return self.feature_map(images).mean(dim=(2, 3))
 
 
@@ -101,7 +101,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transforme
 
 @contextlib.contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Within, transformers shows no bar: reading local weights takes a moment. A download keeps the hub's bars."""
+    """Within, transformers shows no bar for reading local weights; bars of downloads are not changed."""
     import transformers
 
     bars = transformers.utils.logging
@@ -117,7 +117,7 @@ def no_progress_bars() -> Iterator[None]:
 
 
 def is_local(name: str) -> bool:
-    """Whether a model is a folder, or lies in the hub's local cache."""
+    """Whether a model is a folder or in the hub's local cache."""
     return os.path.isdir(name) or hub_snapshot(name) is not None
 
 
@@ -127,7 +127,7 @@ def hub_snapshot(name: str) -> str | None:
         return None
     try:
         path = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # a path, not a hub's name
+    except HFValidationError:  # a path, not a name on the hub
         return None
     return Path(path).parent.name if isinstance(path, str) else None
 
@@ -135,20 +135,20 @@ def hub_snapshot(name: str) -> str | None:
 def load(auto_class: Any, name: str, **options: Any) -> Any:
     """`from_pretrained` from a folder, the hub's local cache or the hub, in this order.
 
-    Raises: LabError where none answers, after seconds rather than the hub client's minutes of retries.
+    Raises: LabError if none has it, after seconds instead of the hub client's minutes of retries.
     """
     local = is_local(name)
     where = "its folder is incomplete" if local else "there is no such folder, and the hub does not have it"
     try:
         if not local and not _hub_answers():
-            where = "there is no such folder, and the hub does not answer"
+            where = "there is no such folder, and the hub does not respond"
             raise OSError("no connection")
         with no_progress_bars() if local else contextlib.nullcontext():
             return auto_class.from_pretrained(name, local_files_only=local, **options)
-    except (OSError, ValueError, RuntimeError) as error:  # the last where shapes do not fit
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError where shapes do not fit
         raise LabError(
-            f"model {name!r} could not be loaded: {where} ({str(error).splitlines()[0]}); connect once so that "
-            "it is cached, or give a folder made by save_pretrained."
+            f"model {name!r} could not be loaded: {where} ({str(error).splitlines()[0]}); go online once "
+            "to download it, or pass a folder created by save_pretrained."
         ) from error
 
 
@@ -162,7 +162,7 @@ def _hub_answers() -> bool:
 
 
 def load_whole(auto_class: Any, name: str, **options: Any) -> Any:
-    """The same, where no weight may be missing: it would be random, and another each time."""
+    """As `load`, but a missing weight is an error: it would be random."""
     model, info = load(auto_class, name, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise LabError(
@@ -177,15 +177,17 @@ def load_weights(module: nn.Module, path: str, rename: Callable[[Any], Any] = la
     Args: rename: gives the file's entries the module's names.
     """
     if not Path(path).is_file():
-        raise LabError(f"image_weights {path!r} is no file; give a weights file, 'pretrained' or 'random'.")
+        raise LabError(
+            f"image_weights {path!r} is not a file; give a weights file, 'pretrained' or 'random'."
+        )
     try:
         if path.endswith(".safetensors"):
             state = load_tensors(path, "give another file")[0]
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes end in whatever the reader met first
+    except Exception as error:  # damaged bytes raise many kinds of errors
         raise LabError(
-            f"image_weights {path!r} cannot be read: it is damaged, or no file of weights."
+            f"image_weights {path!r} cannot be read: it is damaged or not a file of weights."
         ) from error
     try:
         module.load_state_dict(rename(state))
@@ -196,22 +198,22 @@ def load_weights(module: nn.Module, path: str, rename: Callable[[Any], Any] = la
 
 
 def model_config(name: str) -> Any:
-    """The configuration of a hub model or folder; from then on `hub_snapshot` knows its commit."""
+    """The configuration of a hub model or folder; afterwards `hub_snapshot` knows its commit."""
     from transformers import AutoConfig
 
     return load(AutoConfig, name)
 
 
 def load_clip_half(auto_class: Any, name: str) -> Any:
-    """One half of a CLIP with its projection; a half's own configuration may not know the joint space's width."""
+    """One half of a CLIP with its projection, whose width may only be in the whole model's configuration."""
     width = getattr(model_config(name), "projection_dim", None)
     if width is None:
-        raise LabError(f"model {name!r} is no CLIP: it has no joint space of pictures and texts.")
+        raise LabError(f"model {name!r} is not a CLIP model: it has no joint image-text space.")
     return load_whole(auto_class, name, projection_dim=width)
 
 
 def checkpointed(model: Any, on: bool) -> Any:
-    """A transformers model that computes its blocks again in the backward pass, if asked."""
+    """A transformers model, with gradient checkpointing if `on`."""
     if on:  # older versions know the second name
         enable = (
             getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -220,7 +222,7 @@ def checkpointed(model: Any, on: bool) -> Any:
     return model
 
 
-def _taken(make: Callable[..., Any], config: Config) -> dict[str, Any]:
-    """The fields that a tower's function names after its weights, under their own names."""
+def tower_fields(make: Callable[..., Any], config: Config) -> dict[str, Any]:
+    """The configuration's fields with the names of a tower function's parameters after the first."""
     names = list(inspect.signature(make).parameters)[1:]
     return {name: config[name] for name in names if name in Config.model_fields}

@@ -1,7 +1,7 @@
-"""The format of feature caches: write, verify, open; knows no model.
+"""Features of frozen towers: cache files, encoding a data set once, and encoding new texts and images.
 
-A cache is one safetensors file: `features` (N, width) float16, and a header of strings that says what
-they are of and what made them. A file is written beside, flushed and renamed, so it is whole or absent.
+A cache is one safetensors file with `features` (N, width) float16 and a header that names the input and the encoder.
+It is written to a temporary file and renamed, so it is complete or absent.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ Header = dict[str, str]
 
 
 def write_features(path: str | Path, features: Tensor, header: Header) -> None:
-    """Write (N, width) features as float16 with their header. Raises: LabError if one is not finite."""
+    """Write (N, width) features as float16 with their header. Raises: LabError if a value is not finite."""
     features = features.to(torch.float16).contiguous().cpu()
     if not torch.isfinite(features).all():
         row = int((~torch.isfinite(features)).any(dim=1).nonzero()[0])
@@ -51,18 +51,22 @@ def write_features(path: str | Path, features: Tensor, header: Header) -> None:
 def open_features(path: str | Path, header: Header) -> Tensor:
     """(N, width) float16, memory-mapped.
 
-    Raises: StaleCacheError if the file is damaged or its header is another, naming what differs.
+    Raises: StaleCacheError if the file is damaged or its header differs.
     """
     try:
         tensors, metadata = load_tensors(path, "delete it and run again")
-        found, features = json.loads(metadata.get("header", "{}")), tensors["features"]
+        stored, features = json.loads(metadata.get("header", "{}")), tensors["features"]
     except DamagedFileError as error:
         raise StaleCacheError(f"cache {error}") from error
     except (OSError, ValueError, KeyError) as error:
         raise StaleCacheError(f"cache {path} is damaged ({error}); delete it and run again.") from error
-    wrong = [name for name in sorted(header.keys() | found.keys()) if header.get(name) != found.get(name)]
-    if wrong:
-        raise StaleCacheError(f"cache {path} belongs to another {', '.join(wrong)}; delete it and run again.")
+    differing = [
+        name for name in sorted(header.keys() | stored.keys()) if header.get(name) != stored.get(name)
+    ]
+    if differing:
+        raise StaleCacheError(
+            f"cache {path} belongs to another {', '.join(differing)}; delete it and run again."
+        )
     return features
 
 
@@ -73,17 +77,17 @@ def cached_features(
     compute: Callable[[Sequence[int]], Tensor],
     chunk: int = 2048,
 ) -> Tensor:
-    """Open the cache at `path`, or fill it in chunks that survive an interruption, then open it.
+    """Open the cache at `path`, or compute it in chunks that survive an interruption and open it.
 
     Args:
-        compute: maps row numbers to their (n, width) features; called chunk by chunk in order.
-        chunk: rows computed between two writes.
+        compute: maps row numbers to their (n, width) features; called once per chunk, in order.
+        chunk: rows per file that is written.
     Returns: (N, width) float16, memory-mapped.
     """
     path = Path(path)
     with locked(f"{path}.lock"):
         sweep(path.parent)
-        # a second process waits, then finds it filled
+        # a second process waits here and then opens the complete cache
         if path.exists():
             try:
                 return open_features(path, header)
@@ -105,9 +109,9 @@ def fill_share(
     shard: tuple[int, int] = (0, 1),
     chunk: int = 2048,
 ) -> None:
-    """Compute one process's share of a cache: the chunks from `rank` on, every `world`-th.
+    """Compute one process's share of a cache: every `world`-th chunk from `rank` on.
 
-    `cached_features` joins the chunks of all, once they are there; a share that was cut goes on.
+    `cached_features` joins the chunks of all processes; chunks already on disk are not computed again.
 
     Args: shard: (rank, world).
     """
@@ -121,7 +125,7 @@ def fill_share(
 
 
 def _part(path: Path, header: Header, start: int, chunk: int) -> tuple[Path, Header]:
-    """File and header of the chunk that starts there."""
+    """File and header of the chunk that starts at row `start`."""
     name = path.with_suffix(".parts") / f"{start:09d}.safetensors"
     return name, {**header, "start": str(start), "chunk": str(chunk)}
 
@@ -135,18 +139,27 @@ def _is_good(path: Path, header: Header) -> bool:
 
 
 TOKENS_PER_BATCH = 4096
-TEXTS_PER_FILE, PICTURES_PER_FILE = 2048, 1024  # encoded between two writes: what an interruption costs
+TEXTS_PER_FILE, IMAGES_PER_FILE = 2048, 1024  # rows between two writes
 WHOLE = (0, 1)
 PIXELS_PER_BATCH = {
     "cpu": 4 * 224**2
-}  # activations stay in the processor's cache: 2.5 to 3.6 times 64 pictures
+}  # activations fit the processor's cache: 2.5 to 3.6 times as fast as 64 images
+
+
+@torch.inference_mode()
+def encode_in_batches(
+    encode: Callable[[Any], Tensor], batches: Iterable[Any], device: torch.device
+) -> Tensor:
+    """(N, D) float32 features of batches of inputs, tensors or lists of texts, on the CPU."""
+    parts = (encode(batch.to(device) if isinstance(batch, Tensor) else batch) for batch in batches)
+    return torch.cat([part.float().cpu() for part in parts])
 
 
 def encode_texts(tower: TextTower, texts: Sequence[str], bar: tqdm | None = None) -> Tensor:
     """(T, width) float32 features of texts, in their order.
 
-    Texts are sorted by length and batched to about `TOKENS_PER_BATCH` tokens, each batch padded to its
-    own longest: captions of 12 tokens padded to 77 cost several times the arithmetic.
+    Texts are sorted by length into batches of about `TOKENS_PER_BATCH` tokens, each padded to its longest text:
+    padding captions of 12 tokens to 77 costs several times the arithmetic.
     """
     tower.eval()
     lengths = np.array(tower.lengths(texts))
@@ -166,23 +179,24 @@ def encode_texts(tower: TextTower, texts: Sequence[str], bar: tqdm | None = None
 def encode_images(
     tower: ImageTower, images: ImageCache, rows: Sequence[int], bar: tqdm | None = None
 ) -> Tensor:
-    """(len(rows), width) float32 features of decoded pictures."""
+    """(len(rows), width) float32 features of decoded images."""
     tower.eval()
     reuse_freed_memory()
     device = next(tower.parameters()).device
     batch = max(1, PIXELS_PER_BATCH.get(device.type, 256 * 224**2) // images.size**2)
-    features = []
-    with torch.inference_mode():
+
+    def batches() -> Iterator[Tensor]:
         for start in range(0, len(rows), batch):
-            some = np.asarray(rows[start : start + batch])
-            features.append(tower(images.gather(some).to(device)).float().cpu())
+            part = np.asarray(rows[start : start + batch])
+            yield images.gather(part)
             if bar is not None:
-                bar.update(len(some))
-    return torch.cat(features)
+                bar.update(len(part))
+
+    return encode_in_batches(tower, batches(), device)
 
 
 def weights_revision(name: str) -> str:
-    """What a tower's weights are: a hub's commit, or a digest of the files' contents."""
+    """Identifies a tower's weights: the hub's commit, or a digest of the files."""
     snapshot = hub_snapshot(name)
     if snapshot is not None:
         return snapshot
@@ -194,14 +208,14 @@ def weights_revision(name: str) -> str:
 
 
 def model_revision(name: str) -> str:
-    """The same of a hub name or folder; a model not here yet is asked for first, so that its commit counts."""
+    """As `weights_revision`; a model that is not cached yet is looked up first, so that its commit is known."""
     if not Path(name).exists():
         model_config(name)
     return weights_revision(name)
 
 
 def image_header(config: Config, images: ImageCache) -> dict[str, str]:
-    """What a cache of image features is made from: the tower, its weights and normalisation, the pictures."""
+    """What image features depend on: the tower, its weights and normalization, the images."""
     tower, weights = config.image_tower, config.image_weights
     if tower in IMAGE_MODELS:
         revision = model_revision(image_model_name(tower, weights))
@@ -226,12 +240,11 @@ def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
 def cached_text_features(
     config: Config, captions: Sequence[str], *, progress: bool = True, shard: tuple[int, int] = WHOLE
 ) -> Tensor:
-    """(T, width) float16 features of captions, from the cache or encoded now into it.
+    """(T, width) float16 features of captions, from the cache or encoded now.
 
-    The cache's name and header hold the digest of captions and weights, so another set of captions or
-    another encoder never meets it.
+    The cache's name and header contain the digests of captions and weights.
 
-    Args: shard: (rank, world) of several processes that fill it together; each gets no rows back.
+    Args: shard: (rank, world) of several processes that fill the cache together; no rows are returned then.
     """
     name = text_model_name(config.text_tower, config.text_model)
     pooling, max_length = TEXT_SETTINGS[config.text_tower]
@@ -257,14 +270,14 @@ def cached_text_features(
 def cached_image_features(
     config: Config, table: CaptionTable, *, progress: bool = True, shard: tuple[int, int] = WHOLE
 ) -> tuple[Tensor, ImageCache]:
-    """(I, width) float16 features of a table's images, and the images; rows that cannot be decoded are NaN.
+    """(I, width) float16 features of a table's images, and the images; rows of images that cannot be decoded are NaN.
 
     Args: shard: as in `cached_text_features`.
-    Raises: LabError where the tower's weights are random, for they would differ the next time.
+    Raises: LabError if the tower's weights are random: they would differ the next time.
     """
     if config.image_weights == "random":
         raise LabError(
-            "image_tower_mode 'cached' needs fixed weights; set image_weights or image_tower_mode."
+            "image_tower_mode 'cached' needs pretrained weights; change image_weights or image_tower_mode."
         )
     images = open_images(table, config.cache_dir, config.image_size, config.image_resize, config.num_workers)
     header = image_header(config, images)
@@ -277,8 +290,8 @@ def cached_image_features(
             tower.append(frozen_tower(config, "image").to(memory_format=torch.channels_last))
         return encode_images(tower[0], images, rows[np.asarray(chunk)], bar)
 
-    with tqdm(total=len(rows), desc="pictures", unit="", disable=not progress, delay=1) as bar:
-        good = _fill(path, header, len(rows), compute, shard, PICTURES_PER_FILE)
+    with tqdm(total=len(rows), desc="images", unit="", disable=not progress, delay=1) as bar:
+        good = _fill(path, header, len(rows), compute, shard, IMAGES_PER_FILE)
     if len(rows) == len(table) or not len(good):
         return good, images
     features = torch.full((len(table), good.shape[1]), float("nan"), dtype=good.dtype)
@@ -294,7 +307,7 @@ def _fill(
     shard: tuple[int, int],
     chunk: int,
 ) -> Tensor:
-    """The whole cache; or no rows, after computing one process's share of it."""
+    """All rows of the cache; no rows after computing one process's share."""
     if shard == WHOLE:
         return cached_features(path, header, num_rows, compute, chunk)
     fill_share(path, header, num_rows, compute, shard, chunk)
@@ -307,7 +320,7 @@ def _cache_path(config: Config, kind: str, encoder: str, header: dict[str, str])
 
 
 def frozen_tower(config: Config, side: str) -> Any:
-    """The `image` or `text` tower of a configuration, loaded now, on its device."""
+    """The `image` or `text` tower of a configuration, on its device."""
     build = build_image_tower if side == "image" else build_text_tower
     return build(config.updated(**{f"{side}_tower_mode": "frozen"})).to(get_device(config.device)).eval()
 
@@ -316,22 +329,22 @@ _towers_of: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDict
 
 
 def tower_of(model: Any, config: Config, side: str) -> Any:
-    """`frozen_tower` beside a model whose cached features it made, kept as long as that model, and no longer."""
-    kept = _towers_of.setdefault(model, {})
-    if side not in kept:
-        kept[side] = frozen_tower(config, side).to(model.logit_scale.device)
-    return kept[side]
+    """The frozen tower of a model that was trained on its cached features; freed together with the model."""
+    towers = _towers_of.setdefault(model, {})
+    if side not in towers:
+        towers[side] = frozen_tower(config, side).to(model.logit_scale.device)
+    return towers[side]
 
 
 @torch.inference_mode()
 def text_features(model: Any, config: Config, texts: Sequence[str]) -> Tensor:
-    """(T, D) joint-space features of any texts, by the encoder and pooling of training.
+    """(T, D) joint-space features of any texts, by the encoder and pooling used in training.
 
-    Raises: LabError if a text is no valid Unicode, as a name that is not UTF-8 gives it.
+    Raises: LabError if a text is not valid Unicode.
     """
     for text in texts:
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise LabError(f"the text {text!r} is no valid Unicode; write it again.")
+            raise LabError(f"the text {text!r} is not valid Unicode; correct it.")
     model.eval()
     if config.text_tower_mode != "cached":
         return model.encode_text(list(texts)).float().cpu()
@@ -342,7 +355,7 @@ def text_features(model: Any, config: Config, texts: Sequence[str]) -> Tensor:
 
 @torch.inference_mode()
 def image_features(model: Any, config: Config, images: Tensor) -> Tensor:
-    """(I, D) joint-space features of decoded pictures, (I, 3, S, S) uint8."""
+    """(I, D) joint-space features of decoded images, (I, 3, S, S) uint8."""
     model.eval()
     device = model.logit_scale.device
     images = images.to(device)

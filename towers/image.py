@@ -1,4 +1,4 @@
-"""Image encoders. Each has `.width`, maps pictures to (B, width) and offers a feature map."""
+"""Image encoders. Each has `.width`, maps images to (B, width) and has a feature map."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from towers.base import (
     LITE_STD,
     CachedTower,
     ImageTower,
-    _taken,
     checkpointed,
     load,
     load_clip_half,
     load_weights,
     load_whole,
     model_config,
+    tower_fields,
 )
 from towers.transformer import VisionTransformer, freeze_parts
 
 
 def resnet50(weights: str = "pretrained") -> ImageTower:
-    """torchvision's ResNet50 to its last feature map, 2048 channels at 1/32; CLIP's normalisation."""
+    """torchvision's ResNet50 up to its last feature map (2048 channels at 1/32), with CLIP's normalization."""
     import torchvision  # takes seconds, and only this tower needs it
 
     net = torchvision.models.resnet50(weights=None)
@@ -45,7 +45,7 @@ def resnet50(weights: str = "pretrained") -> ImageTower:
             net.load_state_dict(source.get_state_dict(progress=True, check_hash=True))
         except OSError as error:  # urllib's errors are OSErrors
             raise LabError(
-                f"ResNet50's weights could not be fetched ({error}); connect once, put "
+                f"ResNet50's weights could not be downloaded ({error}); go online once, put "
                 f"{Path(source.url).name} into {torch.hub.get_dir()}/checkpoints, or set image_weights to 'random'."
             ) from error
     elif weights != "random":
@@ -82,11 +82,11 @@ def efficientnet_lite0(weights: str = "pretrained") -> ImageTower:
 
 
 class VisionTower(ImageTower):
-    """A transformers vision model, such as SigLIP's; its output is the model's own pooled one.
+    """A transformers vision model such as SigLIP's; its output is the model's pooled output.
 
     Args:
         body: maps `pixel_values` to `last_hidden_state` and `pooler_output`.
-        mean, std: of the pictures the body was trained on, in [0, 1].
+        mean, std: of the images the body was trained on, in [0, 1].
     """
 
     def __init__(self, body: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -97,13 +97,13 @@ class VisionTower(ImageTower):
     def _run(self, images: Tensor) -> Any:
         if self.image_size is not None and images.shape[2:] != (self.image_size, self.image_size):
             raise LabError(
-                f"this image tower takes {self.image_size} x {self.image_size} pictures, "
+                f"this image tower takes {self.image_size} x {self.image_size} images, "
                 f"not {images.shape[2]} x {images.shape[3]}; set image_size to {self.image_size}."
             )
         return self.body(pixel_values=self.normalise(images))
 
     def feature_map(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, width, h, w): the patches' tokens where they lie, without a class token."""
+        """(B, 3, S, S) -> (B, width, h, w): the patches' tokens at their positions, without a class token."""
         hidden = self._run(images).last_hidden_state
         if hidden.ndim == 4:  # a convolutional model
             return hidden
@@ -111,7 +111,7 @@ class VisionTower(ImageTower):
         return hidden[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8, or float already normalised -> (B, width)."""
+        """(B, 3, S, S) uint8, or normalized float -> (B, width)."""
         return self._run(images).pooler_output.flatten(1)
 
 
@@ -127,13 +127,13 @@ class ClipVisionTower(VisionTower):
         self.width = projection_width(body.config)
 
     def feature_map(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, width, h, w): the patches' tokens, projected as the class token is."""
+        """(B, 3, S, S) -> (B, width, h, w): the patches' tokens, projected like the class token."""
         body: Any = self.body
         hidden = super().feature_map(images).movedim(1, -1)  # (B, h, w, hidden)
         return body.visual_projection(body.vision_model.post_layernorm(hidden)).movedim(-1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8, or float already normalised -> (B, width)."""
+        """(B, 3, S, S) uint8, or normalized float -> (B, width)."""
         return self._run(images).image_embeds
 
 
@@ -142,7 +142,7 @@ def siglip(weights: str = "pretrained", gradient_checkpointing: bool = False) ->
 
     Args:
         weights: `pretrained` (google/siglip-base-patch16-224), `random`, or a hub name or folder of another
-            model; of a model of images and texts its vision half.
+            model; of an image-text model the vision half is used.
     Raises: LabError if it has no vision model, or the weights lack parts of it.
     """
     from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
@@ -154,7 +154,7 @@ def siglip(weights: str = "pretrained", gradient_checkpointing: bool = False) ->
     whole = load_whole(AutoModel, name)
     body = getattr(whole, "vision_model", whole)
     if body.main_input_name != "pixel_values":
-        raise LabError(f"model {name!r} has no vision model; give image_weights one that takes pictures.")
+        raise LabError(f"model {name!r} has no vision model; set image_weights to one that takes images.")
     return VisionTower(checkpointed(body, gradient_checkpointing), *_mean_and_std(name, (HALF, HALF)))
 
 
@@ -163,7 +163,7 @@ def clip_vision(weights: str = "pretrained", gradient_checkpointing: bool = Fals
 
     Args:
         weights: `pretrained` (openai/clip-vit-base-patch32), `random`, or a hub name or folder of a CLIPModel.
-    Raises: LabError if it cannot be loaded, or is no CLIP.
+    Raises: LabError if it cannot be loaded or is not a CLIP model.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -177,7 +177,7 @@ def clip_vision(weights: str = "pretrained", gradient_checkpointing: bool = Fals
 
 
 def pretrained_temperature(tower: str, weights: str) -> float | None:
-    """The softmax temperature that a pretrained image tower was trained with, or None where it has none."""
+    """The softmax temperature that a pretrained image tower was trained with, or None."""
     if tower != "clip" or weights == "random":
         return None
     from transformers import CLIPPreTrainedModel
@@ -195,7 +195,7 @@ def pretrained_temperature(tower: str, weights: str) -> float | None:
     return None if info["missing_keys"] else math.exp(-model.logit_scale.item())
 
 
-PLACE_STD = 0.5  # half of what Xavier's patches come to
+PLACE_STD = 0.5  # half the deviation of patches initialized by Xavier's scheme
 
 
 def vit(
@@ -212,15 +212,17 @@ def vit(
     pictures: int = 1,
     initialisation: str = "clip",
 ) -> VisionTransformer:
-    """A vision transformer that learns from nothing; the defaults are ViT-B/16 at 224 pixels.
+    """A randomly initialized vision transformer; the defaults are ViT-B/16 at 224 pixels.
 
     Args:
         weights: `random`, or a file of this tower's weights.
-        pictures: how many of `image_size` stand side by side.
-        initialisation: as of vit.VisionTransformer.
+        pictures: number of images of `image_size` side by side.
+        initialisation: as of towers.transformer.VisionTransformer.
     """
     if weights == "pretrained":
-        raise LabError("image_tower 'vit' learns from nothing; set image_weights to 'random', or to a file.")
+        raise LabError(
+            "image_tower 'vit' has no pretrained weights; set image_weights to 'random' or to a weights file."
+        )
     tower = VisionTransformer(
         (image_size, image_size * pictures),
         image_patch_size,
@@ -242,7 +244,7 @@ def vit(
 def _mean_and_std(
     name: str, otherwise: tuple[tuple[float, ...], tuple[float, ...]]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What a model's image processor normalises by, where it brings one."""
+    """Mean and standard deviation of a model's image processor, if it has one, else `otherwise`."""
     from transformers import AutoImageProcessor
 
     try:
@@ -258,18 +260,18 @@ def vision_width(config: Any) -> int:
 
 
 def side(config: Any) -> int | None:
-    """Pixels of the square picture that a model with learned positions takes; None: any."""
+    """Side in pixels of the images that a model with learned positions takes; None: any."""
     config = getattr(config, "vision_config", None) or config
     return config.image_size if hasattr(config, "patch_size") else None
 
 
 def projection_width(config: Any) -> int:
-    """Width of the joint space, of a CLIP's or its half's configuration."""
+    """Width of the joint space, from the configuration of a CLIP or of one half."""
     return config.projection_dim
 
 
 def embeddings(weights: str = "pretrained", image_width: int = 768) -> CachedTower:
-    """Stands for an encoder that is not here: its features, made elsewhere, are `image_width` wide."""
+    """In place of an encoder that is not available: its features have `image_width` numbers."""
     return CachedTower(image_width)
 
 
@@ -301,7 +303,8 @@ def image_width(tower: str, weights: str = "pretrained") -> int:
     """Width of an image tower, from its configuration file alone."""
     if tower.startswith("vit"):
         raise LabError(
-            f"image_tower {tower!r} has no fixed features to cache; set image_tower_mode to 'trainable'."
+            f"image_tower {tower!r} has no pretrained weights whose features could be cached; set image_tower_mode "
+            "to 'trainable'."
         )
     if tower not in IMAGE_MODELS or weights in ("pretrained", "random"):
         return choose(IMAGE_WIDTHS, tower, "image_tower")
@@ -309,16 +312,16 @@ def image_width(tower: str, weights: str = "pretrained") -> int:
 
 
 def image_size(tower: str, weights: str = "pretrained") -> int | None:
-    """The only size of picture that an image tower takes, or None where it takes any."""
+    """The only image size that an image tower takes, or None where it takes any."""
     if tower not in IMAGE_MODELS:
         return None
     return 224 if weights in ("pretrained", "random") else side(model_config(weights))
 
 
 def build_image_tower(config: Config) -> nn.Module:
-    """The image tower, or what stands for it where its features are cached."""
+    """The image tower, or a CachedTower where its features are cached."""
     make = choose(IMAGE_TOWERS, config.image_tower, "image_tower")
     if config.image_tower_mode == "cached" and config.image_tower != "embeddings":
         return CachedTower(image_width(config.image_tower, config.image_weights))
-    tower = make(config.image_weights, **_taken(make, config))
+    tower = make(config.image_weights, **tower_fields(make, config))
     return freeze_parts(tower, config.image_freeze_layers, config.freeze_projections, "image")

@@ -1,4 +1,4 @@
-"""Text encoders with their tokenizers, CLIP's own among them. Each has `.width` and maps captions to (B, width)."""
+"""Text encoders with their tokenizers. Each has `.width` and maps captions to (B, width)."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from torch import Tensor, nn
 
 from config import Config
 from core.errors import LabError, choose
-from towers.base import CachedTower, _taken, checkpointed, load, load_clip_half, model_config
+from towers.base import CachedTower, checkpointed, load, load_clip_half, model_config, tower_fields
 from towers.transformer import TextTransformer, freeze_parts
 
 # --- CLIP's tokenizer ---
 
 
-VOCABULARY = 49408  # 256 bytes, the same at a word's end, 48,894 merges, start and end
+VOCABULARY = 49408  # 256 bytes, 256 bytes at the end of a word, 48,894 merges, start and end
 CONTEXT = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def vocabulary_file() -> Path:
-    """CLIP's list of merges. Raises: LabError if the package that brings it is missing."""
-    spec = importlib.util.find_spec("open_clip")  # finds it without importing it
+    """CLIP's list of merges. Raises: LabError if the package that contains it is missing."""
+    spec = importlib.util.find_spec("open_clip")  # without importing it
     if spec is None or spec.origin is None:
         raise LabError("package open_clip_torch is not installed; run `pip install -r requirements.txt`.")
     return Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
 
 
 def byte_characters() -> list[str]:
-    """256 printable characters that stand for the bytes, those that are printable first, as themselves.
+    """256 printable characters that represent the bytes; printable bytes come first and represent themselves.
 
     Source: openai/gpt-2 encoder.py, `bytes_to_unicode`.
     """
@@ -46,9 +46,9 @@ def byte_characters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
 
 
-@functools.lru_cache(maxsize=1 << 18)  # captions come again every epoch
+@functools.lru_cache(maxsize=1 << 18)  # the same captions are needed in every epoch
 def clean(text: str) -> str:
-    """Repaired, unescaped, with single spaces, in lower case, as CLIP's captions were."""
+    """Text as CLIP's captions: encoding repaired, HTML unescaped, single spaces, lower case."""
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -56,9 +56,9 @@ def clean(text: str) -> str:
 
 
 class CLIPTokenizer:
-    """Called as transformers' tokenizers are; ids equal those of OpenAI's and open_clip's CLIP.
+    """Called like transformers' tokenizers; its ids equal those of OpenAI's and open_clip's CLIP.
 
-    Padding is the end mark, as transformers' CLIP has it; a causal encoder never reads it.
+    Padding is the end token, as in transformers' CLIP; a causal encoder never reads it.
 
     Source: Sennrich et al. 2016, algorithm 1; the vocabulary of Radford et al. 2021.
     """
@@ -79,20 +79,20 @@ class CLIPTokenizer:
         return len(self.tokenizer)
 
     def __call__(self, texts: Sequence[str], **options: Any) -> Any:
-        """Token ids and attention mask of texts, between start and end mark; options as transformers'.
+        """Token ids and attention mask of texts, with start and end token; options as in transformers.
 
-        A mark written out in a caption is text like any other.
+        A start or end token that is written out in a caption is ordinary text.
         """
         return self.tokenizer([clean(text) for text in texts], split_special_tokens=True, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write it for transformers, which repairs no broken characters and unescapes no HTML."""
+        """Save it for transformers, which does not repair encodings or unescape HTML."""
         self.tokenizer.save_pretrained(str(folder))
 
 
 @functools.lru_cache(maxsize=1)
 def clip_tokenizer() -> CLIPTokenizer:
-    """The tokenizer, read once."""
+    """The tokenizer, loaded once."""
     return CLIPTokenizer()
 
 
@@ -104,13 +104,13 @@ class TextTower(nn.Module):
 
     Args:
         name: hub name or folder of its weights.
-        tokenizer: called as transformers' tokenizers are.
-        encoder: maps `input_ids` and `attention_mask` to what the pooling reads.
+        tokenizer: called like transformers' tokenizers.
+        encoder: maps `input_ids` and `attention_mask` to the input of the pooling.
         width: of the output.
-        pooling: `mean` over tokens, normalised (sentence encoders), `last` token, normalised (encoders made
-            from language models), `text_embeds` (CLIP's joint space; `pooler_output` is not in it), or `end`
-            (the encoder pools itself). `pooler_output` is for a CLIPTextModel without its projection.
-        max_length: tokens kept of a caption; the data check counts longer ones.
+        pooling: `mean` over tokens, normalized (sentence encoders), `last` token, normalized (encoders made
+            from language models), `text_embeds` (CLIP's joint space), `pooler_output` (a CLIPTextModel without
+            its projection, not in the joint space), or `end` (the encoder pools itself).
+        max_length: longer captions are cut to this number of tokens; the data check counts them.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class TextTower(nn.Module):
 
 
 class LastTokenTower(TextTower):
-    """An encoder read at its last token, which is the end mark: added where the tokenizer adds none."""
+    """An encoder read at its last token, the end token, which is added where the tokenizer does not add it."""
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         end = self.tokenizer.eos_token_id
@@ -163,7 +163,7 @@ class LastTokenTower(TextTower):
 
 
 def _last_pooling(output: Any, mask: Tensor) -> Tensor:
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)  # (B,) padding may stand left or right
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)  # (B,) padding may be on the left or right
     rows = torch.arange(len(mask), device=mask.device)
     return F.normalize(output.last_hidden_state[rows, last].float(), dim=-1)
 
@@ -191,7 +191,7 @@ def _loaded(
     make: type[TextTower] = TextTower,
     get: Callable[..., Any] = load,
 ) -> TextTower:
-    """A tower of a transformers model and its tokenizer, by hub name or folder."""
+    """A tower from a transformers model and its tokenizer, by hub name or folder."""
     import transformers
 
     name = text_model_name(tower, name)
@@ -203,22 +203,23 @@ def _loaded(
 
 
 def _check_vocabulary(tokenizer: Any, vocab_size: int, name: str) -> None:
-    """A tokenizer that lost its files still loads and yields garbage ids; its vocabulary's size tells.
+    """Raises: LabError if the vocabulary is too small: a tokenizer without its files loads, with wrong ids.
 
     A model may pad its embedding, and a tokenizer may lack a few reserved entries.
     """
     if not vocab_size * 0.9 <= len(tokenizer) <= vocab_size:
         raise LabError(
-            f"the tokenizer of {name!r} knows {len(tokenizer)} tokens but its model {vocab_size}: its files are "
-            "incomplete; delete that folder or cached copy and fetch it again."
+            f"the tokenizer of {name!r} has {len(tokenizer)} tokens but its model {vocab_size}: its files are "
+            "incomplete; delete that folder or cached copy and download it again."
         )
 
 
 def as_text_tower(encoder: Any) -> Any:
-    """A text tower as it is; a CLIP text encoder of transformers with CLIP's tokenizer around it.
+    """A text tower unchanged, or transformers' CLIP text encoder as a tower with CLIP's tokenizer.
 
-    `CLIPTextModel` gives `pooler_output`, hidden_size wide and not in CLIP's joint space; `CLIPTextModelWithProjection`
-    gives `text_embeds`, projection_dim wide, which is. Raises: LabError for anything else that has no `width`.
+    `CLIPTextModel` returns `pooler_output` (hidden_size numbers, not in CLIP's joint space),
+    `CLIPTextModelWithProjection` returns `text_embeds` (projection_dim numbers, in the joint space).
+    Raises: LabError for anything else that has no `width`.
     """
     if hasattr(encoder, "width"):
         return encoder
@@ -226,7 +227,7 @@ def as_text_tower(encoder: Any) -> Any:
     kind = type(encoder).__name__
     if kind not in poolings:
         raise LabError(
-            f"text_encoder {kind} says no width; give a text tower such as towers.clip_text(), or transformers' "
+            f"text_encoder {kind} has no attribute width; give a text tower such as clip_text(), or transformers' "
             f"{' or '.join(poolings)}."
         )
     config, tokenizer = encoder.config, clip_tokenizer()
@@ -259,9 +260,8 @@ def clip_text(name: str | None = None, gradient_checkpointing: bool = False) -> 
 def e5(name: str | None = None, gradient_checkpointing: bool = False) -> TextTower:
     """E5-Mistral-7B-instruct (4,096-d, last token; Wang et al. 2024, "Improving Text Embeddings with LLMs").
 
-    Its rule for prompts: a search query is written `Instruct: {task}\nQuery: {text}`, a document stands bare.
-    Captions are the documents here, and what is compared with pictures by the same head is encoded like
-    them, so no text gets a prompt.
+    Its authors write a search query as `Instruct: {task}\nQuery: {text}` and a document without a prompt. Captions
+    are documents, and queries pass through the same head, so no text gets a prompt.
     """
     return _loaded("e5", name, gradient_checkpointing, make=LastTokenTower)
 
@@ -280,9 +280,9 @@ def transformer(
     text_dropout: float = 0.0,
     gradient_checkpointing: bool = False,
 ) -> TextTower:
-    """CLIP's text transformer, which learns from nothing, with CLIP's own tokenizer."""
+    """CLIP's text transformer, randomly initialized, with CLIP's tokenizer."""
     if name is not None:
-        raise LabError("text_tower 'transformer' learns from nothing; leave text_model empty.")
+        raise LabError("text_tower 'transformer' has no pretrained weights; leave text_model empty.")
     encoder = TextTransformer(
         text_width,
         text_num_layers,
@@ -303,7 +303,7 @@ def packaged_minilm() -> str:
 
 
 def embeddings(name: str | None = None, text_width: int = 512) -> CachedTower:
-    """Stands for an encoder that is not here: its features, made elsewhere, are `text_width` wide."""
+    """In place of an encoder that is not available: its features have `text_width` numbers."""
     return CachedTower(text_width)
 
 
@@ -315,10 +315,10 @@ TEXT_TOWERS: dict[str, Callable[..., Any]] = {
     "transformer": transformer,
     "embeddings": embeddings,
 }
-TEXT_SETTINGS = {  # pooling, tokens kept
+TEXT_SETTINGS = {  # pooling, maximum number of tokens
     "minilm": ("mean", 128),
     "clip": ("text_embeds", 77),
-    "e5": ("last", 512),  # of the 4,096 that its authors use; captions have a tenth of this
+    "e5": ("last", 512),  # its authors use 4,096; captions have about 50
     "sentence": ("mean", 128),
     "transformer": ("end", 77),
 }
@@ -334,17 +334,18 @@ def text_model_name(tower: str, name: str | None = None) -> str:
     choose(TEXT_TOWERS, tower, "text_tower")
     if tower == "transformer":
         raise LabError(
-            "text_tower 'transformer' has no fixed features to cache; set text_tower_mode to 'trainable'."
+            "text_tower 'transformer' has no pretrained weights whose features could be cached; set text_tower_mode "
+            "to 'trainable'."
         )
     if name is None and tower not in TEXT_MODELS:
         raise LabError(
-            f"text_tower {tower!r} needs text_model: a hub name, or a folder made by save_pretrained."
+            f"text_tower {tower!r} needs text_model: a hub name, or a folder created by save_pretrained."
         )
     return name or TEXT_MODELS[tower]()
 
 
 def text_tokenizer(tower: str, name: str | None = None) -> Any:
-    """A text tower's tokenizer alone."""
+    """The tokenizer of a text tower."""
     if tower == "transformer":
         return clip_tokenizer()
     from transformers import AutoTokenizer
@@ -361,9 +362,9 @@ def text_width(tower: str, name: str | None = None) -> int:
 
 
 def build_text_tower(config: Config) -> nn.Module:
-    """The text tower, or what stands for it where its features are cached."""
+    """The text tower, or a CachedTower where its features are cached."""
     make = choose(TEXT_TOWERS, config.text_tower, "text_tower")
     if config.text_tower_mode == "cached" and config.text_tower != "embeddings":
         return CachedTower(text_width(config.text_tower, config.text_model))
-    tower = make(config.text_model, **_taken(make, config))
+    tower = make(config.text_model, **tower_fields(make, config))
     return freeze_parts(tower, config.text_freeze_layers, config.freeze_projections, "text")

@@ -1,4 +1,4 @@
-"""CLIP's two transformers; names and shapes are those of transformers' CLIP, so that weights move as they are."""
+"""CLIP's two transformers, with the parameter names and shapes of transformers' CLIP."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class QuickGELU(nn.Module):
 
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
-"""By the names of transformers' `hidden_act`; `gelu` is faster and keeps a third less for the backward pass."""
+"""By the names of transformers' `hidden_act`; `gelu` is faster and stores a third less for the backward pass."""
 
 
 class Attention(nn.Module):
@@ -48,19 +48,19 @@ class Attention(nn.Module):
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N, width / heads)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        """(B, N, width) -> (B, N, width); causal: a token sees itself and those before it."""
+        """(B, N, width) -> (B, N, width); causal: a token attends to itself and earlier tokens."""
         query, key, value = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor) -> Tensor:
-        """(B, N, width) -> (B, heads, N, N): what each token takes from each, without a causal mask."""
+        """(B, N, width) -> (B, heads, N, N): the attention weights, without a causal mask."""
         query, key = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
         return (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(dim=-1)
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between."""
+    """Two linear layers with an activation between them."""
 
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each behind a LayerNorm and beside a residual."""
+    """Attention and an MLP, each after a LayerNorm and with a residual connection."""
 
     def __init__(
         self, width: int, num_heads: int, mlp_ratio: float, dropout: float = 0.0, activation: str = "gelu"
@@ -95,7 +95,7 @@ class Encoder(nn.Module):
     """A stack of blocks.
 
     Args:
-        gradient_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
+        gradient_checkpointing: store only the blocks' inputs and compute the rest again in the backward pass.
     """
 
     def __init__(
@@ -125,10 +125,10 @@ class Encoder(nn.Module):
 
 
 def initialise(encoder: Encoder, scheme: str) -> None:
-    """Draw the blocks' matrices anew; biases become zero.
+    """Initialize the blocks' matrices; biases become zero.
 
     Args:
-        scheme: `clip`, normal with deviations that shrink with width and depth, or `xavier`, uniform.
+        scheme: `clip` (normal, smaller for wide and deep stacks) or `xavier` (uniform).
     Source: openai/CLIP model.py `initialize_parameters`; Glorot & Bengio 2010, eq. 16.
     """
     if scheme not in INITIALISATIONS:
@@ -150,14 +150,14 @@ def initialise(encoder: Encoder, scheme: str) -> None:
 def freeze_parts(tower: nn.Module, layers: int, projections: bool, side: str) -> nn.Module:
     """Freeze a transformer's first blocks, and its projections into a joint space.
 
-    Parameters are registered in the order of their use, here as in transformers' models.
+    Parameters are registered in the order of their use, here and in transformers' models.
 
     Args:
-        layers: blocks to freeze, with all that stands before them; 0 freezes nothing.
+        layers: number of blocks to freeze, with everything before them; 0 freezes nothing.
         projections: freeze parameters with `projection` in their names.
         side: `image` or `text`, for the message.
     Returns: the tower.
-    Raises: LabError where the tower has fewer blocks.
+    Raises: LabError if the tower has fewer blocks.
     """
     stacks = [part for part in tower.modules() if isinstance(part, nn.ModuleList)]
     blocks = max(stacks, key=len, default=nn.ModuleList())
@@ -173,14 +173,14 @@ def freeze_parts(tower: nn.Module, layers: int, projections: bool, side: str) ->
     return tower
 
 
-# --- Pictures ---
+# --- Images ---
 
 
 POOLINGS = ("class", "mean")
 
 
 class PatchEmbeddings(nn.Module):
-    """Patches as tokens, behind a class token, with learned positions."""
+    """A class token and one token per patch, with learned positions."""
 
     def __init__(self, grid: tuple[int, int], patch_size: int, width: int) -> None:
         super().__init__()
@@ -201,15 +201,15 @@ class VisionTransformer(PictureTower):
     """A vision transformer with CLIP's LayerNorms before and after its blocks.
 
     Args:
-        picture_shape: (H, W) of the pictures, or the side of square ones, pixels.
-        patch_size: side of a patch, pixels; divides H and W.
+        picture_shape: (H, W) of the images in pixels, or the side of square ones.
+        patch_size: side of a patch in pixels; divides H and W.
         width, num_layers, num_heads, mlp_ratio, dropout: of the blocks.
-        activation: a name of transformer_blocks.ACTIVATIONS.
+        activation: a name of ACTIVATIONS.
         pooling: `class` reads the class token, `mean` averages the patches' tokens.
-        initialisation: `clip` or `xavier`, see transformer_blocks.initialise.
+        initialisation: `clip` or `xavier`, see `initialise`.
         gradient_checkpointing: less memory, a third more time, the same gradients.
-        mean, std: what uint8 pictures are normalised by.
-    Raises: LabError if the patches do not tile the picture, or the heads do not divide the width.
+        mean, std: normalization of uint8 images.
+    Raises: LabError if patch_size does not divide H and W, or num_heads does not divide the width.
     Source: Dosovitskiy et al. 2021, section 3.1; Radford et al. 2021, section 2.4.
     """
 
@@ -233,13 +233,15 @@ class VisionTransformer(PictureTower):
         super().__init__(width, mean, std)
         height, across = (picture_shape, picture_shape) if isinstance(picture_shape, int) else picture_shape
         if height % patch_size or across % patch_size:
-            raise LabError(f"patches of {patch_size} pixels do not tile {height} x {across} pictures.")
+            raise LabError(
+                f"patches of {patch_size} pixels do not divide images of {height} x {across} pixels."
+            )
         if pooling not in POOLINGS:
             raise LabError(f"pooling {pooling!r} does not exist; choose one of {', '.join(POOLINGS)}.")
         self.picture_shape, self.pooling = (height, across), pooling
         self.grid = (height // patch_size, across // patch_size)
         self.embeddings = PatchEmbeddings(self.grid, patch_size, width)
-        self.pre_layrnorm = nn.LayerNorm(width)  # spelt as in transformers
+        self.pre_layrnorm = nn.LayerNorm(width)  # spelled as in transformers
         self.dropout = nn.Dropout(dropout)
         self.encoder = Encoder(
             num_layers, width, num_heads, mlp_ratio, dropout, activation, gradient_checkpointing
@@ -253,8 +255,8 @@ class VisionTransformer(PictureTower):
         if tuple(images.shape[2:]) != self.picture_shape:
             height, across = self.picture_shape
             raise LabError(
-                f"this vision transformer takes {height} x {across} pictures, "
-                f"not {images.shape[2]} x {images.shape[3]}; set image_size to what it was built for."
+                f"this vision transformer takes {height} x {across} images, "
+                f"not {images.shape[2]} x {images.shape[3]}; set image_size to the size it was built for."
             )
         return self.dropout(self.pre_layrnorm(self.embeddings(self.normalise(images))))
 
@@ -263,23 +265,23 @@ class VisionTransformer(PictureTower):
         return self.encoder(self._embed(images))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8, or float already normalised -> (B, width)."""
+        """(B, 3, H, W) uint8, or normalized float -> (B, width)."""
         tokens = self.tokens(images)
         if self.pooling == "class":
             return self.post_layernorm(tokens[:, 0])
         return self.post_layernorm(tokens[:, 1:]).mean(dim=1)
 
     def feature_map(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, width, h, w): the patches' tokens where they lie."""
+        """(B, 3, H, W) -> (B, width, h, w): the patches' tokens at their positions."""
         patches = self.post_layernorm(self.tokens(images)[:, 1:])
         return patches.transpose(1, 2).unflatten(2, self.grid)
 
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, h, w): how much of each patch reaches the pooled output, summing to 1.
+        """(B, 3, H, W) -> (B, h, w): the share of each patch in the pooled output, summing to 1.
 
-        Source: attention rollout, Abnar & Zuidema 2020, section 3: the layers' attention, averaged over heads
-            and half of it the residual, multiplied.
+        Source: attention rollout, Abnar & Zuidema 2020, section 3: the product over layers of the attention
+            averaged over heads, with half the weight on the residual.
         """
         x = self._embed(images)
         flow = torch.eye(x.shape[1], device=x.device).expand(len(x), -1, -1)  # (B, N, N)
@@ -295,7 +297,7 @@ class VisionTransformer(PictureTower):
 
 
 class TokenEmbeddings(nn.Module):
-    """Tokens with learned positions."""
+    """Token embeddings with learned positions."""
 
     def __init__(self, vocabulary: int, context: int, width: int) -> None:
         super().__init__()
@@ -310,13 +312,13 @@ class TokenEmbeddings(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Token ids to one vector a text, by names and shapes of transformers' CLIP.
+    """Token ids to one vector per text, with the names and shapes of transformers' CLIP.
 
     Args:
         width, num_layers, num_heads, mlp_ratio, dropout: of the blocks.
-        vocabulary: how many tokens there are; the last is the end mark.
-        context: most tokens of a text.
-        activation: a name of transformer_blocks.ACTIVATIONS.
+        vocabulary: number of tokens; the last one is the end token.
+        context: maximum number of tokens of a text.
+        activation: a name of ACTIVATIONS.
         gradient_checkpointing: less memory, a third more time, the same gradients.
     Source: Radford et al. 2021, section 2.4.
     """
@@ -345,13 +347,15 @@ class TextTransformer(nn.Module):
         initialise(self.encoder, "clip")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, L) token ids -> (B, width), at each text's first end mark.
+        """(B, L) token ids -> (B, width), at each text's first end token.
 
-        Padding stands behind the end mark, where a causal encoder never looks; so the mask is not needed.
+        Padding follows the end token, where a causal encoder never looks; so the mask is not needed.
         Raises: LabError if the texts are longer than `context`.
         """
         if input_ids.shape[1] > self.context:
-            raise LabError(f"texts of {input_ids.shape[1]} tokens are too long; at most {self.context}.")
+            raise LabError(
+                f"a text of {input_ids.shape[1]} tokens is too long; the maximum is {self.context}."
+            )
         tokens = self.encoder(self.dropout(self.embeddings(input_ids)), causal=True)  # (B, L, width)
         ends = (input_ids == self.end).int().argmax(dim=1)  # (B,)
         rows = torch.arange(len(tokens), device=tokens.device)
