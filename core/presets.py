@@ -1,11 +1,11 @@
-"""Presets: what each lab changes of the documented one, as plain dictionaries."""
+"""Presets: what each lab changes compared with the documented one, as plain dictionaries."""
 
 from __future__ import annotations
 
 from typing import Any
 
 START = "quickstart"
-"""Where settings start that name no preset: on the command line, in a file, in make_config()."""
+"""Preset of settings that name none: on the command line, in a file, in make_config()."""
 
 FROM_SCRATCH: dict[str, Any] = dict(
     image_tower="vit",
@@ -17,7 +17,7 @@ FROM_SCRATCH: dict[str, Any] = dict(
     learn_temperature=True,
     weight_decay=1e-4,
 )
-"""CLIP's two encoders as they are before training."""
+"""CLIP's two encoders, randomly initialized."""
 
 PAIRS: dict[str, Any] = dict(
     reader="paired_cifar",
@@ -29,7 +29,7 @@ PAIRS: dict[str, Any] = dict(
     warmup_epochs=2,
     best_metric="top1",
 )
-"""Two small pictures side by side, read by a vision transformer that starts from nothing."""
+"""Two small images side by side, encoded by a randomly initialized vision transformer."""
 
 PAIRS_IMPROVED: dict[str, Any] = dict(
     augment_flip=0.5,
@@ -38,7 +38,7 @@ PAIRS_IMPROVED: dict[str, Any] = dict(
     learn_temperature=True,
     text_head="standardised",
 )
-"""What the plain setting of pairs lacks."""
+"""Improvements over the plain side-by-side setting."""
 
 PAIRS_SMALL: dict[str, Any] = dict(
     image_patch_size=8,
@@ -55,15 +55,15 @@ PAIRS_SMALL: dict[str, Any] = dict(
     weight_decay=0.05,
     precision="fp32",
 )
-"""A vision transformer of half a million parameters, and pairs of ten classes, each of the hundred as likely."""
+"""A vision transformer with half a million parameters, and pairs of ten classes, all 100 pairs equally likely."""
 
 FINE_TUNING: dict[str, Any] = dict(
     best_metric="t2i_map",
     interpolate_weights=True,
     recall_ks=(1, 5, 10, 20),
 )
-"""Fine-tuning for retrieval, and a mixture with the start. No mining: on Flickr8k, at equal time, neither random nor
-semantic negatives did better than none."""
+"""Fine-tuning for retrieval, mixed with the initial weights. No mining: on Flickr8k, at equal time, neither random nor
+semantic negatives were better than none."""
 
 HEADS: dict[str, Any] = dict(
     text_head="mlp",
@@ -78,10 +78,10 @@ HEADS: dict[str, Any] = dict(
     learning_rate=1e-3,
     warmup_steps=20,
 )
-"""Heads over frozen towers; smoothing and average chosen on Flickr8k's dev split."""
+"""Heads over frozen towers; label smoothing and weight averaging chosen on Flickr8k's dev split."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Generated scenes, nothing to download: the whole notebook in minutes on two cores.
+    # Generated scenes, nothing to download: the whole notebook takes minutes on two cores.
     "quickstart": dict(
         source="scenes",
         data_dir="data/scenes",
@@ -96,7 +96,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         warmup_steps=40,
         precision="fp32",
     ),
-    # Real photographs, frozen towers, heads only.
+    # Photographs, frozen towers, only heads are trained.
     "flickr8k": dict(
         source="flickr8k",
         data_dir="data/flickr8k",
@@ -107,7 +107,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         text_tower="minilm",
         **HEADS,
     ),
-    # The same with the tower's last blocks fine-tuned; start_from a run of `flickr8k`.
+    # The same with the tower's last blocks fine-tuned; set start_from to a run of `flickr8k`.
     "flickr8k_tuned": dict(
         source="flickr8k",
         data_dir="data/flickr8k",
@@ -121,7 +121,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         text_tower="minilm",
         **{**HEADS, "num_epochs": 4, "batch_size": 128, "learning_rate": 2e-4},
     ),
-    # Embeddings made elsewhere, by default those of generated scenes; a head for each side,
+    # Pre-encoded embeddings, by default of generated scenes; one head per side,
     # chosen on the dev split of Flickr8k's features.
     "projection_heads": dict(
         source=None,
@@ -136,7 +136,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         embed_dim=1024,
         **{**HEADS, "head_dropout": 0.6, "weight_decay": 0.3, "num_epochs": 20},
     ),
-    # Both encoders from nothing, ViT-B/16 and CLIP's text transformer, on Flickr30k; wants a GPU.
+    # Both encoders from scratch, ViT-B/16 and CLIP's text transformer, on Flickr30k; needs a GPU.
     "clip_from_scratch": dict(
         source="flickr30k",
         data_dir="data/flickr30k",
@@ -171,7 +171,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         warmup_steps=40,
         precision="fp32",
     ),
-    # The course's plain vision transformer on pairs of CIFAR-100 pictures, from nothing; wants a GPU.
+    # The course's plain vision transformer on side-by-side CIFAR-100 images, from scratch; needs a GPU.
     "paired_cifar_baseline": dict(
         source="cifar100",
         data_dir="data/cifar100",
@@ -186,7 +186,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=32,
         learning_rate=1e-4,
     ),
-    # The same data, with what helps: smaller patches, augmentation, a learned temperature.
+    # The same data with improvements: smaller patches, augmentation, a learned temperature.
     "paired_cifar": dict(
         source="cifar100",
         data_dir="data/cifar100",
@@ -209,11 +209,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         **PAIRS_IMPROVED,
         **PAIRS_SMALL,
     ),
-    # What the plain setting makes of the same shapes, epochs and size.
+    # The plain setting on the same shapes, with the same epochs and size.
     "paired_small_baseline": dict(
         source="shapes", data_dir="data/shapes", text_head="linear", **PAIRS, **PAIRS_SMALL
     ),
-    # A pretrained CLIP on captioned pictures of one's own, gently; wants a GPU.
+    # A pretrained CLIP on your own captioned images, with low learning rates; needs a GPU.
     "retrieval_finetune": dict(
         source="flickr8k",
         data_dir="data/flickr8k",
@@ -239,7 +239,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         warmup_steps=100,
         patience=5,
     ),
-    # The same steps on generated scenes, from heads trained a moment before; two cores, nothing to download.
+    # The same steps on generated scenes, starting from heads trained before; two cores, nothing to download.
     "retrieval_finetune_small": dict(
         source="scenes",
         data_dir="data/scenes",
@@ -262,7 +262,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 FAST_RUN: dict[str, Any] = dict(max_samples=64, num_epochs=2, batch_size=32, warmup_steps=2)
-"""Overrides that take any preset through every section in well under a minute."""
+"""Overrides with which any preset runs every section in well under a minute."""
 
 ALIASES: dict[str, str] = {
     "InfoNCELoss": "infonce",
@@ -271,7 +271,7 @@ ALIASES: dict[str, str] = {
     "queue_infonce": "infonce",
     "sigmoid_infonce": "sigmoid",
 }
-"""Documented names of the same losses; `queue_infonce` sets `negatives: queue` too."""
+"""Other documented names of the losses; `queue_infonce` also sets `negatives: queue`."""
 
 _HEADS = ("mlp", "linear", "standardised", "identity", "projection", "siglip", "clip", "attention")
 
@@ -316,4 +316,4 @@ NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "device": ("", ("auto", "cpu", "cuda", "mps")),
 }
-"""Fields that name an entry of a table: the table, and its names without importing it."""
+"""Fields whose value is a name in a table: the table, and its names without importing it."""

@@ -1,6 +1,6 @@
 """What a notebook needs on Colab: the packages, the account's secrets, a Drive folder, and which runtime to choose.
 
-Everything here does nothing elsewhere, and needs only what every notebook kernel brings.
+Outside Colab these functions do nothing; they need only packages that every notebook kernel has.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ def on_colab() -> bool:
 
 
 def missing_packages(requirements: str | Path = "requirements.txt") -> list[str]:
-    """The requirements that are not met; what meets its range, such as Colab's own torch, is left as it is."""
+    """The requirements that are not met; a package within its range, such as Colab's own torch, is not reinstalled."""
     lines = [
         line.split("#")[0].strip() for line in Path(requirements).read_text(encoding="utf-8").splitlines()
     ]
     return [line for line in lines if line and not line.startswith("-") and not _is_met(Requirement(line))]
 
 
-def _is_met(wanted: Requirement) -> bool:
+def _is_met(requirement: Requirement) -> bool:
     try:
-        return wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True)
+        return requirement.specifier.contains(importlib.metadata.version(requirement.name), prereleases=True)
     except importlib.metadata.PackageNotFoundError:
         return False
 
 
 def install(requirements: str | Path = "requirements.txt") -> list[str]:
-    """Install what is missing with this kernel's own pip, and return it; asks no server where nothing is."""
+    """Install missing packages with this kernel's pip and return them; makes no request if none is missing."""
     missing = missing_packages(requirements)
     if missing:
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
@@ -49,34 +49,34 @@ def install(requirements: str | Path = "requirements.txt") -> list[str]:
 
 
 def prepare() -> str:
-    """Install what is missing and read the secrets; what was done, in one line."""
+    """Install missing packages and read the secrets; returns one line about what was done."""
     installed, secrets = install(), read_secrets()
     return f"packages installed: {len(installed) or 'none missing'}; secrets read: {', '.join(secrets) or 'none'}"
 
 
 def read_secrets(names: tuple[str, ...] = SECRETS) -> list[str]:
-    """Put the account's secrets where downloads look for them, and return the names of those found.
+    """Copy the account's secrets into environment variables, and return the names of those found.
 
-    A secret that is not there, or that the notebook may not read, is passed over: public data needs none.
+    A secret that is missing, or that the notebook may not read, is skipped: public data need none.
     """
     if not on_colab():
         return []
     userdata: Any = importlib.import_module("google.colab.userdata")
-    found = []
+    names_found = []
     for name in names:
         try:
             os.environ[name] = userdata.get(name)
-            found.append(name)
+            names_found.append(name)
         except (userdata.SecretNotFoundError, userdata.NotebookAccessError, userdata.TimeoutException):
             continue
-    return found
+    return names_found
 
 
 def checkpoint_folder(folder: str) -> Path | None:
-    """The folder for checkpoints, with Drive mounted where it lies there; none where none is given.
+    """The folder for checkpoints, with Drive mounted if the folder is on it; None for an empty name.
 
     A Drive folder is `/content/drive/MyDrive/...`. After a dropped session, running all cells again
-    mounts it and continues from what lies in it.
+    mounts it and resumes from the checkpoints in it.
     """
     if not folder.strip():
         return None
@@ -88,12 +88,12 @@ def checkpoint_folder(folder: str) -> Path | None:
 
 
 def runtime_advice(config: Any) -> str:
-    """Which runtime a configuration wants, in one sentence."""
+    """Which runtime a configuration needs, in one sentence."""
     from core.devices import get_device  # torch may only be installed by `install`
 
     if config.image_tower_mode == "cached":
-        return "a CPU runtime is enough: the image tower's features are cached and only heads train."
+        return "a CPU runtime is enough: the image tower's features are cached and only heads are trained."
     if get_device(config.device).type != "cpu":
-        return "this runtime has a GPU, as training an image tower wants."
-    where = "choose Runtime > Change runtime type > T4 GPU" if on_colab() else "use a machine that has one"
+        return "this runtime has a GPU, which training an image tower needs."
+    where = "choose Runtime > Change runtime type > T4 GPU" if on_colab() else "use a machine with one"
     return f"no GPU here, which is enough for quickstart; to train on photographs, {where}."

@@ -1,12 +1,11 @@
-"""Notebook controls over plain functions, and the experiment form, made from the configuration's own fields."""
+"""Notebook controls over plain functions, and the experiment form made from the fields of the configuration."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from html import escape
 from types import NoneType
 from typing import Any, get_args, get_origin
@@ -22,20 +21,20 @@ from core.presets import PRESETS
 # --- Controls ---
 
 
-PAUSE = 0.4  # seconds without a key press after which a control answers
+PAUSE = 0.4  # seconds after the last key press until a control answers
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 HIDDEN, SHOWN = "none", ""
 
 
 class Control:
-    """Inputs over what a function makes of their values, made anew when one changes.
+    """Inputs above the result of a function of their values, which is computed again when one changes.
 
-    In a page without widgets the result stands there as a picture or table; without a page,
-    `control.function(**values)` is the same call and `control.result` its last answer.
+    A page without widgets shows the result as an image or table. In plain Python, `control.function(**values)` is
+    the same call and `control.result` its last result.
 
     Args:
-        function: plain function of the inputs' values, by name; gives a figure, a table, or (figure, table).
-            Its LabError is shown as a sentence, and the last result stays.
+        function: plain function of the inputs' values, by name; returns a figure, a table, or (figure, table).
+            The message of its LabError is shown above the last result.
         inputs: widgets by the function's parameters.
     """
 
@@ -43,11 +42,11 @@ class Control:
         self.function, self.inputs = function, inputs
         self.result: Any = None
         self.message = widgets.HTML()
-        self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", display=HIDDEN))
+        self.image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", display=HIDDEN))
         self.table = widgets.HTML()
         self.table.add_class("jp-RenderedHTMLCommon")  # JupyterLab's own look of tables, dark or light
         row = widgets.HBox(list(inputs.values()), layout=widgets.Layout(flex_flow="row wrap"))
-        self.widget = widgets.VBox([row, self.message, self.picture, self.table])
+        self.widget = widgets.VBox([row, self.message, self.image, self.table])
         self._soon = after_pause(self.refresh)
         for widget in inputs.values():
             widget.observe(lambda change: self._soon(), "value")
@@ -59,8 +58,8 @@ class Control:
         return {name: widget.value for name, widget in self.inputs.items()}
 
     def set(self, **values: Any) -> Any:
-        """Change inputs as a hand would, and return the result. Raises: LabError where the page shows one."""
-        self._soon, soon = _nothing, self._soon  # one answer, not one for each input
+        """Change inputs as a user does, and return the result. Raises: LabError where the page shows its message."""
+        self._soon, soon = _nothing, self._soon  # one result, not one per input
         try:
             for name, value in values.items():
                 self.inputs[name].value = value
@@ -71,7 +70,7 @@ class Control:
         return self.result
 
     def refresh(self) -> None:
-        """Make the result anew, or say why there is none."""
+        """Compute the result again, or show why that is impossible."""
         try:
             self.result = self.function(**self.values)
         except LabError as error:
@@ -83,42 +82,42 @@ class Control:
         parts = self.result if isinstance(self.result, tuple) else (self.result,)
         figures = [part for part in parts if isinstance(part, Figure)]
         self.message.value = ""
-        self.picture.value = png(figures[0]) if figures else b""
-        self.picture.layout.width = f"{100 * figures[0].get_figwidth():.0f}px" if figures else None
-        self.picture.layout.display = SHOWN if figures else HIDDEN
+        self.image.value = png(figures[0]) if figures else b""
+        self.image.layout.width = f"{100 * figures[0].get_figwidth():.0f}px" if figures else None
+        self.image.layout.display = SHOWN if figures else HIDDEN
         self.table.value = "".join(table_html(part) for part in parts if isinstance(part, pd.DataFrame))
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        return shown_bundle(self.widget, self.picture.value, self.message.value + self.table.value)
+        return shown_bundle(self.widget, self.image.value, self.message.value + self.table.value)
 
 
 def _nothing() -> None:
-    """Called in place of an answer that is not wanted."""
+    """Replaces `_soon` while several inputs change."""
 
 
-def shown_bundle(widget: widgets.Widget, picture: bytes = b"", html: str = "") -> dict[str, Any]:
-    """What a cell shows: the widget, and for pages without widgets the picture or table of this moment."""
+def shown_bundle(widget: widgets.Widget, image: bytes = b"", html: str = "") -> dict[str, Any]:
+    """What a cell shows: the widget, and for pages without widgets the current image or table."""
     bundle: dict[str, Any] = dict(widget._repr_mimebundle_() or {})
     bundle["text/plain"] = "(a control; run the notebook to use it)"
-    if picture:
-        bundle["image/png"] = base64.b64encode(picture).decode()
+    if image:
+        bundle["image/png"] = base64.b64encode(image).decode()
     elif html:
         bundle["text/html"] = html
     return bundle
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a PNG file's bytes, as a notebook shows it."""
+    """A figure as the bytes of a PNG file."""
     return figure._repr_png_()[0]  # type: ignore[attr-defined]
 
 
 def table_html(table: pd.DataFrame) -> str:
-    """A table as a page shows it."""
+    """A table as HTML."""
     return table.to_html(border=0, na_rep="").replace("<table", '<table style="margin: 0"', 1)
 
 
 def after_pause(call: Callable[[], None], seconds: float = PAUSE) -> Callable[[], None]:
-    """A function that calls `call` once nothing has asked for `seconds`; at once where no event loop runs."""
+    """A function that calls `call` `seconds` after it was last called; immediately if no event loop runs."""
     waiting: list[asyncio.TimerHandle] = []
 
     def ask() -> None:
@@ -134,7 +133,7 @@ def after_pause(call: Callable[[], None], seconds: float = PAUSE) -> Callable[[]
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
-    """The event loop that a notebook's kernel runs; none in a plain program."""
+    """The event loop of a notebook's kernel; None in a plain program."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -146,101 +145,71 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 
 EVERY = "every group"
 CHANGED = "changed from the preset"
-KEPT = ("seed", "cache_dir", "runs_dir", "checkpoint_dir", "device")  # another preset does not move the lab
+KEPT = ("seed", "cache_dir", "runs_dir", "checkpoint_dir", "device")  # stay when another preset is chosen
+INPUT_LAYOUT = widgets.Layout(width="260px", flex="0 0 auto")
+NAME_LAYOUT = widgets.Layout(width="210px", flex="0 0 auto")
+NUMBERS: dict[Any, type[widgets.Widget]] = {int: widgets.IntText, float: widgets.FloatText}
 
 
-@dataclass(frozen=True)
-class FormField:
-    """One field of the configuration as a form needs it.
-
-    Args:
-        group: a value of config.GROUPS.
-        help: its docstring.
-        choices: the values it takes, or () where they cannot be listed.
-    """
-
-    name: str
-    group: str
-    help: str
-    annotation: Any
-    choices: tuple[Any, ...] = ()
-
-    @property
-    def optional(self) -> bool:
-        return NoneType in get_args(self.annotation)
-
-    def as_text(self, value: Any) -> str:
-        """A value as it stands in a text box; none is empty."""
-        if isinstance(value, tuple):
-            return ", ".join(map(str, value))
-        return "" if value is None else str(value)
-
-    def parse(self, entered: Any) -> Any:
-        """What was entered, as the configuration takes it; it checks the rest."""
-        if not isinstance(entered, str) or self.choices:
-            return entered
-        if get_origin(self.annotation) is tuple:
-            return tuple(part.strip() for part in entered.split(",") if part.strip())
-        return None if self.optional and not entered.strip() else entered.strip()
-
-
-def config_fields() -> dict[str, FormField]:
-    """Every field by name, in the configuration's order."""
-    fields, group = {}, ""
-    for name, field in Config.model_fields.items():
+def field_groups() -> dict[str, str]:
+    """Every field but the preset, with the title of its group."""
+    groups, group = {}, ""
+    for name in Config.model_fields:
         group = GROUPS.get(name, group)
-        help_text = " ".join((field.description or "").split())
-        fields[name] = FormField(name, group, help_text, field.annotation, choices(name))
-    return fields
+        groups[name] = group
+    return {name: group for name, group in groups.items() if name != "preset"}
 
 
-# --- widgets ---
-
-WIDE = widgets.Layout(width="260px", flex="0 0 auto")
-NAME = widgets.Layout(width="210px", flex="0 0 auto")
-
-
-def _dropdown(field: FormField, value: Any) -> widgets.Widget:
-    options = field.choices if value in field.choices else (value, *field.choices)
-    return widgets.Dropdown(options=options, value=value, tooltip=field.help, layout=WIDE)
+def help_of(name: str) -> str:
+    """A field's help in one line."""
+    return " ".join((Config.model_fields[name].description or "").split())
 
 
-def _text(field: FormField, value: Any) -> widgets.Widget:
-    return widgets.Text(
-        value=field.as_text(value),
-        placeholder="none" if field.optional else "",
-        continuous_update=False,
-        tooltip=field.help,
-        layout=WIDE,
-    )
+def make_input(name: str, value: Any) -> widgets.Widget:
+    """The widget that edits a field: a menu, a checkbox, a number, or text."""
+    options, annotation = choices(name), Config.model_fields[name].annotation
+    common = {"tooltip": help_of(name), "layout": INPUT_LAYOUT}
+    if options:
+        options = options if value in options else (value, *options)
+        return widgets.Dropdown(options=options, value=value, **common)
+    if annotation is bool:
+        return widgets.Checkbox(value=value, indent=False, **common)
+    if annotation in NUMBERS:
+        return NUMBERS[annotation](value=value, **common)
+    hint = "none" if NoneType in get_args(annotation) else ""
+    return widgets.Text(value=as_text(value), placeholder=hint, continuous_update=False, **common)
 
 
-INPUTS: Mapping[Any, Callable[[FormField, Any], widgets.Widget]] = {
-    bool: lambda field, value: widgets.Checkbox(value=value, indent=False, tooltip=field.help, layout=WIDE),
-    int: lambda field, value: widgets.IntText(value=value, tooltip=field.help, layout=WIDE),
-    float: lambda field, value: widgets.FloatText(value=value, tooltip=field.help, layout=WIDE),
-}
-"""The widget of a field's type; what is not here is text, what has choices a menu."""
+def as_text(value: Any) -> str:
+    """A value as shown in a text box; None is empty."""
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
 
 
-def make_input(field: FormField, value: Any) -> widgets.Widget:
-    """The widget that edits a field."""
-    return _dropdown(field, value) if field.choices else INPUTS.get(field.annotation, _text)(field, value)
+def parse(name: str, entered: Any) -> Any:
+    """The value that was entered for a field, for the configuration to check."""
+    if not isinstance(entered, str) or name not in Config.model_fields or choices(name):
+        return entered
+    annotation = Config.model_fields[name].annotation
+    if get_origin(annotation) is tuple:
+        return tuple(part.strip() for part in entered.split(",") if part.strip())
+    return None if NoneType in get_args(annotation) and not entered.strip() else entered.strip()
 
 
 class ExperimentForm:
     """Edits a configuration in place; cells below that read it see the change.
 
-    A group, or words of a field's name or help, choose what is shown. A value that the configuration
-    refuses leaves it as it was and says why.
+    A group, or words of a field's name or help, select the fields shown. A value that the configuration refuses
+    leaves it unchanged, and the form shows the reason.
 
-    Args: config: changed as the form is.
+    Args: config: edited by the form.
     """
 
     def __init__(self, config: Config) -> None:
-        self.config, self.fields = config, config_fields()
+        self.config, self.groups = config, field_groups()
         self.rows: dict[str, FormRow] = {}
-        groups = list(dict.fromkeys(field.group for field in self.fields.values()))
+        groups = list(dict.fromkeys(self.groups.values()))
         self.preset = widgets.Dropdown(options=list(PRESETS), value=config.preset, description="preset")
         self.group = widgets.Dropdown(options=[EVERY, CHANGED, *groups], value="flags", description="show")
         self.find = widgets.Text(placeholder="words of a name or its help", description="find")
@@ -254,10 +223,9 @@ class ExperimentForm:
         self._arrange()
 
     def enter(self, name: str, entered: Any) -> bool:
-        """Enter a value as the form does; whether the configuration took it."""
-        field = self.fields.get(name)
+        """Enter a value as the form does; returns whether the configuration accepted it."""
         try:
-            self.config[name] = field.parse(entered) if field else entered
+            self.config[name] = parse(name, entered)
         except LabError as error:
             self.message.value = f"<b>{escape(str(error))}</b>"
             return False
@@ -266,39 +234,32 @@ class ExperimentForm:
         return True
 
     def load(self, preset: str) -> None:
-        """Put every field to a preset's value, but for those in `KEPT`."""
+        """Set every field to a preset's value, except those in `KEPT`."""
         fresh = make_config(preset, **{name: self.config[name] for name in KEPT})
         vars(self.config).update(vars(fresh))
         self.rows.clear()
         self._arrange()
 
     def differences(self) -> pd.DataFrame:
-        """What differs from the preset: a row a field, this run's value and the preset's."""
+        """What differs from the preset: one row per field, with this run's value and the preset's."""
         changed = self.config.differences(make_config(self.config.preset))
         rows = {name: [str(value) for value in pair] for name, pair in changed.items()}
         return pd.DataFrame.from_dict(rows, orient="index", columns=["this run", "preset"])
 
     def visible(self) -> list[str]:
-        """Names of the fields shown now."""
-        words = self.find.value.lower().split()
-        changed = set(self.differences().index)
-        return [
-            name
-            for name, field in self.fields.items()
-            if name != "preset" and self._chosen(field, words, changed)
-        ]
-
-    def _chosen(self, field: FormField, words: list[str], changed: set[str]) -> bool:
-        if words:
-            return all(word in f"{field.name} {field.help}".lower() for word in words)
-        known = {EVERY: True, CHANGED: field.name in changed}
-        return known.get(self.group.value, field.group == self.group.value)
+        """Names of the fields that are shown."""
+        if words := self.find.value.lower().split():
+            texts = {name: f"{name} {help_of(name)}".lower() for name in self.groups}
+            return [name for name, text in texts.items() if all(word in text for word in words)]
+        if self.group.value == CHANGED:
+            return [name for name in self.groups if name in self.differences().index]
+        return [name for name, group in self.groups.items() if self.group.value in (EVERY, group)]
 
     def _arrange(self) -> None:
         names = self.visible()
         for name in names:
             if name not in self.rows:
-                self.rows[name] = FormRow(self, self.fields[name])
+                self.rows[name] = FormRow(self, name)
         self.shown.children = [self.rows[name].widget for name in names]
         self._describe()
 
@@ -306,37 +267,36 @@ class ExperimentForm:
         table = self.differences()
         for name, row in self.rows.items():
             row.mark(table["preset"].get(name))
-        about = f"run <b>{escape(run_name(self.config))}</b>"
-        self.summary.value = about + (table_html(table) if len(table) else ", as the preset is")
+        name = f"run <b>{escape(run_name(self.config))}</b>"
+        self.summary.value = name + (table_html(table) if len(table) else ", as the preset")
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         return shown_bundle(self.widget, html=self.summary.value)
 
 
 class FormRow:
-    """A field's name, its input and its help; the name is bold where it differs from the preset."""
+    """A field's name, its input and its help; the name is bold if it differs from the preset."""
 
-    def __init__(self, form: ExperimentForm, field: FormField) -> None:
+    def __init__(self, form: ExperimentForm, field: str) -> None:
         self.form, self.field = form, field
-        self.name = widgets.HTML(layout=NAME)
-        self.input = make_input(field, form.config[field.name])
-        self.help = widgets.HTML()
+        self.name, self.help = widgets.HTML(layout=NAME_LAYOUT), widgets.HTML()
+        self.input = make_input(field, form.config[field])
         self.widget = widgets.HBox(
             [self.name, self.input, self.help], layout=widgets.Layout(align_items="center")
         )
         self.input.observe(lambda change: self._entered(change["new"]), "value")
 
     def _entered(self, value: Any) -> None:
-        if not self.form.enter(self.field.name, value):
-            now = self.form.config[self.field.name]
-            said = self.form.message.value
-            self.input.value = self.field.as_text(now) if isinstance(self.input, widgets.Text) else now
-            self.form.message.value = said  # putting the old value back is no new entry
+        if not self.form.enter(self.field, value):
+            current, message = self.form.config[self.field], self.form.message.value
+            self.input.value = as_text(current) if isinstance(self.input, widgets.Text) else current
+            self.form.message.value = message  # restoring the old value has cleared it
 
     def mark(self, preset_value: str | None) -> None:
-        """Show whether the field differs from the preset, and what the preset has."""
-        name, text = escape(self.field.name), re.sub("`(.+?)`", r"<code>\1</code>", escape(self.field.help))
-        self.name.value = f"<code>{name}</code>" if preset_value is None else f"<b><code>● {name}</code></b>"
-        self.help.value = (
-            text if preset_value is None else f"<b>preset: {escape(preset_value) or 'none'}.</b> {text}"
-        )
+        """Show whether the field differs from the preset, and the preset's value."""
+        text = re.sub("`(.+?)`", r"<code>\1</code>", escape(help_of(self.field)))
+        if preset_value is None:
+            self.name.value, self.help.value = f"<code>{self.field}</code>", text
+        else:
+            self.name.value = f"<b><code>● {self.field}</code></b>"
+            self.help.value = f"<b>preset: {escape(preset_value) or 'none'}.</b> {text}"

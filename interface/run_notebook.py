@@ -1,4 +1,4 @@
-"""Runs a notebook headless and exports one self-contained HTML page, widgets as what they last showed."""
+"""Runs a notebook without a browser and exports one self-contained HTML page with the last state of its widgets."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 def run_notebook(
     notebook: str | Path, parameters: dict[str, Any], folder: str | Path = "outputs"
 ) -> dict[str, Path]:
-    """Execute a notebook with parameters and export what it shows.
+    """Execute a notebook with parameters and export its output.
 
     Args:
         parameters: replace the names in the cell tagged `parameters`.
-        folder: where the executed notebook, the HTML page and a folder of its figures go.
+        folder: output folder for the executed notebook, the HTML page and a folder of its figures.
     Returns: paths of `notebook`, `html` and `figures`.
-    Raises: LabError naming the cell's error; the executed notebook is kept to look at.
+    Raises: LabError with the cell's error; the executed notebook is kept for inspection.
     """
     notebook, folder = Path(notebook), make_folder(folder)
     executed = folder / notebook.name
@@ -60,16 +60,16 @@ def run_notebook(
 
 
 def _listed(value: Any) -> Any:
-    """A parameter with lists for tuples, which would arrive in the notebook as text."""
+    """A parameter with lists instead of tuples, which papermill would pass to the notebook as text."""
     if isinstance(value, dict):
         return {name: _listed(inner) for name, inner in value.items()}
     return [_listed(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def widgets_as_shown(notebook: Any) -> Any:
-    """The notebook with each widget's last state as text, pictures and tables; a closed one leaves nothing.
+    """The notebook with each widget replaced by its last state as text, images and tables; closed ones are removed.
 
-    Where no state was saved, what the cell shows to pages without widgets stays.
+    If no state was saved, the cell keeps the output for pages without widgets.
     """
     state = notebook.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
     for cell in notebook.cells:
@@ -88,11 +88,11 @@ def widgets_as_shown(notebook: Any) -> Any:
     return notebook
 
 
-Shown = list[Any]  # texts, and {mime type: data} of pictures and tables, in their order
+Shown = list[Any]  # texts, and {mime type: data} of images and tables, in their order
 
 
 def _shown(state: dict[str, Any], model: str) -> Shown:
-    """What a widget and its children show; a row's texts in one line."""
+    """What a widget and its children show; the texts of a row are one line."""
     values = state.get(model, {}).get("state", {})
     layout = str(values.get("layout", "")).removeprefix("IPY_MODEL_")
     if state.get(layout, {}).get("state", {}).get("display") == "none":
@@ -110,7 +110,7 @@ def _bar(values: dict[str, Any], saved: Any) -> str:
     return f"|{'█' * round(20 * values['value'] / (values['max'] or 1)):<20}|"
 
 
-def _picture(values: dict[str, Any], saved: dict[str, Any]) -> dict[str, str] | None:
+def _image(values: dict[str, Any], saved: dict[str, Any]) -> dict[str, str] | None:
     data = [buffer["data"] for buffer in saved.get("buffers", []) if buffer["path"] == ["value"]]
     return {"image/png": data[0]} if data and data[0] else None
 
@@ -121,10 +121,10 @@ def _html(values: dict[str, Any], saved: Any) -> Any:
 
 
 def _input(values: dict[str, Any], saved: Any) -> str:
-    """`label: value` of an input; of a menu what is chosen."""
-    chosen, labels = values.get("index"), values.get("_options_labels", [])
-    numbers = list(chosen) if isinstance(chosen, (list, tuple)) else [] if chosen is None else [chosen]
-    value = ", ".join(labels[number] for number in numbers) if labels else values.get("value", "")
+    """`label: value` of an input; for a menu the selected options."""
+    selected, labels = values.get("index"), values.get("_options_labels", [])
+    rows = selected if isinstance(selected, (list, tuple)) else [] if selected is None else [selected]
+    value = ", ".join(labels[row] for row in rows) if labels else values.get("value", "")
     text = "" if value == [] else _plain(str(value))
     label = _plain(str(values.get("description") or ""))
     return f"{label}: {text}" if label and text else text
@@ -136,10 +136,10 @@ def _plain(text: str) -> str:
 
 LEAVES: dict[str, Callable[[dict[str, Any], Any], Any]] = {
     "FloatProgressModel": _bar,
-    "ImageModel": _picture,
+    "ImageModel": _image,
     "HTMLModel": _html,
 }
-"""How widgets that hold no others are told; what is not here is an input."""
+"""How widgets without children become text or data; every other type is an input."""
 
 
 def _as_outputs(parts: Shown) -> list[Any]:
@@ -159,30 +159,30 @@ def _as_outputs(parts: Shown) -> list[Any]:
 
 
 def without_network(html: str) -> str:
-    """The page without scripts and styles from elsewhere: it is whole where there is no network."""
+    """The page without scripts and styles from other servers, so that it works without a network."""
     html = re.sub(r"<script[^>]+src=[\"']https?://[^>]*>\s*</script>", "", html)
     return re.sub(r"<link[^>]+href=[\"']https?://[^>]*>", "", html)
 
 
 def save_figures(notebook: Any, folder: Path) -> Path:
-    """Every picture a notebook shows, as numbered PNG files."""
+    """Save all images in a notebook's output as numbered PNG files."""
     make_folder(folder)
     for old in folder.glob("*.png"):
         old.unlink()
-    pictures = (
+    images = (
         output["data"]["image/png"]
         for cell in notebook.cells
         for output in cell.get("outputs", [])
         if "image/png" in output.get("data", {})
     )
-    for number, picture in enumerate(pictures, start=1):
+    for number, image in enumerate(images, start=1):
         with atomic_path(folder / f"{number:02d}.png") as beside:
-            beside.write_bytes(base64.b64decode(picture))
+            beside.write_bytes(base64.b64decode(image))
     return folder
 
 
 def tables(notebook: Path) -> str:
-    """The plain text of the outputs of the cells tagged `result`."""
+    """The text of the tables in cells tagged `result`."""
     texts = []
     for cell in nbformat.read(notebook, as_version=4).cells:
         if "result" in cell.metadata.get("tags", []):
@@ -201,7 +201,7 @@ def _parameter(text: str) -> tuple[str, Any]:
 
 
 def main() -> None:
-    """Run a notebook, print its results and where everything lies."""
+    """Run a notebook, print its result tables and the output paths."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("notebook", nargs="?", default="main.ipynb")
     parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE")
