@@ -16,6 +16,7 @@ from PIL import Image
 import evaluate
 from core.errors import LabError
 from evaluate import measured
+from interface import cli
 from reports import report
 from reports.report import FOLD_ROWS, Page, markdown_table, save_table
 
@@ -126,7 +127,7 @@ def test_a_report_names_the_data_that_was_read(home, tmp_path):
 
 
 def test_a_report_says_what_was_trained_and_what_was_left_out(run, tmp_path, capsys):
-    evaluate.main([str(run.folder), "--output_file", str(tmp_path / "copy.html")])
+    cli.evaluate([str(run.folder), "--output_file", str(tmp_path / "copy.html")])
     assert "report.html" in capsys.readouterr().out
     page = parsed(run.folder / "report.html")
     text = " ".join(page.texts)
@@ -195,7 +196,7 @@ def test_a_comparison_has_its_own_page(home, run, tmp_path, capsys):
     other = write_run(config_of(home, test_splits=("test",), use_batch_norm=True))
     unfinished = write_run(config_of(home, seed=5), finished=False)
     folders = [str(one.folder) for one in (run, other, unfinished)]
-    evaluate.main(["compare", *folders, "--folder", str(tmp_path / "all"), "--baseline", other.name])
+    cli.evaluate(["compare", *folders, "--folder", str(tmp_path / "all"), "--baseline", other.name])
     shown = capsys.readouterr().out
     assert f"{unfinished.folder} is left out: its training is not finished." in shown
     assert "test sample only" in shown
@@ -212,7 +213,7 @@ def test_one_broken_run_does_not_stop_a_comparison(home, run, tmp_path, capsys):
     (broken.folder / "config.yaml").write_text("batch_size: [")
     no_split = write_run(config_of(home, seed=7, test_splits=()))
     folders = [str(one.folder) for one in (broken, no_split, run)]
-    evaluate.main(["compare", *folders, "--folder", str(tmp_path / "all")])
+    cli.evaluate(["compare", *folders, "--folder", str(tmp_path / "all")])
     shown = capsys.readouterr().out
     assert f"{broken.folder} is left out: " in shown
     assert f"{no_split.name} is left out: {no_split.name} has no test split; set test_splits" in shown
@@ -226,13 +227,13 @@ def test_one_broken_run_does_not_stop_a_comparison(home, run, tmp_path, capsys):
 
 def test_a_run_without_a_test_split_has_its_report(home, capsys):
     run = write_run(config_of(home, seed=8, test_splits=()))
-    evaluate.main([str(run.folder), "--comprehensive"])
+    cli.evaluate([str(run.folder), "--comprehensive"])
     assert "There is no test split, so nothing was measured" in " ".join(
         parsed(run.folder / "report.html").texts
     )
     assert len(pd.read_csv(run.folder / "tables" / "results.csv")) == 0
     with pytest.raises(SystemExit, match=f"error: {run.name} has no test split"):
-        evaluate.main(["search", str(run.folder), "a dog"])
+        cli.evaluate(["search", str(run.folder), "a dog"])
 
 
 @pytest.mark.parametrize("table", [pd.DataFrame(), pd.DataFrame(columns=["a"]), pd.DataFrame(index=["x"])])
