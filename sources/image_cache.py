@@ -190,7 +190,7 @@ def _read_numbers(path: Path, dtype: str, count: int) -> np.ndarray:
 
 def _write_array(path: Path, array: np.ndarray) -> None:
     with atomic_path(path) as beside:
-        array.tofile(beside)
+        beside.write_bytes(array.tobytes())  # tofile ignores a full disk
 
 
 FORMS: dict[str, type[RawStore]] = {"raw": RawStore, "jpeg": JpegStore}
