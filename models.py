@@ -8,6 +8,7 @@ from typing import Any
 
 from core.devices import full_precision
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -381,6 +382,18 @@ class CLIPModel(nn.Module):
             "text head": self.text_head,
         }
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def parameter_table(model: CLIPModel) -> pd.DataFrame:
+    """Trainable and frozen parameters in thousands, one row per part of the model."""
+    counts = {
+        name: [
+            sum(p.numel() for p in part.parameters() if p.requires_grad == trainable) / 1e3
+            for trainable in (True, False)
+        ]
+        for name, part in model.parts().items()
+    }
+    return pd.DataFrame(counts, index=["trainable (thousands)", "frozen (thousands)"]).T.round(1)
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:

@@ -22,6 +22,8 @@ from tqdm.auto import tqdm
 from config import Config, load_config
 from core.errors import LabError
 from core.files import file_digest
+from dataset import make_loader
+from losses import build_loss, chance_level
 from metrics import retrieval_metrics
 from models import CLIPModel, build_model
 from retrieval.figures import direction, feature_geometry, feature_spread
@@ -107,6 +109,18 @@ class Run:
                 "restore the one that belongs to the other."
             ) from error
         return model.to(get_device(self.config.device)).eval()
+
+    def summary(self, **more: Any) -> pd.DataFrame:
+        """Folder, best epoch, training time and files of the run, and whatever else is given."""
+        names = ("config.yaml", "history.csv", "metrics.json", "best.safetensors")
+        rows = {
+            "run": self.folder,
+            "best epoch": self.best_epoch,
+            "training": f"{self.training['train_seconds']:.0f} s",
+            **{name: self.folder / name for name in names if (self.folder / name).is_file()},
+            **more,
+        }
+        return pd.Series(rows, name="value").astype(str).to_frame()
 
 
 def load_run(folder: str | Path, **places: Any) -> Run:
@@ -327,6 +341,22 @@ def _augmented(batch: dict[str, Any], config: Config, epoch: int) -> Tensor:
         rotation=config.augment_rotation,
         erasing=config.augment_erasing,
     )
+
+
+@torch.no_grad()
+def first_batch(model: CLIPModel, dataset: Any, config: Config) -> pd.Series:
+    """The first batch before training: shapes of its tensors, its loss, and the loss's chance level (or None)."""
+    batch = next(iter(make_loader(dataset, config.batch_size)))
+    ids = {"image_id": batch["image_id"], "text_id": batch["text_id"]}
+    criterion = build_loss(config)
+    loss = criterion(**model(batch["image"], batch["text"]), **ids).item()
+    rows: dict[str, Any] = {
+        name: list(value.shape) for name, value in batch.items() if isinstance(value, Tensor)
+    }
+    chance_loss = chance_level(criterion, **ids, logit_bias=model.logit_bias)
+    rows["first loss"] = round(loss, 3)
+    rows["chance-level loss"] = chance_loss and round(chance_loss, 3)
+    return pd.Series(rows, name="value", dtype=object)
 
 
 @torch.inference_mode()

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch.nn.functional as F
 
+from config import Config
 from core.errors import LabError
 from dataset import PairedPictures, open_dataset
 from evaluate import measured_split, report_run
@@ -24,6 +26,7 @@ from reports.compare import settings_label
 from reports.gallery import load_or_encode, results_of
 from reports.report import save_table
 from sources.side_by_side import PairRanks
+from training.augment import augment_parts
 from utils import Run, load_run
 
 TRAIN_PAIRS = 2000  # as many as the published figure was measured on
@@ -93,6 +96,36 @@ def settings_table(results: Sequence[tuple[Run, dict[str, Any]]]) -> pd.DataFram
 
 
 # --- examples ---
+
+
+def compare_settings(runs: Sequence[Run], split: str) -> pd.DataFrame:
+    """`settings_table` of some runs, each evaluated on one split."""
+    return settings_table([(run, evaluate_pairs(run, (split,))[split].metrics) for run in runs])
+
+
+def caption_similarity(pairs: PairedPictures) -> pd.DataFrame:
+    """Mean cosine between text features: of any two captions, and of a caption and its swapped version."""
+    features = F.normalize(pairs.text_features.float(), dim=1)  # (C * C, width)
+    classes = pairs.num_classes
+    grid = features.view(classes, classes, -1)
+    swapped = (grid * grid.transpose(0, 1)).sum(dim=2)  # (C, C), 1 on the diagonal
+    cosines = {
+        "two captions": (features @ features.T).mean().item(),
+        "a caption and its swapped version": ((swapped.sum() - classes) / (classes**2 - classes)).item(),
+    }
+    return pd.Series(cosines, name="mean cosine").to_frame().round(3)
+
+
+def augmented_views(batch: dict[str, Any], config: Config, epochs: int = 4) -> list[np.ndarray]:
+    """The first image of a batch as training sees it in each of some epochs."""
+    options = {
+        "flip": config.augment_flip,
+        "jitter": config.augment_jitter,
+        "rotation": config.augment_rotation,
+    }
+    images, ids = batch["image"][:1], batch["view_id"][:1]
+    views = [augment_parts(images, ids, seed=config.seed, epoch=epoch, **options) for epoch in range(epochs)]
+    return [view[0].numpy() for view in views]
 
 
 def guesses(result: PairResult, items: Sequence[int]) -> list[str]:

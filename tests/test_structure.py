@@ -120,3 +120,15 @@ def test_every_notebook_sets_itself_up_alike():
         code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
         setups.add(tuple(code[:2]))
     assert len(setups) == 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_import_what_a_student_reads(path):
+    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    modules = {module for cell in code for module, _ in imports(ast.parse(cell))}
+    machinery = {
+        module for module in modules if "." in module and module.split(".")[0] not in ("plots", "labs")
+    }
+    assert machinery <= {"interface.colab"}
+    labs = {module for module in modules if module.split(".")[0] == "labs"}
+    assert len(labs) <= 1, "a notebook uses its own labs file only"
