@@ -2,7 +2,7 @@
 
 Against the loader every lab writes (PIL, Resize, ToTensor, Normalize, a DataLoader with two workers) on
 the same 640 x 480 JPEGs; all sides run in turns, and the ratio is the median over the rounds. Memory and
-start-up are those of a fresh process at COCO 2014's size, with empty picture files and a sparse cache.
+start-up are those of a fresh process at COCO 2014's size, with empty image files and a sparse cache.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TARGETS = {"cached uint8": 20.0, "crop, flip, floats": 4.0, "building": 1.5}  # 
 # --- speed -----------------------------------------------------------------------------------------
 
 
-class PlainPictures(Dataset):
+class PlainImages(Dataset):
     """The plain loader's data set."""
 
     def __init__(self, root: Path, names: list[str]) -> None:
@@ -63,21 +63,19 @@ class PlainPictures(Dataset):
 def make_jpegs(root: Path, count: int, distinct: int = 50) -> list[str]:
     """640 x 480 JPEGs with shapes and texture, of about the size of COCO's photographs (160 KB)."""
     rng = np.random.default_rng(0)
-    pictures = []
+    images = []
     for number in range(distinct):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC), dtype=np.float32)
         texture = rng.normal(0, 11, (480, 640, 1)) * (smooth[:, :, :1] / 255)
         path = root / f"source{number}.jpg"
         Image.fromarray((smooth + texture).clip(0, 255).astype(np.uint8)).save(path, quality=93)
-        pictures.append(path.read_bytes())
+        images.append(path.read_bytes())
         path.unlink()
     names = [f"{row:05d}.jpg" for row in range(count)]
     for row, name in enumerate(names):
-        (root / name).write_bytes(pictures[row % distinct])
-    print(
-        f"{count:,} JPEGs of 640 x 480, {np.mean([len(data) for data in pictures]) / 1000:.0f} KB on average"
-    )
+        (root / name).write_bytes(images[row % distinct])
+    print(f"{count:,} JPEGs of 640 x 480, {np.mean([len(data) for data in images]) / 1000:.0f} KB on average")
     return names
 
 
@@ -88,7 +86,7 @@ def shuffled_batches(count: int) -> Iterator[np.ndarray]:
 
 
 def images_per_second(passes: Callable[[], int], at_least: float = 1.0) -> float:
-    """`passes` returns how many images it went through, and is repeated for `at_least` seconds."""
+    """`passes` returns the number of images it processed, and is repeated for `at_least` seconds."""
     start, images = time.perf_counter(), 0
     while not images or time.perf_counter() - start < at_least:
         images += passes()
@@ -105,12 +103,12 @@ def build_rate(root: Path, names: list[str]) -> float:
 
 
 def measure_speed(folder: Path, count: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Name -> images a second and the median ratio to the plain loader of the same round."""
-    root = folder / "pictures"
+    """Name -> images per second and the median ratio to the plain loader of the same round."""
+    root = folder / "images"
     root.mkdir()
     names = make_jpegs(root, count)
     loader = DataLoader(
-        PlainPictures(root, names),
+        PlainImages(root, names),
         batch_size=BATCH,
         shuffle=True,
         num_workers=WORKERS,
@@ -151,7 +149,7 @@ def measure_speed(folder: Path, count: int, rounds: int) -> dict[str, dict[str, 
 
 
 def simulate_coco(root: Path) -> None:
-    """COCO's own layout and number of files: true captions file, empty pictures."""
+    """COCO's own layout and number of files: the real captions file, empty images."""
     (root / "annotations").mkdir(parents=True)
     (root / "train2014").mkdir()
     names = [f"COCO_train2014_{row:012d}.jpg" for row in range(COCO_IMAGES)]
@@ -170,7 +168,7 @@ def simulate_coco(root: Path) -> None:
 
 
 def lay_out_cache(root: Path, paths: tuple[str, ...], folder: Path) -> None:
-    """A finished cache whose pixels are a hole in the file."""
+    """A complete cache whose pixel file is sparse."""
     source = image_cache.Source(str(root), paths, SIZE, "crop")
     cache_folder = folder / f"images_{SIZE}px_crop_{source.key[:16]}_raw"
     cache_folder.mkdir(parents=True)

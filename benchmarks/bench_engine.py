@@ -1,4 +1,4 @@
-"""The engine against a plain loop, each a ratio in one run: `python -m benchmarks engine`."""
+"""The engine compared with a plain loop; each ratio is measured in one run: `python -m benchmarks engine`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROUNDS = 3
 
 
 def flickr8k(preset: str = "flickr8k", **fields: Any) -> Config | None:
-    """Flickr8k with the packaged towers, or None where it is not at hand."""
+    """Flickr8k with the packaged towers, or None if it is not available."""
     folder = next((folder for folder in FLICKR8K if folder.is_dir()), None)
     return (
         None if folder is None else make_config(preset, data_dir=folder, cache_dir=ROOT / "cache", **fields)
@@ -41,7 +41,7 @@ def flickr8k(preset: str = "flickr8k", **fields: Any) -> Config | None:
 
 
 def made_up(images: int, size: int, captions: int = 5) -> COCOClipDataset:
-    """Noise in a picture cache's shape: what is timed is the loop."""
+    """Random images in the shape of the image cache; only the loop is timed."""
     ids = np.arange(images)
     table = CaptionTable(
         root=Path(),
@@ -51,9 +51,9 @@ def made_up(images: int, size: int, captions: int = 5) -> COCOClipDataset:
         captions=[f"caption {k} of {n}" for n in ids for k in range(captions)],
         caption_image_ids=np.repeat(ids, captions),
     )
-    pictures = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8)
     return COCOClipDataset(
-        "train", table=table, images=pictures, text_features=torch.randn(images * captions, 384)
+        "train", table=table, images=pixels, text_features=torch.randn(images * captions, 384)
     )
 
 
@@ -66,7 +66,7 @@ def usual_allocator() -> None:
 
 
 def resnet_speed(images: int = 48, precision: str = "bf16") -> None:
-    """ResNet50 at 224 px: pictures through the tower a second, ours against the plain loop, by turns.
+    """ResNet50 at 224 px: images per second through the tower, this lab's loop and the plain loop alternately.
 
     bf16 is for a CPU with AVX512-BF16 or AMX; on any other give fp32.
     """
@@ -99,8 +99,8 @@ def resnet_speed(images: int = 48, precision: str = "bf16") -> None:
         ratios.append(rates[-1][0] / rates[-1][1])
     ours_rate, plain_rate = (statistics.median(side) for side in zip(*rates, strict=True))
     print(
-        f"\nResNet50, 224 px, batch {config.batch_size}, {config.precision}: {ours_rate:.1f} pictures a second against "
-        f"{plain_rate:.1f}: {statistics.median(ratios):.1f}x (2 wanted), each picture with five captions against one"
+        f"\nResNet50, 224 px, batch {config.batch_size}, {config.precision}: {ours_rate:.1f} images per second against "
+        f"{plain_rate:.1f}: {statistics.median(ratios):.1f}x (target 2), five captions per image against one"
     )
 
 
@@ -112,36 +112,36 @@ def time_to_recall(config: Config, what: str, plain_epochs: int = 10, plain_rate
     reached: list[tuple[float, float]] = []
 
     def look(epoch: int, seconds: float) -> None:
-        found = validate(model, val_loader, criterion, config)
-        reached.append((mean_recall(found), seconds))
+        metrics = validate(model, val_loader, criterion, config)
+        reached.append((mean_recall(metrics), seconds))
         print(
             f"  plain loop, epoch {epoch + 1}: {100 * reached[-1][0]:.1f} % after {seconds:.0f} s", flush=True
         )
 
     plain_loop.train_epochs(model, train_set, 128, plain_rate, plain_epochs, look)
-    wanted, plain_seconds = max(reached)[0], reached[-1][1]
+    target, plain_seconds = max(reached)[0], reached[-1][1]
     with tempfile.TemporaryDirectory() as folder:
         history = fit(config.updated(runs_dir=folder), show=False).history
     history["recall"] = (history["i2t_recall@1"] + history["t2i_recall@1"]) / 2
-    there = history.index[history["recall"] >= wanted]
+    there = history.index[history["recall"] >= target]
     if not len(there):
         print(
-            f"{what}: the plain loop's {100 * wanted:.1f} % was not reached ({100 * history['recall'].max():.1f} %)"
+            f"{what}: the plain loop's {100 * target:.1f} % was not reached ({100 * history['recall'].max():.1f} %)"
         )
         return
     ours = history["train_seconds"][: there[0] + 1].sum()
     print(
-        f"{what}: {100 * wanted:.1f} % mean R@1 on dev after {ours:.0f} s (epoch {there[0] + 1}), the plain loop after "
-        f"{plain_seconds:.0f} s: {ours / plain_seconds:.3f} of its time (0.25 wanted)"
+        f"{what}: {100 * target:.1f} % mean R@1 on dev after {ours:.0f} s (epoch {there[0] + 1}), the plain loop after "
+        f"{plain_seconds:.0f} s: {ours / plain_seconds:.3f} of its time (target 0.25)"
     )
 
 
-def mean_recall(found: dict[str, float]) -> float:
-    return (found["i2t_recall@1"] + found["t2i_recall@1"]) / 2
+def mean_recall(metrics: dict[str, float]) -> float:
+    return (metrics["i2t_recall@1"] + metrics["t2i_recall@1"]) / 2
 
 
 def overhead(config: Config, batches: int = 12) -> None:
-    """What the engine adds to forward, backward and step; what a checkpoint a minute costs."""
+    """Overhead of the engine over forward, backward and step, and of one checkpoint per minute."""
     dataset = open_dataset(config, config.train_splits)
     loader = make_loader(dataset, config.batch_size)
     given = [batch for batch, _ in zip(loader, range(batches), strict=False)]
@@ -165,7 +165,7 @@ def overhead(config: Config, batches: int = 12) -> None:
             with_engine, without = with_engine + middle - start, without + time.perf_counter() - middle
         ratios.append(with_engine / without)
     added = 100 * (statistics.median(ratios[1:]) - 1)
-    print(f"engine over forward, backward, clipping and step: {added:+.1f} % (3 wanted)")
+    print(f"engine overhead over forward, backward, clipping and step: {added:+.1f} % (target 3)")
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config.updated(runs_dir=folder), show=False)
         trainer.prepare("never")
@@ -178,7 +178,7 @@ def overhead(config: Config, batches: int = 12) -> None:
         size = path.stat().st_size / 1e6
     seconds = statistics.median(times)
     print(
-        f"a checkpoint of {size:.0f} MB takes {seconds:.2f} s: {100 * seconds / 60:.2f} % at one a minute (2 wanted)"
+        f"a checkpoint of {size:.0f} MB takes {seconds:.2f} s: {100 * seconds / 60:.2f} % at one per minute (target 2)"
     )
 
 

@@ -32,7 +32,7 @@ from sources.readers import read_captions
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES = [place / "flickr8k" for place in (ROOT.parent / "shared", ROOT / "data")]
 IMAGE_WIDTH, TEXT_WIDTH, CAPTIONS = 1152, 4096, 5
-BLOCK = 20_000  # pairs drawn at once
+BLOCK = 20_000  # pairs generated at once
 BATCH = 512  # images of ours; the plain side gets as many pairs a batch
 
 
@@ -55,7 +55,7 @@ def simulate(folder: Path, pairs: int) -> None:
 
 
 class PlainPairs(Dataset):
-    """The usual way: an item is a pair, and each row is made a tensor of its own."""
+    """The usual way: one item per pair, and one tensor per row."""
 
     def __init__(self, folder: Path) -> None:
         self.images = torch.load(folder / "train_image_embeddings.pt", mmap=True)
@@ -69,7 +69,7 @@ class PlainPairs(Dataset):
 
 
 def _epoch(batches: DataLoader, most: int) -> tuple[int, float]:
-    """Pairs and seconds of at most so many batches."""
+    """Pairs and seconds of a number of batches."""
     pairs, start = 0, time.perf_counter()
     for number, batch in enumerate(batches):
         pairs += len(batch["text"]) if isinstance(batch, dict) else len(batch[1])
@@ -79,7 +79,7 @@ def _epoch(batches: DataLoader, most: int) -> tuple[int, float]:
 
 
 def _step_seconds(config: Config, loader: DataLoader, steps: int = 3) -> float:
-    """Median seconds of a training step of the preset's heads, its batch at hand."""
+    """Median seconds of a training step of the preset's heads, its batch in memory."""
     model, criterion = build_model(config), build_loss(config)
     optimizer = torch.optim.AdamW(model.parameters())
     batch, seconds = next(iter(loader)), []
@@ -94,7 +94,7 @@ def _step_seconds(config: Config, loader: DataLoader, steps: int = 3) -> float:
 
 
 def bench_size(pairs: int, batches: int, rounds: int = 3) -> None:
-    """Peak memory, and batches of both sides in turns."""
+    """Peak memory, and batches of both programs alternately."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "embeddings"
         with multiprocessing.get_context("spawn").Pool(
@@ -116,10 +116,10 @@ def bench_size(pairs: int, batches: int, rounds: int = 3) -> None:
     wait = BATCH * CAPTIONS / median(rates["ours"])
     ratio = median(fast / slow for fast, slow in zip(rates["ours"], rates["plain"], strict=True))
     print(f"\n{pairs:,} pairs, {IMAGE_WIDTH}-d images, {TEXT_WIDTH}-d texts")
-    print(f"  peak memory, mapped files included: {peak:.1f} GB (at most 8 wanted)")
+    print(f"  peak memory, mapped files included: {peak:.1f} GB (target: at most 8)")
     print(f"  pairs a second: {median(rates['ours']):,.0f}, plain loop {median(rates['plain']):,.0f}")
-    print(f"  ratio {ratio:.1f} (at least 2 wanted)")
-    print(f"  data's share of a step: {100 * wait / (wait + step):.1f} % (at most 10 wanted)")
+    print(f"  ratio {ratio:.1f} (target: at least 2)")
+    print(f"  data's share of a step: {100 * wait / (wait + step):.1f} % (target: at most 10)")
 
 
 def convert(data: Path, folder: Path) -> Path:
@@ -135,7 +135,7 @@ def convert(data: Path, folder: Path) -> Path:
 
 
 def bench_recall() -> None:
-    """The preset on Flickr8k's features: official split, epoch chosen on dev, test read once."""
+    """The preset on Flickr8k's features: official split, epoch chosen on dev, test evaluated once."""
     data = next((place for place in FEATURES if (place / "features.safetensors").is_file()), None)
     if data is None:
         print("recall: skipped; it needs features.safetensors in ../shared/flickr8k or data/flickr8k")
@@ -143,7 +143,7 @@ def bench_recall() -> None:
     with tempfile.TemporaryDirectory() as folder:
         embeddings = convert(data, Path(folder) / "embeddings")
         config = make_config("projection_heads", **embeddings_at(embeddings), runs_dir=folder)
-        print("\nprojection_heads, Flickr8k 1K test, 5 captions, three seeds (24.5 and 19 R@1 wanted)")
+        print("\nprojection_heads, Flickr8k 1K test, 5 captions, three seeds (target R@1: 24.5 and 19)")
         print(train_seeds(config).to_string())
 
 

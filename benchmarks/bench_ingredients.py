@@ -1,4 +1,4 @@
-"""What each ingredient brings on Flickr8k, three seeds each: `python -m benchmarks ingredients`.
+"""The effect of each ingredient on Flickr8k, three seeds each: `python -m benchmarks ingredients`.
 
 Every row changes one thing of the preset. Epochs and rows are judged on dev; test is read by the last table alone,
 for the preset. Runs are kept in outputs/ingredients: called again, finished ones are not trained again.
@@ -58,22 +58,22 @@ def trained(config: Config) -> Run:
 
 
 def at_best_epoch(run: Run) -> dict[str, float]:
-    """Dev recalls in percent at the epoch that dev chose, and the seconds of training."""
+    """Dev recalls in percent at the epoch chosen on dev, and the seconds of training."""
     row = run.history[run.history["epoch"] == run.best_epoch].iloc[0]
     seconds = float(run.history["train_seconds"].sum())
     return {**{name: 100 * row[name] for name in RECALLS}, "epoch": run.best_epoch, "seconds": seconds}
 
 
 def ingredients(config: Config, settings: dict[str, dict[str, Any]], seeds: tuple[int, ...]) -> pd.DataFrame:
-    """A row a setting: mean and standard deviation over seeds on dev, and the gain over the preset."""
+    """One row per setting: mean and standard deviation over seeds on dev, and the gain over the preset."""
     rows = {}
     for name, changes in settings.items():
         runs = [trained(config.updated(seed=seed, **changes)) for seed in seeds]
-        found = pd.DataFrame([at_best_epoch(run) for run in runs])
-        spread = found[RECALLS].std().add_suffix(" ±")
-        rows[name] = pd.concat([found.mean(), spread])
+        recalls = pd.DataFrame([at_best_epoch(run) for run in runs])
+        spread = recalls[RECALLS].std().add_suffix(" ±")
+        rows[name] = pd.concat([recalls.mean(), spread])
         print(
-            f"  {name}: " + ", ".join(f"{found[r].mean():.1f} ± {found[r].std():.1f}" for r in RECALLS),
+            f"  {name}: " + ", ".join(f"{recalls[r].mean():.1f} ± {recalls[r].std():.1f}" for r in RECALLS),
             flush=True,
         )
     table = pd.DataFrame(rows).T
@@ -84,8 +84,8 @@ def ingredients(config: Config, settings: dict[str, dict[str, Any]], seeds: tupl
 def on_test(config: Config, seeds: tuple[int, ...]) -> pd.DataFrame:
     """The preset's recalls on the official test split, mean and standard deviation over seeds, percent."""
     runs = [trained(config.updated(seed=seed)) for seed in seeds]
-    found = [evaluate.recalls_of(evaluate.evaluate_run(run)[config.test_splits[0]]) for run in runs]
-    table = 100 * pd.DataFrame(found)
+    recalls = [evaluate.recalls_of(evaluate.evaluate_run(run)[config.test_splits[0]]) for run in runs]
+    table = 100 * pd.DataFrame(recalls)
     return pd.DataFrame({"mean": table.mean(), "std": table.std()}).T.round(2)
 
 

@@ -20,14 +20,14 @@ SEEDS = (0, 1, 2)
 
 
 def time_notebook() -> None:
-    """main.ipynb from nothing: pictures drawn, captions encoded, trained, evaluated."""
+    """main.ipynb from an empty folder: images generated, captions encoded, trained, evaluated."""
     with tempfile.TemporaryDirectory() as folder:
         places = {f"{name}_dir": f"{folder}/{name}" for name in ("data", "cache", "runs")}
         places["data_dir"] = f"{folder}/scenes"
         start = time.perf_counter()
         made = run_notebook(ROOT / "main.ipynb", {"OVERRIDES": places}, folder)
         print(
-            f"\nmain.ipynb, quickstart, from nothing: {time.perf_counter() - start:.0f} s (at most 300 wanted)"
+            f"\nmain.ipynb, quickstart, from an empty folder: {time.perf_counter() - start:.0f} s (target: at most 300)"
         )
         print(tables(made["notebook"]))
 
@@ -41,22 +41,22 @@ def train_seeds(config: Config) -> pd.DataFrame:
         start = time.perf_counter()
         run = fit(config.updated(seed=seed), resume="never")
         seconds = time.perf_counter() - start
-        found = evaluate.evaluate_run(run)[config.test_splits[0]]
-        recalls = {name: 100 * value for name, value in evaluate.recalls_of(found).items()}
+        metrics = evaluate.evaluate_run(run)[config.test_splits[0]]
+        recalls = {name: 100 * value for name, value in evaluate.recalls_of(metrics).items()}
         rows.append({"seconds": seconds, "best epoch": run.best_epoch, **recalls})
     table = pd.DataFrame(rows)
     return pd.DataFrame({"mean": table.mean(), "std": table.std()}).T.round(2)
 
 
 def recall_flickr8k() -> None:
-    """Official test split, 1,000 images with five captions each; epoch chosen on dev, test read once."""
+    """Official test split, 1,000 images with five captions each; epoch chosen on dev, test evaluated once."""
     folder_of_data = next((folder for folder in FLICKR8K if folder.is_dir()), None)
     if folder_of_data is None:
         print("flickr8k: skipped; run `python dataset.py fetch flickr8k` first")
         return
     with tempfile.TemporaryDirectory() as folder:
         config = make_config("flickr8k", data_dir=folder_of_data, runs_dir=folder, cache_dir=ROOT / "cache")
-        print(f"\nflickr8k, 1K test, 5 captions, seeds {SEEDS} (23.5 and 18 R@1 wanted, under 180 s)")
+        print(f"\nflickr8k, 1K test, 5 captions, seeds {SEEDS} (target R@1: 23.5 and 18, under 180 s)")
         print(train_seeds(config).to_string())
 
 

@@ -26,7 +26,7 @@ NUM_IMAGES, NUM_TEXTS, WIDTH = 40_504, 202_654, 512
 
 
 def make_features(num_images: int, num_texts: int, noise: float = 6.0) -> Features:
-    """Normalised random features, captions in random order and `noise` times as long off their image."""
+    """Normalized random features, captions in random order, with noise of `noise` times their length."""
     generator = torch.Generator().manual_seed(0)
     images = torch.nn.functional.normalize(torch.randn(num_images, WIDTH, generator=generator))
     image_id = torch.arange(num_images)
@@ -40,7 +40,7 @@ def make_features(num_images: int, num_texts: int, noise: float = 6.0) -> Featur
 
 
 def chunked_product(images: torch.Tensor, texts: torch.Tensor) -> None:
-    """The yardstick: every tile of the product, thrown away."""
+    """The reference: every tile of the product, discarded."""
     height, width = TILES["cpu"]
     out = torch.empty(height * width)
     for rows in texts.split(height):
@@ -56,7 +56,7 @@ def seconds(job: Callable[[], object]) -> float:
 
 
 def spread(slow: list[float], fast: list[float]) -> str:
-    """The median of the turns' ratios, and their ends."""
+    """The median of the rounds' ratios, with minimum and maximum."""
     ratios = np.divide(slow, fast)
     return f"{np.median(ratios):.3g} [{ratios.min():.3g}, {ratios.max():.3g}]"
 
@@ -95,7 +95,7 @@ def compare_with_product(num_images: int, num_texts: int, rounds: int) -> None:
         ours.append(seconds(lambda: retrieval_metrics(*features)))
     print(
         f"{num_images:,} images x {num_texts:,} captions: product {min(product):.1f} s, all metrics "
-        f"{min(ours):.1f} s, {spread(ours, product)} times the product (at most 1.5 wanted); the whole process "
+        f"{min(ours):.1f} s, {spread(ours, product)} times the product (target: at most 1.5); the whole process "
         f"took {peak_mib() - stored:.0f} MiB beside {stored:.0f} MiB of features"
     )
 
@@ -109,7 +109,7 @@ def compare_with_argsort(rounds: int = 3) -> None:
         theirs.append(seconds(lambda: pair_by_pair(*features)))
     print(
         f"2,000 images x 10,000 captions: argsort {min(theirs):.2f} s, all metrics {min(ours):.3f} s, "
-        f"{spread(theirs, ours)} times faster (at least 30 wanted)"
+        f"{spread(theirs, ours)} times faster (target: at least 30)"
     )
 
 

@@ -1,7 +1,7 @@
-"""Pairs of small pictures, the plain setting beside the full one, and the swap margin's effect.
+"""Side-by-side images: the plain and the full setting, and the effect of the swap margin.
 
 `python -m benchmarks paired` trains everything below and prints one table a data set; a finished run is reused.
-`python -m benchmarks paired --tiny` proves the command in a minute on a few pictures.
+`python -m benchmarks paired --tiny` tests the command in a minute on a few images.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ CIFAR10 = [ROOT.parent / "shared" / "cifar10", ROOT / "data" / "cifar10"]
 SETTINGS = (("paired_small_baseline", 0.0), ("paired_small", 0.0), ("paired_small", 1.0))
 """Preset, and weight of the swap margin."""
 SEEDS = (0, 1, 2)
-PAIRS_PER_EPOCH = 4000  # of CIFAR-10's 18,000 training pictures, which take their turns
+PAIRS_PER_EPOCH = 4000  # of CIFAR-10's 18,000 training images, in turn
 TINY: dict[str, Any] = dict(
     max_samples=60, num_epochs=2, image_width=16, image_num_layers=1, image_num_heads=2
 )
 
 
 def measure(title: str, seeds: tuple[int, ...], **overrides: Any) -> None:
-    """Train every setting with every seed, and print their tables on training and on test pictures."""
+    """Train every setting with every seed, and print their tables on training and on test images."""
     measured: dict[str, list[tuple[Run, dict[str, Any]]]] = {"train": [], "test": []}
     for preset, weight in SETTINGS:
         config = make_config(preset, swap_weight=weight, **overrides)
@@ -42,36 +42,36 @@ def measure(title: str, seeds: tuple[int, ...], **overrides: Any) -> None:
             print(one_line(run, results["test"]), flush=True)
     for split, rows in measured.items():
         captions = rows[0][1]["num_texts"]
-        print(f"\n{title}: {split} pictures against {captions} captions, %, mean ± std over seeds {seeds}")
+        print(f"\n{title}: {split} images against {captions} captions, %, mean ± std over seeds {seeds}")
         print(settings_table(rows).to_string())
     verdicts(measured["test"])
 
 
 def one_line(run: Run, result: PairResult) -> str:
     """One run's test figures with the interval of its top-1 over pairs."""
-    found = result.metrics
-    figures = ", ".join(f"{name} {100 * found[name]:.1f}" for name in FIGURES if name in found)
-    interval = f"[{100 * found['top1_low']:.1f}, {100 * found['top1_high']:.1f}]"
+    metrics = result.metrics
+    figures = ", ".join(f"{name} {100 * metrics[name]:.1f}" for name in FIGURES if name in metrics)
+    interval = f"[{100 * metrics['top1_low']:.1f}, {100 * metrics['top1_high']:.1f}]"
     seconds = run.training["train_seconds"]
-    return f"{run.name}: {figures}; top1 {interval}; {found['num_swapped']} swapped; {seconds:.0f} s"
+    return f"{run.name}: {figures}; top1 {interval}; {metrics['num_swapped']} swapped; {seconds:.0f} s"
 
 
 def verdicts(rows: list[tuple[Run, dict[str, Any]]]) -> None:
     """Whether the full setting is better than the plain one, and what the margin changes, over seeds."""
     plain, full, margin = (
-        [found for run, found in rows if (run.config.preset, run.config.swap_weight) == setting]
+        [metrics for run, metrics in rows if (run.config.preset, run.config.swap_weight) == setting]
         for setting in SETTINGS
     )
     for sides, names in (((plain, full), ("plain", "full")), ((full, margin), ("no margin", "margin"))):
         for name in ("top1", "swapped"):
-            values = [[found[name] for found in side] for side in sides]
+            values = [[metrics[name] for metrics in side] for side in sides]
             print(f"{name}: {compare_settings(*values, names=names).verdict}")
 
 
 def main() -> None:
-    """Drawn shapes, then CIFAR-10's class folders where they are."""
+    """Generated shapes, then CIFAR-10's class folders if they exist."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="a few pictures, two epochs, two seeds")
+    parser.add_argument("--tiny", action="store_true", help="a few images, two epochs, two seeds")
     parser.add_argument("--data", choices=("shapes", "cifar10"), help="one data set alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     given = parser.parse_args()
@@ -79,12 +79,12 @@ def main() -> None:
     some = {**places, **(TINY if given.tiny else {})}
     seeds = tuple(given.seeds[:2] if given.tiny else given.seeds)
     if given.data != "cifar10":
-        measure("drawn shapes", seeds, data_dir=ROOT / "data" / "shapes", **some)
+        measure("generated shapes", seeds, data_dir=ROOT / "data" / "shapes", **some)
     if given.data == "shapes":
         return
     cifar10 = next((folder for folder in CIFAR10 if folder.is_dir()), None)
     if cifar10 is None:
-        print("CIFAR-10: skipped; put its pictures into data/cifar10/{train,test}/CLASS/")
+        print("CIFAR-10: skipped; put its images into data/cifar10/{train,test}/CLASS/")
         return
     measure("CIFAR-10", seeds, source=None, data_dir=cifar10, pairs_per_epoch=PAIRS_PER_EPOCH, **some)
 

@@ -1,4 +1,4 @@
-"""What hard negatives are worth: `python -m benchmarks retrieval [--budget SECONDS] [--seeds N ...]`.
+"""The effect of hard negatives: `python -m benchmarks retrieval [--budget SECONDS] [--seeds N ...]`.
 
 Every setting starts from the same heads and gets the same processor time: an epoch of each is timed once, in this
 process, mining and validation with it, and the setting gets as many epochs as fit into the budget.
@@ -97,26 +97,26 @@ def interval(values: Sequence[float]) -> str:
     return f"{series.mean():.1f} ± {reach:.1f}"
 
 
-def against(found: Sequence[float], base: Sequence[float]) -> str:
-    """The difference of means in points with Welch's 95 % interval, from three seeds a side."""
-    test = compare_settings([100 * value for value in found], [100 * value for value in base])
+def against(values: Sequence[float], base: Sequence[float]) -> str:
+    """The difference of means in points with Welch's 95 % interval, from three seeds per setting."""
+    test = compare_settings([100 * value for value in values], [100 * value for value in base])
     return f"{test.difference:+.1f} [{test.low:+.1f}, {test.high:+.1f}]"
 
 
 def summary(rows: pd.DataFrame, figures: Sequence[str]) -> pd.DataFrame:
-    """A row a setting: means over seeds, and the differences to BASELINE."""
+    """One row per setting: means over seeds, and the differences from BASELINE."""
     base = rows[rows["setting"] == BASELINE]
     table = []
-    for name, found in rows.groupby("setting", sort=False):
-        row: dict[str, Any] = {"setting": name, "seeds": len(found)}
+    for name, group in rows.groupby("setting", sort=False):
+        row: dict[str, Any] = {"setting": name, "seeds": len(group)}
         for column in ("epochs", "s an epoch", "mining %"):
-            if column in found:
-                row[column] = round(found[column].mean(), 1)
+            if column in group:
+                row[column] = round(group[column].mean(), 1)
         for figure in figures:
-            row[f"{figure} %"] = interval(found[figure].tolist())
+            row[f"{figure} %"] = interval(group[figure].tolist())
             row[f"{figure} gain"] = "baseline"
             if name != BASELINE:
-                row[f"{figure} gain"] = against(found[figure].tolist(), base[figure].tolist())
+                row[f"{figure} gain"] = against(group[figure].tolist(), base[figure].tolist())
         table.append(row)
     return pd.DataFrame(table).set_index("setting")
 
@@ -155,12 +155,12 @@ def chosen(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def test_figures(run: Run) -> dict[str, float]:
     """The figures of the first test split."""
-    found = evaluate_run(run, show=False)[run.config.test_splits[0]]
-    return {name: found[name] for name in FIGURES}
+    metrics = evaluate_run(run, show=False)[run.config.test_splits[0]]
+    return {name: metrics[name] for name in FIGURES}
 
 
 def word_order(given: argparse.Namespace, folder: Path) -> None:
-    """Whether hard negatives teach the order of words, on known pairs (test) and held-out ones (novel)."""
+    """Whether hard negatives teach word order, on known pairs (test) and held-out ones (novel)."""
     places = dict(data_dir=ROOT / "data" / "scenes", cache_dir=ROOT / "cache", runs_dir=folder)
     heads = dict(image_tower_mode="cached", batch_size=256, head_hidden_dim=2048, text_head="mlp")
     config = make_config("quickstart", **places, **heads, max_samples=given.max_samples)
@@ -177,19 +177,19 @@ def word_order(given: argparse.Namespace, folder: Path) -> None:
     table = pd.DataFrame(rows)
     figures = [column for column in table if "order" in str(column)]
     print(
-        "\nGenerated scenes: share of pictures nearer the true caption than the exchanged one (chance 50 %)"
+        "\nGenerated scenes: share of images nearer to the true caption than to the exchanged one (chance 50 %)"
     )
     print(summary(table, figures).T.to_string())
 
 
 def order_figures(run: Run) -> dict[str, float]:
     """Share of right orders, by split and by what was exchanged."""
-    found = {}
+    result = {}
     for split in ("test", "novel"):
         margins = order_margins(open_gallery(run, split, show=False))
         shares = (margins["margin"] > 0).groupby(margins["kind"]).mean()
-        found |= {f"{split} {kind} order": float(share) for kind, share in shares.items()}
-    return found
+        result |= {f"{split} {kind} order": float(share) for kind, share in shares.items()}
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -198,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=30.0, help="processor seconds a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=list(LEARNING_RATES), help="to choose from")
-    parser.add_argument("--batch_size", type=int, default=256, help="pictures a batch, of the photographs")
+    parser.add_argument("--batch_size", type=int, default=256, help="batch size on photographs")
     parser.add_argument("--start_epochs", type=int, default=6, help="of the heads that all start from")
     parser.add_argument("--max_samples", type=int, help="at most this many images a split, to see it run")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), help=f"of {', '.join(SETTINGS)}")

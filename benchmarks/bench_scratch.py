@@ -1,7 +1,7 @@
-"""CLIP from nothing at full size: seconds for an epoch of 1,000 pairs, and memory.
+"""CLIP from scratch at full size: seconds for an epoch of 1,000 pairs, and memory.
 
 `python -m benchmarks scratch [--batch_size N] [--steps N] [--preset NAME]` takes a few steps and scales them.
-Published for the same sizes at batch 64, one caption a picture: 580 s an epoch on its authors' GPU.
+Published for the same sizes at batch 64, one caption per image: 580 s per epoch on its authors' GPU.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def measure(config: Config, steps: int) -> dict[str, float]:
     model = build_model(config).to(device).train()
     optimizer, criterion = build_optimizer(model, config), build_loss(config)
     shape = (config.batch_size, 3, config.image_size, config.image_size)
-    pictures = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     for step in range(1 + steps):
         if step == 1:
             wall, processor = time.perf_counter(), time.process_time()
         with autocast(config, device):
-            features = model(pictures, [CAPTION] * config.batch_size)
+            features = model(images, [CAPTION] * config.batch_size)
         loss = criterion(**features)
         optimizer.zero_grad()
         loss.backward()
@@ -50,7 +50,7 @@ def measure(config: Config, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print a row for each precision that the device has."""
+    """Print one row per precision that the device supports."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="clip_from_scratch")
     parser.add_argument("--batch_size", type=int)

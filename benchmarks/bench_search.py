@@ -1,6 +1,6 @@
 """Search over many features: recall against exact and latency: `python -m benchmarks search [--rows N]`.
 
-The features are drawn: Gaussian clusters in 48 dimensions, turned into 512 and blurred, so that neighbourhoods
+The features are generated: Gaussian clusters in 48 dimensions, turned into 512 and blurred, so that neighbourhoods
 exist as in a trained joint space (isotropic noise has none). Queries are new points of the same clusters.
 """
 
@@ -26,7 +26,7 @@ KINDS = ("exact", "ivf")
 
 
 def draw(rows: int, seed: int) -> Tensor:
-    """(rows, WIDTH) normalised features; the clusters are the same for every seed."""
+    """(rows, WIDTH) normalized features; the clusters are the same for every seed."""
     shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     centres = torch.randn(CLUSTERS, LATENT, generator=shared)
     turn = torch.linalg.qr(torch.randn(WIDTH, LATENT, generator=shared))[0].T  # (LATENT, WIDTH)
@@ -57,15 +57,15 @@ def recall_of(index: Index, exact: Index, queries: Tensor) -> float:
 
 
 def measure(kind: str, features: Tensor, exact: Index, queries: Tensor) -> dict[str, float]:
-    """Seconds to build, recall@10 in [0, 1], milliseconds a query."""
+    """Seconds to build, recall@10 in [0, 1], milliseconds per query."""
     start = time.perf_counter()
     index = build_index(features, kind=kind)
     build_seconds = time.perf_counter() - start
-    few = queries[:20]
+    first = queries[:20]
     return {
         "build, s": round(build_seconds, 1),
         f"recall@{K}": round(recall_of(index, exact, queries), 4),
-        "one query, ms": round(1000 * seconds(lambda: one_by_one(index, few)) / len(few), 2),
+        "one query, ms": round(1000 * seconds(lambda: one_by_one(index, first)) / len(first), 2),
         f"of {QUERIES} at once, ms": round(1000 * seconds(lambda: index.query(queries, K)) / QUERIES, 2),
     }
 

@@ -1,4 +1,4 @@
-"""Captions a second, sorted batches against batches padded to 77: `python -m benchmarks text`.
+"""Captions per second, sorted batches against batches padded to 77: `python -m benchmarks text`.
 
 The same encoder and captions on both sides, in turns; the ratio is the median over the rounds.
 """
@@ -58,7 +58,7 @@ def _timed(
 
 
 def main() -> None:
-    """Both sides in turns, and their ratio beside the wanted one."""
+    """Both programs alternately, and their ratio beside the target."""
     name, texts = captions()
     tower = towers_text.minilm().eval()
     for encode in (encode_texts, encode_padded):
@@ -74,8 +74,8 @@ def main() -> None:
     print(f"\ncaptions a second, MiniLM, {len(texts)} captions of {name}, {torch.get_num_threads()} threads")
     print(f"  batches of {BATCH} padded to {PADDED}: {len(texts) / median(plain):.0f}")
     print(f"  sorted, padded to their own longest: {len(texts) / median(ours):.0f}")
-    print(f"  ratio {median(ratios):.1f} (at least {TARGET} wanted; {min(ratios):.1f} to {max(ratios):.1f})")
-    print(f"  outputs differ by at most {apart:.1e} (under 1e-3 wanted)")
+    print(f"  ratio {median(ratios):.1f} (target: at least {TARGET}; {min(ratios):.1f} to {max(ratios):.1f})")
+    print(f"  outputs differ by at most {apart:.1e} (target: under 1e-3)")
 
 
 if __name__ == "__main__":

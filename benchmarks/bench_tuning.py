@@ -23,7 +23,7 @@ from tune import read_space, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES = [place / "flickr8k" for place in (ROOT.parent / "shared", ROOT / "data")]
-MINUTES = 15  # wanted for the study
+MINUTES = 15  # target for the study
 JUDGED = ("i2t_recall@1", "t2i_recall@1")
 
 
@@ -43,7 +43,7 @@ def bench(data: Path, folder: Path, given: argparse.Namespace) -> None:
     study = tune.tune(short, space, folder / "study", num_trials=given.trials)
     minutes = (time.perf_counter() - start) / 60
     states = tune.trials_table(study)["state"].value_counts().to_dict()
-    print(f"\nstudy: {states}, {minutes:.1f} minutes (under {MINUTES} wanted for 60 trials)")
+    print(f"\nstudy: {states}, {minutes:.1f} minutes (target: under {MINUTES} for 60 trials)")
     print(f"best: {study.best_params}")
     sides = {"untuned": config, "tuned": tune.best_config(study, config, space)}
     runs = {name: train_all(_seeds(side, given.seeds, given.epochs)) for name, side in sides.items()}
@@ -61,19 +61,19 @@ def _print_gain(runs: dict[str, list]) -> None:
         if len(tuned) < 3:
             print(f"{metric}: {len(tuned)} seeds are too few for an interval")
             continue
-        found = compare_settings(tuned, untuned)
-        low, high = 100 * found.low, 100 * found.high
+        result = compare_settings(tuned, untuned)
+        low, high = 100 * result.low, 100 * result.high
         print(
-            f"{metric}: tuned is {100 * found.difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
+            f"{metric}: tuned is {100 * result.difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
         )
 
 
 def main() -> None:
-    """Skipped with a reason where the features are not here."""
+    """Skipped with a reason if the features are missing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--trial_epochs", type=int, default=6, help="epochs of a trial")
-    parser.add_argument("--captions", type=int, default=2, help="captions an image brings in a trial's epoch")
+    parser.add_argument("--captions", type=int, default=2, help="captions per image in a trial's epoch")
     parser.add_argument("--epochs", type=int, default=None, help="of the final runs; none: the preset's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--space", default=str(ROOT / "configs" / "tuning" / "default.yaml"))

@@ -1,4 +1,4 @@
-"""The loop that this lab is measured against: fp32, default layout, a row a caption, collated in Python."""
+"""The plain loop for comparison: fp32, default layout, one row per caption, collated in Python."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models import CLIPModel
 
 
 class Pairs(Dataset):
-    """One item a caption; its picture or image feature is read again for each of them."""
+    """One item per caption; its image or image feature is read again for each caption."""
 
     def __init__(self, dataset: COCOClipDataset) -> None:
         self.dataset = dataset
@@ -39,7 +39,7 @@ class Pairs(Dataset):
 def steps(
     model: CLIPModel, dataset: COCOClipDataset, batch_size: int, learning_rate: float, seed: int = 0
 ) -> Iterator[tuple[int, float]]:
-    """Train an epoch, a step at a time: images that passed the tower, and the loss."""
+    """Train an epoch step by step; yields the number of images in the step, and the loss."""
     loader = DataLoader(
         Pairs(dataset), batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed)
     )
@@ -64,7 +64,7 @@ def train_epochs(
     num_epochs: int,
     after_epoch: Callable[[int, float], None],
 ) -> None:
-    """Ten lines as every tutorial has them; `after_epoch(epoch, seconds of training so far)`."""
+    """The loop of every tutorial; `after_epoch(epoch, seconds of training so far)`."""
     seconds = 0.0
     for epoch in range(num_epochs):
         start = time.perf_counter()
