@@ -14,7 +14,7 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from core.devices import get_device, reuse_freed_memory
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -40,7 +40,7 @@ from plots.figures import learning_curves
 from retrieval.figures import direction
 from training.checkpoints import (
     Stopped,
-    alone,
+    exclusive_lock,
     last_checkpoint,
     load_checkpoint,
     load_last_checkpoint,
@@ -55,7 +55,7 @@ from training.distributed import any_of, barrier, from_main, is_main, join_group
 from training.effects import check, check_metric
 from training.engine import Engine, explained_memory_errors
 from training.identity import identity
-from training.monitor import Board, Watch, peak_memory_gb
+from training.monitor import Board, TrainingMonitor, peak_memory_gb
 from training.negatives import build_negatives
 from training.optim import EMA, build_optimizer, build_scheduler, choose_precision, mix_weights
 from utils import EpochProgress, Run, goodness, load_run, load_start, run_epoch, validate
@@ -65,8 +65,8 @@ TRAINED_ON = "trained_on.npy"
 UNKNOWN = "unknown"
 
 
-class Trainer:
-    """One run: its data at once, its model and state after `prepare`.
+class RunPlan:
+    """What one call of `fit` trains: configuration, your own parts, folders, and the data once they are opened.
 
     Args:
         criterion, train_set, val_set: instead of the configuration's; the run's name then has their classes and
@@ -84,29 +84,66 @@ class Trainer:
     ) -> None:
         self.device = get_device(config.device)
         join_group(self.device)
-        reuse_freed_memory()
-        self.config, self.given_criterion = config, criterion
+        self.config, self.criterion = config, criterion
+        self.train_set, self.val_set = train_set, val_set
         self.show = show and is_main()
         given = {"criterion": criterion, "train_set": train_set, "val_set": val_set}
         self.own = {name: _named(part) for name, part in given.items() if part is not None}
         self.folder = config.runs_dir / "_".join([run_name(config), *self.own.values()])
-        places = config.checkpoint_dir
-        self.checkpoints = places / self.folder.name if places else self.folder / "checkpoints"
-        if not is_main():
-            barrier()  # the main process fills the caches first
-        if train_set is None or val_set is None:
-            prepare_data(config)
-        self.train_set = train_set or open_dataset(config, config.train_splits, progress=self.show)
-        self.val_set = val_set or open_dataset(config, config.val_splits, progress=self.show)
-        if is_main():
-            barrier()
-        self.data = {"train": _described(self.train_set), "val": _described(self.val_set)}
+        drive = config.checkpoint_dir
+        self.checkpoints = drive / self.folder.name if drive else self.folder / "checkpoints"
+        self.data: dict[str, dict[str, Any]] = {}
         self.starts = _starts(config)
 
     @property
     def is_known(self) -> bool:
-        """Whether all that was given can be compared with what an earlier run was given."""
+        """Whether your own parts can be compared with those of an earlier run."""
         return not any(name.endswith(UNKNOWN) for name in self.own.values())
+
+    def open_data(self) -> None:
+        """Open and describe both data sets; the main process fills the caches first."""
+        if self.data:
+            return
+        config = self.config
+        if not is_main():
+            barrier()
+        if self.train_set is None or self.val_set is None:
+            prepare_data(config)
+        self.train_set = self.train_set or open_dataset(config, config.train_splits, progress=self.show)
+        self.val_set = self.val_set or open_dataset(config, config.val_splits, progress=self.show)
+        if is_main():
+            barrier()
+        self.data = {"train": _described(self.train_set), "val": _described(self.val_set)}
+
+    def finished(self) -> bool:
+        """Whether this run is finished; one that cannot be opened is finished again from its checkpoint.
+
+        The data sets are compared with those the run was trained on, except where a finished run's data are gone.
+        Raises: LabError if the run was trained on other data or from other starting weights.
+        """
+        if not (self.folder / "training.json").is_file():
+            return False
+        try:
+            run = load_run(self.folder)
+        except LabError as error:
+            if last_checkpoint(self.checkpoints) is None:
+                raise
+            print(f"{error} It is written again from the last checkpoint.")
+            return False
+        if not run.finished or self.config.data_dir.exists() or {"train_set", "val_set"} <= self.own.keys():
+            self.open_data()
+        self._check_origin(run.training, str(self.folder))
+        return run.finished
+
+    def load_state(self, resume: str) -> dict[str, Any] | None:
+        """The checkpoint to continue from, checked; None to start. Args: resume: auto, never, or a path."""
+        if resume in ("auto", "never"):
+            source, state = self.checkpoints, load_last_checkpoint(self.checkpoints, self.device)
+        else:
+            source, state = Path(resume), load_checkpoint(resume, self.device)
+        if state is not None:
+            self._check_same(state, source)
+        return state
 
     def _check_origin(self, known: dict[str, Any], what: str) -> None:
         """Raises: LabError if `known`, of a run or checkpoint, names other data or starting weights than this call."""
@@ -126,99 +163,71 @@ class Trainer:
                     "set resume to 'never' to train again from the start."
                 )
 
-    def finished(self) -> bool:
-        """Whether this run is finished; one that cannot be opened is finished again from its checkpoint.
-
-        Raises: LabError if it is of other data or other starting weights.
-        """
-        if not (self.folder / "training.json").is_file():
-            return False
-        try:
-            run = load_run(self.folder)
-        except LabError as error:
-            if last_checkpoint(self.checkpoints) is None:
-                raise
-            print(f"{error} It is written again from the last checkpoint.")
-            return False
-        self._check_origin(run.training, str(self.folder))
-        return run.finished
+    def _check_same(self, state: dict[str, Any], path: Path) -> None:
+        """Raises: LabError if a checkpoint is another configuration's, with the fields that differ."""
+        if state["run"] != self.folder.name:
+            theirs = Config(**state["config"])
+            fields = [f"{n} ({b} there, {a} here)" for n, (a, b) in self.config.differences(theirs).items()]
+            raise LabError(
+                f"{path} belongs to another configuration: {', '.join(fields)}; set resume to 'never'."
+            )
+        self._check_origin(state, str(path))
+        for part, description in self.data.items():
+            form = description["form"]
+            if (old_form := state["data"][part].get("form", form)) != form:
+                raise LabError(
+                    f"{path} was trained on {old_form} images, and the image cache holds {form} now; build the cache "
+                    "in that form, or set resume to 'never'."
+                )
 
     def clear(self) -> None:
-        """Forget an earlier run of this name, and what was derived from it."""
+        """Delete an earlier run of this name, and what was derived from it."""
         for name in ("figures", "tables", "index", "search"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for path in [*self.checkpoints.glob("*.*"), *self.folder.glob("*.*")]:
             if path.is_file() and path.name != ".lock":
                 path.unlink()
 
-    def prepare(self, resume: str) -> None:
-        """Build every part, then put a checkpoint's state into them if there is one."""
-        direction(self.config.best_metric)  # refused before anything is trained
-        if resume in ("auto", "never"):
-            source, state = self.checkpoints, load_last_checkpoint(self.checkpoints, self.device)
-        else:
-            source, state = Path(resume), load_checkpoint(resume, self.device)
-        if state is not None:
-            self._check_same(state, source)
-        config = self.config
-        seed_everything(config.seed)
-        set_algorithms(config)
-        self.loader = self._loader(self.train_set, shuffle=True, rank=rank(), world_size=world_size())
-        self.val_loader = self._loader(self.val_set, shuffle=False)
-        self.model = build_model(config).to(self.device)
-        if self.device.type == "cuda" or config.image_tower_mode != "cached":
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if config.start_from is not None:
-            load_start(self.model, config.start_from)
-            self._check_start(config.start_from)
-        if config.interpolate_weights:
-            self.start = {name: weights.cpu().clone() for name, weights in self.model.state_dict().items()}
-        self.config = config = config.updated(precision=self._precision(state))
-        self.criterion = (self.given_criterion or build_loss(config)).to(self.device)
-        optimizer = build_optimizer(self.model, config)
-        self.engine = Engine(
-            self.model,
-            self.criterion,
-            optimizer,
-            build_scheduler(optimizer, config, len(self.loader)),
-            config,
-            negatives=build_negatives(config, self.model, self.train_set),
-            ema=EMA(self.model, config.ema_decay),
-            scaler=torch.amp.GradScaler(
-                self.device.type, enabled=config.precision == "fp16" and self.device.type == "cuda"
-            ),
-        )
-        if config.compile:
-            compile_model(self.model)
-        self.watch = Watch(config)
+    def saved(self) -> str:
+        """What a run that was stopped in the middle of a step continues from."""
+        path = last_checkpoint(self.checkpoints)
+        if path is None:
+            return "stopped at once: no checkpoint is saved yet; run again to start."
+        return f"stopped at once: {path} is saved; run again to continue."
+
+
+class Trainer:
+    """One run with all its parts, as `build_trainer` makes them.
+
+    Args:
+        config: the plan's, with the precision chosen.
+        start: the weights that training started from, for `interpolate_weights`.
+        state: a checkpoint's, put into the parts.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        config: Config,
+        engine: Engine,
+        loader: DataLoader,
+        val_loader: DataLoader,
+        start: dict[str, Tensor] | None = None,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.plan, self.config, self.engine = plan, config, engine
+        self.model, self.criterion = engine.model, engine.criterion
+        self.loader, self.val_loader, self.start = loader, val_loader, start
+        self.folder, self.checkpoints, self.device = plan.folder, plan.checkpoints, plan.device
+        self.train_set = plan.train_set
+        self.monitor = TrainingMonitor(config)
         self.history: list[dict[str, float]] = []
         self.progress = EpochProgress()
         self.steps = 0
         self.saved_at = time.monotonic()
-        torch.manual_seed(config.seed + rank())  # processes drop different units
         if state is not None:
             self._restore(state)
-        if is_main():
-            config.save(self.folder / "config.yaml")
-            with atomic_path(self.folder / TRAINED_ON) as beside, open(beside, "wb") as file:
-                np.save(file, self._trained_on())
         self.board = Board(self.folder if config.tensorboard and is_main() else None, self.steps)
-
-    def _precision(self, state: dict[str, Any] | None) -> str:
-        """A run keeps the precision that it began with."""
-        if state is not None and self.config.precision == "auto":
-            return state["config"]["precision"]
-        return choose_precision(self.config, self.device)
-
-    def _loader(self, dataset: Any, **options: Any) -> DataLoader:
-        return make_loader(
-            dataset,
-            self.config.batch_size,
-            seed=self.config.seed,
-            num_workers=self.config.num_workers,
-            pin_memory=self.device.type == "cuda",
-            **options,
-        )
 
     # --- state ---
 
@@ -244,54 +253,9 @@ class Trainer:
             "micro_batch_size": self.engine.micro_batch_size,
             "run": self.folder.name,
             "config": self.config.model_dump(mode="json"),
-            "data": self.data,
-            "starts": self.starts,
+            "data": self.plan.data,
+            "starts": self.plan.starts,
         }
-
-    def _check_same(self, state: dict[str, Any], path: Path) -> None:
-        """Raises: LabError if a checkpoint is another configuration's, with the fields that differ."""
-        if state["run"] != self.folder.name:
-            theirs = Config(**state["config"])
-            fields = [f"{n} ({b} there, {a} here)" for n, (a, b) in self.config.differences(theirs).items()]
-            raise LabError(
-                f"{path} belongs to another configuration: {', '.join(fields)}; set resume to 'never'."
-            )
-        self._check_origin(state, str(path))
-        for part, about in self.data.items():
-            if (there := state["data"][part].get("form", about["form"])) != about["form"]:
-                raise LabError(
-                    f"{path} was trained on {there} images, and the image cache holds {about['form']} now; build the "
-                    "cache in that form, or set resume to 'never'."
-                )
-
-    def _trained_on(self) -> np.ndarray:
-        """(N,) uint64 digests of the images that the weights have seen: this run's, and those of its start."""
-        start = self.config.start_from
-        before = None if start is None else _read_trained_on(start)
-        own = _image_digests(self.train_set)
-        return np.unique(own if before is None else np.concatenate([own, before]))
-
-    def _check_start(self, start: Path) -> None:
-        """Raises: LabError if the weights of a start have seen images that this run validates or tests on."""
-        seen = _read_trained_on(start)
-        if seen is None:
-            print(
-                f"{start} does not say which images it has seen; none of them should be in val or test here."
-            )
-            return
-        held = {"+".join(self.config.val_splits): self.val_set}
-        for split in self.config.test_splits:
-            with contextlib.suppress(LabError):  # its evaluation will say so
-                if split not in held:
-                    held[split] = open_dataset(self.config, (split,), evaluation=True, progress=self.show)
-        own = _image_digests(self.train_set)
-        for split, dataset in held.items():
-            shared = np.setdiff1d(np.intersect1d(seen, _image_digests(dataset)), own)
-            if len(shared):
-                raise LabError(
-                    f"start_from {start} was trained on {len(shared):,} of the {len(dataset):,} images of split "
-                    f"{split!r} here; start from a run on the same split, or choose other val_splits and test_splits."
-                )
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Put a checkpoint's state into the parts."""
@@ -304,11 +268,18 @@ class Trainer:
             set_random_states(state["random"])
         else:  # the checkpoint holds the main process's
             torch.manual_seed(hash((self.config.seed, rank(), self.steps)))
-        kept = self.checkpoints / "best.safetensors"
-        if is_main() and kept.is_file() and not (self.folder / "best.safetensors").is_file():
+        best = self.checkpoints / "best.safetensors"
+        if is_main() and best.is_file() and not (self.folder / "best.safetensors").is_file():
             with atomic_path(self.folder / "best.safetensors") as beside:
-                shutil.copyfile(kept, beside)  # the run's folder was lost, not this one
+                shutil.copyfile(best, beside)  # only the run's folder was lost
             self._write_history()
+
+    def _trained_on(self) -> np.ndarray:
+        """(N,) uint64 digests of the images that the weights have seen: this run's, and those of its start."""
+        start = self.config.start_from
+        earlier = None if start is None else _read_trained_on(start)
+        own = _image_digests(self.train_set)
+        return np.unique(own if earlier is None else np.concatenate([own, earlier]))
 
     def _write_history(self) -> None:
         write_text(self.folder / "history.csv", pd.DataFrame(self.history).to_csv(index=False))
@@ -321,28 +292,22 @@ class Trainer:
             save_checkpoint(self.checkpoints, self._state(), self.steps)
         self.saved_at = time.monotonic()
 
-    def saved(self) -> str:
-        """What a run that was stopped in the middle of a step continues from."""
-        path = last_checkpoint(self.checkpoints)
-        kept = (
-            "no checkpoint is saved yet; run again to start"
-            if path is None
-            else f"{path} is saved; run again to continue"
-        )
-        return f"stopped at once: {kept}."
-
     # --- the run ---
 
     def run(self, stop: threading.Event, on_epoch: OnEpoch | None = None) -> None:
         """Train to the end, or to the first step after `stop` is set."""
+        if is_main():
+            self.config.save(self.folder / "config.yaml")
+            with atomic_path(self.folder / TRAINED_ON) as beside, open(beside, "wb") as file:
+                np.save(file, self._trained_on())
         total = self.config.num_epochs * len(self.loader)
         with tqdm(
-            total=total, initial=self.steps, desc=self.folder.name, unit="step", disable=not self.show
+            total=total, initial=self.steps, desc=self.folder.name, unit="step", disable=not self.plan.show
         ) as bar:
             for epoch in range(len(self.history), self.config.num_epochs):
                 if self._out_of_patience():
                     bar.write(
-                        f"no better {self.config.best_metric} in {self.config.patience} validations: done."
+                        f"early stopping: no better {self.config.best_metric} in {self.config.patience} validations."
                     )
                     break
                 try:
@@ -379,7 +344,7 @@ class Trainer:
             self.engine, self.loader, epoch, progress=self.progress, after_step=after_step, bar=bar
         )
         chance = self.progress.uniform_sum / self.progress.images
-        self.watch.after_epoch(self.model, trained["train_loss"], chance, self.steps)
+        self.monitor.after_epoch(self.model, trained["train_loss"], chance, self.steps)
         row = {"epoch": epoch + 1, **trained, **self._validated(epoch)}
         row["peak_memory_gb"] = peak_memory_gb(self.device)
         if hasattr(self.train_set, "seconds"):
@@ -399,14 +364,14 @@ class Trainer:
         last = epoch + 1 == self.config.num_epochs
         if (epoch + 1) % self.config.eval_every and not last:
             return {}
-        found: dict[str, float] = {}
+        figures: dict[str, float] = {}
         if is_main():
             with self.engine.ema.applied(self.model):
                 validated = validate(self.model, self.val_loader, self.criterion, self.config)
                 self._keep_best(validated)
-            self.watch.after_validation(validated, self.steps)
-            found = {k: float(v) for k, v in validated.items() if isinstance(v, (int, float))}
-        return from_main(found)
+            self.monitor.after_validation(validated, self.steps)
+            figures = {k: float(v) for k, v in validated.items() if isinstance(v, (int, float))}
+        return from_main(figures)
 
     def _scores(self) -> list[float]:
         """Goodness of each validation so far."""
@@ -444,7 +409,7 @@ class Trainer:
 
     def _mix_weights(self) -> None:
         """WiSE-FT: keep the mixture of starting and best weights that validates best."""
-        if not self.config.interpolate_weights or not is_main():
+        if self.start is None or not is_main():
             return
         path = self.folder / "best.safetensors"
         best, metadata = load_tensors(path, "train the run again with resume='never'")
@@ -477,17 +442,89 @@ class Trainer:
                 "precision": self.config.precision,
                 "micro_batch_size": self.engine.micro_batch_size,
                 "torch": torch.__version__,
-                "data": self.data,
-                "starts": self.starts,
-                "own": self.own,
+                "data": self.plan.data,
+                "starts": self.plan.starts,
+                "own": self.plan.own,
                 "history": self.history,
             },
             seal=True,
         )
 
 
+def build_trainer(plan: RunPlan, resume: str) -> Trainer:
+    """Build every part of a run, and put a checkpoint's state into them if there is one."""
+    direction(plan.config.best_metric)  # refused before anything is trained
+    plan.open_data()
+    state, config, device = plan.load_state(resume), plan.config, plan.device
+    seed_everything(config.seed)
+    loader = _loader(plan, plan.train_set, shuffle=True, rank=rank(), world_size=world_size())
+    val_loader = _loader(plan, plan.val_set, shuffle=False)
+    model = build_model(config).to(device)
+    if device.type == "cuda" or config.image_tower_mode != "cached":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.start_from is not None:
+        load_start(model, config.start_from)
+        _check_start(plan, config.start_from)
+    start = None
+    if config.interpolate_weights:
+        start = {name: weights.cpu().clone() for name, weights in model.state_dict().items()}
+    if state is not None and config.precision == "auto":  # a run keeps the precision that it started with
+        config = config.updated(precision=state["config"]["precision"])
+    config = config.updated(precision=choose_precision(config, device))
+    optimizer = build_optimizer(model, config)
+    engine = Engine(
+        model,
+        (plan.criterion or build_loss(config)).to(device),
+        optimizer,
+        build_scheduler(optimizer, config, len(loader)),
+        config,
+        negatives=build_negatives(config, model, plan.train_set),
+        ema=EMA(model, config.ema_decay),
+        scaler=torch.amp.GradScaler(
+            device.type, enabled=config.precision == "fp16" and device.type == "cuda"
+        ),
+    )
+    if config.compile:
+        model.compile()
+    torch.manual_seed(config.seed + rank())  # processes drop different units
+    return Trainer(plan, config, engine, loader, val_loader, start, state)
+
+
+def _loader(plan: RunPlan, dataset: Any, **options: Any) -> DataLoader:
+    config = plan.config
+    return make_loader(
+        dataset,
+        config.batch_size,
+        seed=config.seed,
+        num_workers=config.num_workers,
+        pin_memory=plan.device.type == "cuda",
+        **options,
+    )
+
+
+def _check_start(plan: RunPlan, start: Path) -> None:
+    """Raises: LabError if the weights of a start have seen images that this run validates or tests on."""
+    seen = _read_trained_on(start)
+    if seen is None:
+        print(f"{start} does not say which images it has seen; none of them should be in val or test here.")
+        return
+    held = {"+".join(plan.config.val_splits): plan.val_set}
+    for split in plan.config.test_splits:
+        with contextlib.suppress(LabError):  # its evaluation will say so
+            if split not in held:
+                held[split] = open_dataset(plan.config, (split,), evaluation=True, progress=plan.show)
+    own = _image_digests(plan.train_set)
+    for split, dataset in held.items():
+        shared = np.setdiff1d(np.intersect1d(seen, _image_digests(dataset)), own)
+        if len(shared):
+            raise LabError(
+                f"start_from {start} was trained on {len(shared):,} of the {len(dataset):,} images of split "
+                f"{split!r} here; start from a run on the same split, or choose other val_splits and test_splits."
+            )
+
+
 def _described(dataset: Any) -> dict[str, Any]:
-    """What a dataset says it holds; of a user's own, its class, length and identity."""
+    """What a data set describes of itself; of your own without `describe`, its class, length and identity."""
     if hasattr(dataset, "describe"):
         return {"form": "own", **dataset.describe()}
     about = {"splits": type(dataset).__name__, "images": len(dataset), "form": "own"}
@@ -527,18 +564,29 @@ def _read_trained_on(folder: Path) -> np.ndarray | None:
         raise LabError(f"{path} is damaged ({error}); train that run again.") from error
 
 
-def set_algorithms(config: Config) -> None:
-    """TensorFloat-32, and whether only algorithms that give the same bits every time may run."""
-    torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    torch.backends.cudnn.benchmark = not config.deterministic
-    torch.use_deterministic_algorithms(config.deterministic)
+@contextlib.contextmanager
+def algorithms(config: Config) -> Iterator[None]:
+    """Within, torch's global settings are those of a configuration: TensorFloat-32, deterministic algorithms, and
+    that a model which cannot be compiled runs as it is."""
 
+    def choose_algorithms(precision: str, allow_tf32: bool, benchmark: bool, deterministic: bool) -> None:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = allow_tf32, benchmark
+        torch.use_deterministic_algorithms(deterministic)
 
-def compile_model(model: nn.Module) -> None:
-    """Compile in place; what cannot be compiled runs as it is."""
-    torch._dynamo.config.suppress_errors = True
-    model.compile()
+    before = (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    precision = "high" if config.allow_tf32 else "highest"
+    choose_algorithms(precision, config.allow_tf32, not config.deterministic, config.deterministic)
+    try:
+        with torch._dynamo.config.patch(suppress_errors=True) if config.compile else contextlib.nullcontext():
+            yield
+    finally:
+        choose_algorithms(*before)
 
 
 @explained_memory_errors()
@@ -557,37 +605,38 @@ def fit(
     Args:
         resume: `auto` continues an unfinished run and returns a finished one; `never` starts over; else the
             path of a checkpoint.
-        criterion: a loss of your own, called as every loss of losses.py.
-        train_set, val_set: data of your own, batches as of dataset.COCOClipDataset.
+        criterion: your own loss, called like the losses of losses.py.
+        train_set, val_set: your own data sets, with batches like those of dataset.COCOClipDataset.
         show: progress bars.
         on_epoch: called with the history so far after each epoch, to draw live curves.
-    Returns: the run. Interrupted (Ctrl-C, or the notebook's stop button), it finishes the step, saves and
-        returns the unfinished run; the next call continues it. Interrupted twice, it ends at once with a sentence
-        that says what is saved.
-    Raises: LabError if memory runs out for good, or if the run's folder holds another data set's or another
-        configuration's run, a setting has no effect, or `resume` is no checkpoint.
+    Returns: the run. Interrupted (Ctrl-C, or the notebook's stop button), it finishes the step, saves a checkpoint and
+        returns the unfinished run; the next call continues it. A second interrupt ends it at once and prints what
+        is saved.
+    Raises: LabError if memory runs out, the run's folder holds a run of other data or another configuration, a
+        setting has no effect, or `resume` is not a checkpoint.
     """
     check(config)
     if val_set is None:
         check_metric(config)
     resume = _checkpoint(resume)
-    trainer = Trainer(config, criterion=criterion, train_set=train_set, val_set=val_set, show=show)
-    if resume == "auto" and not trainer.is_known:
+    reuse_freed_memory()
+    plan = RunPlan(config, criterion=criterion, train_set=train_set, val_set=val_set, show=show)
+    if resume == "auto" and not plan.is_known:
         print(
-            f"{trainer.folder.name}: what was given cannot be compared with an earlier run's; it is trained again."
+            f"{plan.folder.name}: your loss or data cannot be compared with an earlier run's; the run starts over."
         )
         resume = "never"
-    if resume != "auto" or not trainer.finished():
-        lock = alone(trainer.folder) if is_main() else contextlib.nullcontext()
-        with lock, stop_after_step() as stop:
+    if resume != "auto" or not plan.finished():
+        plan.open_data()
+        lock = exclusive_lock(plan.folder) if is_main() else contextlib.nullcontext()
+        with lock, stop_after_step() as stop, algorithms(config):
             if resume == "never":
-                trainer.clear()
+                plan.clear()
             try:
-                trainer.prepare(resume)
-                trainer.run(stop, on_epoch)
+                build_trainer(plan, resume).run(stop, on_epoch)
             except KeyboardInterrupt:
-                raise StoppedAtOnceError(trainer.saved()) from None
-    return load_run(trainer.folder, **reopened(config))
+                raise StoppedAtOnceError(plan.saved()) from None
+    return load_run(plan.folder, **reopened(config))
 
 
 def _checkpoint(resume: str) -> str:
@@ -607,17 +656,17 @@ def _checkpoint(resume: str) -> str:
 
 
 def overfit(config: Config, images: int = 128, *, steps: int = 300, show: bool = True) -> pd.DataFrame:
-    """The first question to ask of any change: does the model learn a few images by heart?
+    """The first test of any change: does the model memorize a few images?
 
-    Trains on `images` pictures with nothing that hinders (no augmentation, dropout, decay or smoothing) and looks
-    them up among themselves.
+    Trains on that many images without augmentation, dropout, weight decay or label smoothing, and measures retrieval
+    among them.
 
     Returns: one row: images, steps, the last loss, and `accuracy`, the best mean of both Recall@1 in [0, 1].
         Under 0.95 something is broken, or the learning rate is off.
     """
     still = {name: Config()[name] for name in Config.model_fields if name.startswith("augment_")}
     batch = min(images, config.batch_size)
-    few = config.updated(
+    small = config.updated(
         **still,
         max_caption_variations=1,
         max_samples=images,
@@ -633,8 +682,8 @@ def overfit(config: Config, images: int = 128, *, steps: int = 300, show: bool =
         patience=None,
         runs_dir=config.runs_dir / "overfit",
     )
-    same = open_dataset(few, few.train_splits, progress=show)
-    history = fit(few, val_set=same, resume="never", show=show).history
+    train_set = open_dataset(small, small.train_splits, progress=show)
+    history = fit(small, val_set=train_set, resume="never", show=show).history
     recalls = history[["i2t_recall@1", "t2i_recall@1"]].mean(axis=1)
     row = {
         "images": images,

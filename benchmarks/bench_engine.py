@@ -23,7 +23,7 @@ from dataset import COCOClipDataset, make_loader, open_dataset
 from losses import build_loss
 from models import build_model
 from sources.table import CaptionTable
-from train import Trainer, fit
+from train import RunPlan, build_trainer, fit
 from training.checkpoints import save_checkpoint
 from training.engine import Engine
 from training.optim import build_optimizer, build_scheduler
@@ -167,8 +167,7 @@ def overhead(config: Config, batches: int = 12) -> None:
     added = 100 * (statistics.median(ratios[1:]) - 1)
     print(f"engine overhead over forward, backward, clipping and step: {added:+.1f} % (target 3)")
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config.updated(runs_dir=folder), show=False)
-        trainer.prepare("never")
+        trainer = build_trainer(RunPlan(config.updated(runs_dir=folder), show=False), "never")
         trainer.engine.step(given[0])  # AdamW's moments are most of it
         times = []
         for number in range(ROUNDS):

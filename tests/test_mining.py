@@ -17,7 +17,7 @@ from dataset import COCOClipDataset, TrainingSet, make_loader, open_dataset
 from retrieval.mining import NONE, best_match, content_words, mine_random, mine_semantic, says_the_same
 from sources.readers import read_captions
 from sources.table import CaptionTable
-from train import Trainer, fit
+from train import RunPlan, build_trainer, fit
 from training.order import Balance, evenly_spread, nearest_images, neighbour_order, small_categories
 
 
@@ -294,8 +294,7 @@ def test_stopped_between_refreshes_it_ends_the_same(small, tmp_path):
             self.left -= 1
             return self.left == 0
 
-    trainer = Trainer(small, show=False)
-    trainer.prepare("auto")
+    trainer = build_trainer(RunPlan(small, show=False), "auto")
     trainer.run(StopAt(), None)
     continued = outcome(fit(small, show=False))
     assert whole[1] == continued[1]

@@ -21,9 +21,10 @@ from models import CLIPModel
 from retrieval.figures import direction
 from sources.side_by_side import PairRanks
 from towers import base, image
-from train import Trainer, fit
+from train import RunPlan, build_trainer, fit
 from training.checkpoints import (
-    alone,
+    STATE,
+    exclusive_lock,
     last_checkpoint,
     load_checkpoint,
     random_states,
@@ -92,8 +93,7 @@ def test_stopped_in_the_middle_of_an_epoch_it_ends_the_same(trainable, tmp_path)
             return self.left == 0
 
     for step in (2, 3):  # steps 2 of epoch 1, then in epoch 2
-        trainer = Trainer(small, show=False)
-        trainer.prepare("auto")
+        trainer = build_trainer(RunPlan(small, show=False), "auto")
         trainer.run(StopAt(step), None)
         assert load_checkpoint(last_checkpoint(trainer.folder / "checkpoints"))["progress"]["step"] == 2
     assert_same(whole, outcome(fit(small, show=False)))
@@ -116,7 +116,7 @@ def test_killed_it_continues_and_ends_the_same(trainable, tmp_path):
 
 def test_two_processes_do_not_train_one_run(small):
     with (
-        alone(Trainer(small, show=False).folder),
+        exclusive_lock(RunPlan(small, show=False).folder),
         pytest.raises(LabError, match="another process is training"),
     ):
         fit(small, show=False)
@@ -146,15 +146,6 @@ def test_ctrl_c_finishes_the_step():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_damaged_checkpoint_says_so(small):
-    run = fit(small, show=False)
-    path = last_checkpoint(run.folder / "checkpoints")
-    path.write_bytes(path.read_bytes()[:1000])
-    (run.folder / "training.json").unlink()
-    with pytest.raises(LabError, match=r"cannot be read.*delete it to use the one before"):
-        fit(small, show=False)
-
-
 def test_a_checkpoint_of_other_settings_names_them(small):
     run = fit(small, show=False)
     path = str(last_checkpoint(run.folder / "checkpoints"))
@@ -171,21 +162,10 @@ def test_other_data_under_the_same_name_is_refused(small, tmp_path):
 
 def test_checkpoints_keep_two_and_hold_no_code(tmp_path):
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, {"step": step, "random": random_states()}, step)
+        state = {**dict.fromkeys(STATE, ()), "steps": step, "random": random_states()}
+        save_checkpoint(tmp_path, state, step)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_000000002.pt", "step_000000003.pt"]
-    assert load_checkpoint(last_checkpoint(tmp_path))["step"] == 3
-
-
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, {"step": 1}, 1)
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(LabError, match=r"No space left on device.*is kept"):
-        save_checkpoint(tmp_path, {"step": 2}, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_000000001.pt"]
+    assert load_checkpoint(last_checkpoint(tmp_path))["steps"] == 3
 
 
 def test_random_states_come_back():
@@ -283,7 +263,7 @@ def test_a_run_without_weights_says_so(small):
 def test_weights_of_the_best_epoch_are_kept(small):
     run = fit(small, show=False)
     assert run.best_epoch == 1 + int(run.history["rsum"].argmax())
-    assert Trainer(small, show=False).data["train"]["images"] == 24
+    assert run.training["data"]["train"]["images"] == 24
 
 
 def test_the_metric_that_chooses_may_be_a_loss_and_must_exist(small):

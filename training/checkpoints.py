@@ -1,4 +1,4 @@
-"""A run's folder: configuration, history, weights, checkpoints; one process a run, and a Ctrl-C that loses nothing."""
+"""Checkpoints, the lock of a run's folder, Ctrl-C that saves before it ends, and the files of a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from core.files import DamagedFileError, locked, read_json, sweep
 from core.tensor_files import load_archive, load_tensors, save_archive
 from towers.image import IMAGE_MODELS
 
-# --- Checkpoint files: whole or not at all, the last two kept, read without executing code ---
+# --- Checkpoints: written whole or not at all, the last two kept, read without executing code ---
 
 
 STATE = {"model", "optimizer", "scheduler", "random", "history", "progress", "steps", "run", "config", "data"}
@@ -105,7 +105,7 @@ def load_last_checkpoint(folder: str | Path, device: torch.device | str = "cpu")
     return None
 
 
-# --- One process a run; Ctrl-C finishes the step ---
+# --- One process per run; Ctrl-C finishes the step ---
 
 
 class Stopped(Exception):  # noqa: N818  a signal, not an error
@@ -113,7 +113,7 @@ class Stopped(Exception):  # noqa: N818  a signal, not an error
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Within, no other process trains in this folder. Raises: LabError if one does."""
     try:
         with locked(folder / ".lock", timeout=0):
@@ -127,28 +127,28 @@ def alone(folder: Path) -> Iterator[None]:
 def stop_after_step() -> Iterator[threading.Event]:
     """Within, the first Ctrl-C or SIGTERM sets the event instead of raising; a second one raises.
 
-    A SIGTERM is given again on leaving: it asks the process to end, not only the run.
+    A SIGTERM is sent again on leaving: it asks the process to end, not only the run.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
 
-    asked: list[int] = []
+    received: list[int] = []
 
-    def ask(number: int, frame: Any) -> None:
-        asked.append(number)
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
         if event.is_set():
             raise KeyboardInterrupt
         event.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if signal.SIGTERM in asked:
+        if signal.SIGTERM in received:
             os.kill(os.getpid(), signal.SIGTERM)
 
 

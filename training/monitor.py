@@ -26,7 +26,7 @@ class TrainingWarning(UserWarning):
     """Training goes on, but probably not as meant."""
 
 
-class Watch:
+class TrainingMonitor:
     """Looks at a run after each epoch.
 
     A loss near its chance level says that nothing was learned (open_clip#17 tells of it); a temperature at
