@@ -87,9 +87,8 @@ def test_help_is_grouped_and_shows_the_defaults_of_the_preset(capsys):
         called("--preset", "flickr8k", "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert all(f" {group}:" in text for group in GROUPS.values())
-    expected = make_config("flickr8k")
-    assert f"Passes over the training images. (default: {expected.num_epochs})" in text
-    assert "Splits trained on. (default: train)" in text
+    for name, default in (("num_epochs", make_config("flickr8k").num_epochs), ("train_splits", "train")):
+        assert f"{' '.join(str(Config.model_fields[name].description).split())} (default: {default})" in text
     assert "--no-" not in text
 
 
