@@ -353,7 +353,7 @@ def report_run(
         comprehensive: also every protocol that fits, recall by gallery size, ranks, failures, maps, similarities,
             attention, zero-shot classes.
         labelled: folders of class folders or of CIFAR's files to classify.
-        again: measure anew what metrics.json holds.
+        again: measure again what metrics.json holds.
         output_file: a further copy: the page (.html), the metrics (.json) or the table of results (.csv, .md).
     Returns: the page.
     Raises: LabError if output_file has another ending.
@@ -489,7 +489,7 @@ def export_run(run: Run, folder: str | Path) -> list[Path]:
 
 
 def evaluate_command(folder: str, places: dict[str, Any], **options: Any) -> None:
-    """Evaluate a run, print its table, and say where everything lies."""
+    """Evaluate a run, print its table, and print the output paths."""
     run = load_run(folder, **places)
     report_run(run, **options)
     print(metrics_table(run.metrics).T.to_string())
@@ -497,7 +497,7 @@ def evaluate_command(folder: str, places: dict[str, Any], **options: Any) -> Non
 
 
 def compare_command(folders: list[str], folder: str, baseline: str | None, places: dict[str, Any]) -> None:
-    """Compare runs, print the table, and say where everything lies."""
+    """Compare runs, print the table, and print the output paths."""
     runs = open_runs(folders, partial(load_run, **places))
     report_comparison(runs, folder, baseline)
     print(Path(folder, "comparison.md").read_text(encoding="utf-8"))
@@ -505,12 +505,12 @@ def compare_command(folders: list[str], folder: str, baseline: str | None, place
 
 
 def search_run(folder: str, text: str, places: dict[str, Any], **options: Any) -> None:
-    """Search a run's test pictures, and say where the grid lies."""
+    """Search a run's test images and print the path of the figure."""
     print(search_command(load_run(folder, **places), text, **options))
 
 
 def export_command(folder: str, output: str | None, places: dict[str, Any]) -> None:
-    """Export a run's model, and say which files it became."""
+    """Export a run's model, and print the paths of its files."""
     run = load_run(folder, **places)
     for path in export_run(run, Path(output) if output else run.folder / "export"):
         print(path)

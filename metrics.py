@@ -213,7 +213,7 @@ def told(metrics: dict[str, Any], name: str) -> str:
 
 
 def metrics_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """Figures with intervals and protocol, recalls in percent; a row a split and one for its chance level."""
+    """Figures with intervals and protocol, recalls in percent; one row per split and one for its chance level."""
     rows = []
     for split, found in metrics.items():
         sizes = {"images": found["num_images"], "captions": found["num_texts"]}

@@ -346,7 +346,7 @@ class CLIPModel(nn.Module):
         }
 
     def attention(self, image: Tensor) -> Tensor:
-        """(I, 3, H, W) -> (I, h, w) pooling weights, or what a vision transformer built here looks at.
+        """(I, 3, H, W) -> (I, h, w) pooling weights, or what the built-in vision transformer looks at.
 
         Raises: LabError where the model has neither.
         """

@@ -60,7 +60,7 @@ def order_margins(gallery: Gallery) -> pd.DataFrame:
     Left and right (or above and below) are turned round in one, two colours exchanged in the other; see
     `scene_plan.swap_captions`.
 
-    Returns: a row a pair of captions: `image_id`, `kind` ("relation" or "colour"), `margin` (cosine).
+    Returns: one row per pair of captions: `image_id`, `kind` ("relation" or "colour"), `margin` (cosine).
     Raises: LabError if the gallery's pictures are not generated scenes.
     """
     scenes = load_scenes(gallery.dataset.table.root, gallery.split)
@@ -132,7 +132,7 @@ def before_and_after(run: Run, split: str, *, show: bool = True) -> tuple[Galler
 
 
 def changes(before: Gallery, after: Gallery, ks: Sequence[int] = KS) -> pd.DataFrame:
-    """Recall@K, mAP and NDCG both ways, in [0, 1], with 95 % intervals and the paired test; a row a figure.
+    """Recall@K, mAP and NDCG both ways, in [0, 1], with 95 % intervals and the paired test; one row per figure.
 
     A K over the gallery's size is left out. Intervals and test are over test images alone; another seed's
     training is not in them.
@@ -182,7 +182,7 @@ def in_percent(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def forgetting(before: Sequence[ZeroShot], after: Sequence[ZeroShot]) -> pd.DataFrame:
-    """Zero-shot top-1 accuracy in [0, 1] of the same labelled sets before and after; a row a set.
+    """Zero-shot top-1 accuracy in [0, 1] of the same labelled sets before and after; one row per set.
 
     Intervals are the normal ones over pictures; the difference is paired.
 

@@ -20,7 +20,7 @@ CAPTION = "a man in a red shirt and a black hat rides a brown horse along the be
 
 
 def memory_need(config: Config, batch_size: int | None = None) -> pd.DataFrame:
-    """GB that a float32 training step of both towers needs, a row a part.
+    """GB that a float32 training step of both towers needs, one row per part.
 
     Activations are those kept for the backward pass, counted for pictures with their captions, each of the
     length of `CAPTION`; what a library allocates beside them, and its fragments, come on top. With

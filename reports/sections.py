@@ -87,7 +87,7 @@ def protocols(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
 
 
 def every_figure(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
-    """All figures, a column a direction."""
+    """All figures, one column per direction."""
     found = gallery.run.metrics[gallery.split]
     names = [name.removeprefix("i2t_") for name in found if re.fullmatch(r"i2t_.*(?<!_low)(?<!_high)", name)]
     columns = {told: [as_text(name, found[f"{way}_{name}"]) for name in names] for way, told in WAYS.items()}
@@ -228,7 +228,7 @@ def maps(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
 
 
 def attention(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
-    """Where attention pooling, or a vision transformer built here, looks."""
+    """Where attention pooling, or the built-in vision transformer, looks."""
     _need_pictures(gallery)
     model = gallery.run.model
     tower_maps = getattr(model.image_encoder, "attention_maps", None)

@@ -221,7 +221,7 @@ def cached(config, captions) -> torch.Tensor:
     return towers_features.cached_text_features(config, captions, progress=False)
 
 
-def test_a_changed_caption_or_order_is_encoded_anew(letters, tmp_path):
+def test_a_changed_caption_or_order_is_encoded_again(letters, tmp_path):
     config = text_config(tmp_path)
     first = cached(config, CAPTIONS)
     assert torch.equal(first, LetterTower()(CAPTIONS).half())

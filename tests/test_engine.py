@@ -377,7 +377,7 @@ def test_a_bank_by_hand():
     assert engine.chance == pytest.approx((math.log(4) + (math.log(8) + math.log(14)) / 2) / 2)
 
 
-def test_a_bank_is_encoded_anew_and_tells_how_stale_it_was():
+def test_a_bank_is_encoded_again_and_tells_how_stale_it_was():
     model, batch = still(make_model()), make_batch(4, 2)
     bank = BankNegatives(model, batch["text"], batch["text_id"], refresh_steps=2)
     engine = engine_of(model, negatives=bank)

@@ -247,7 +247,7 @@ def test_mined_anew_every_n_epochs_and_kept_in_a_checkpoint():
     other = cached_set()
     other.load_state_dict(dataset.state_dict())
     assert (other.mined == dataset.mined).all()
-    other.refresh(Plain(), 3, config)  # not anew: the last refresh was two epochs before the next
+    other.refresh(Plain(), 3, config)  # not again: the last refresh was two epochs before the next
     assert (other.mined == dataset.mined).all()
     with pytest.raises(LabError, match="for 12 images, not 5"):
         cached_set(5).load_state_dict(dataset.state_dict())

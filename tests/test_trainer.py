@@ -409,7 +409,7 @@ def test_collapsed_features_warn():
     monitor, found = TrainingMonitor(make_config("quickstart")), {"image_spread": 0.5, "text_spread": 0.001}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        monitor.after_validation(found, 49)  # encoders from nothing start there
+        monitor.after_validation(found, 49)  # randomly initialized encoders start there
     with pytest.warns(
         TrainingWarning, match="the text features have collapsed into one place; lower"
     ) as told:

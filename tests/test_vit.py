@@ -1,4 +1,4 @@
-"""Vision towers against transformers' own: the transformer built here, and pretrained CLIPs."""
+"""Vision towers against transformers' own: the built-in transformer, and pretrained CLIPs."""
 
 import math
 from pathlib import Path
@@ -44,7 +44,7 @@ def reference(tower: VisionTransformer, activation: str) -> transformers.CLIPVis
     return model.eval()
 
 
-# ---------------------------------------------------------------- the transformer built here
+# ---------------------------------------------------------------- the built-in transformer
 
 
 @pytest.mark.usefixtures("float64")

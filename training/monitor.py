@@ -94,7 +94,7 @@ class Board:
 
     Args:
         folder: the run's; None: nothing is written.
-        step: what comes after it is written anew by a resumed run.
+        step: what comes after it is written again by a resumed run.
     """
 
     def __init__(self, folder: Path | None, step: int = 0) -> None:

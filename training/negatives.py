@@ -87,7 +87,7 @@ class QueueNegatives(BatchNegatives):
 class BankNegatives(BatchNegatives):
     """Every training caption, encoded from its cached features.
 
-    Where the text head learns, the captions are encoded anew every `refresh_steps` steps, without gradients
+    Where the text head learns, the captions are encoded again every `refresh_steps` steps, without gradients
     and without dropout; `bank_staleness` in the history is the mean cosine distance that a refresh moved them by.
 
     Args:

@@ -124,7 +124,7 @@ class LabPage:
         return time.monotonic() - start
 
     def reload(self, home: Path, notebook: str) -> int:
-        """Save the notebook and load the page anew; the kernel lives on. The saved file's bytes."""
+        """Save the notebook and load the page again; the kernel lives on. The saved file's bytes."""
         path = home / notebook
         before = path.stat().st_mtime_ns
         self.menu("File", "Save Notebook")
