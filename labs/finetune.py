@@ -344,7 +344,7 @@ def report_changes(
 
 def main() -> None:
     """Report a run's changes from a shell."""
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a finished run's folder")
     parser.add_argument("--split", help="none: the run's first test split")
     parser.add_argument("--labelled", nargs="*", default=[], metavar="DIR", help="class folders or CIFAR")

@@ -169,7 +169,7 @@ def report_pairs(run: Run, *, show: bool = True) -> dict[str, PairResult]:
 
 def main() -> None:
     """Evaluate runs, print their tables and the output paths."""
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="RUN", help="run folders, such as runs/paired_small_s0")
     parser.add_argument("--data_dir", help="folder of the images (default: as trained)")
     given = parser.parse_args()

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from config import make_config
 from core.errors import LabError
-from core.files import file_digest
 from evaluate import export_run
 from models import HEADS, HeadOptions, build_model
 from reports.export import fold_batch_norm, linear_map, plain_layers
 from towers import text as towers_text
+from training.checkpoints import MEASURED
 from utils import Run, load_run
 
 TEXTS = ["a green triangle", "two dogs, one of them black, run through deep snow", "a"]
@@ -60,10 +60,10 @@ def make_run(folder: Path, **settings) -> Run:
             parameter.add_(0.1 * torch.randn_like(parameter))
     config.save(folder / "config.yaml")
     save_file(model.state_dict(), folder / "best.safetensors")
-    metrics = {"num_images": 500, "num_texts": 2500, "protocol": "one split"}
+    metrics = dict.fromkeys(MEASURED, "") | {"num_images": 500, "num_texts": 2500, "protocol": "one split"}
     recall = {"i2t_recall@1": 0.25, "i2t_recall@1_low": 0.21, "i2t_recall@1_high": 0.291}
     recall["i2t_chance@1"] = 0.002
-    recall["weights"] = file_digest(folder / "best.safetensors")
+    recall["weights"] = load_run(folder).weights
     (folder / "metrics.json").write_text(json.dumps({"test": {**metrics, **recall}}))
     (folder / "training.json").write_text(json.dumps({"finished": True, "epochs": 3}))
     return load_run(folder)
