@@ -105,6 +105,8 @@ def compare_settings(runs: Sequence[Run], split: str) -> pd.DataFrame:
 
 def caption_similarity(pairs: PairedPictures) -> pd.DataFrame:
     """Mean cosine between text features: of any two captions, and of a caption and its swapped version."""
+    if pairs.text_features is None:
+        raise LabError("the captions' features are not cached; set text_tower_mode to 'cached'.")
     features = F.normalize(pairs.text_features.float(), dim=1)  # (C * C, width)
     classes = pairs.num_classes
     grid = features.view(classes, classes, -1)

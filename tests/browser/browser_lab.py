@@ -36,7 +36,15 @@ def find_chromium() -> str | None:
 
 def make_home(home: Path, parameters: dict[str, Any]) -> Path:
     """A folder with the lab's modules and notebooks, the parameters put into every notebook's own cell."""
-    for pattern in ("*.py", "requirements.txt", "*.ipynb", "notebooks/*.ipynb", "configs/**/*.*"):
+    for pattern in (
+        "*.py",
+        "[!.]*/*.py",
+        "reports/*.html",
+        "requirements.txt",
+        "*.ipynb",
+        "notebooks/*.ipynb",
+        "configs/**/*.*",
+    ):
         for path in ROOT.glob(pattern):
             target = home / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
