@@ -400,11 +400,13 @@ def test_four_workers_lose_no_trial_and_double_none_even_when_one_is_killed(tmp_
     while not (log.exists() and " 0005\n" in log.read_text()):
         assert any(worker.is_alive() for worker in workers)
         time.sleep(0.01)
-    hanging = next(int(line.split()[0]) for line in log.read_text().splitlines() if line.endswith(" 0005"))
-    others = [worker for worker in workers if worker.pid != hanging]
+    pid = next(int(line.split()[0]) for line in log.read_text().splitlines() if line.endswith(" 0005"))
+    hanging = next(worker for worker in workers if worker.pid == pid)
+    others = [worker for worker in workers if worker is not hanging]
     for worker in others if late else ():  # then nobody is left who could take the trial up
         worker.join()
-    os.kill(hanging, signal.SIGKILL)
+    hanging.kill()
+    hanging.join()  # until it has ended it holds the trial's lock
     # whether the others met the dead worker's trial depends on who came first; one that starts later does
     for worker in [*others, *start(1)]:
         worker.join()
