@@ -173,16 +173,23 @@ def _is_abandoned(path: Path, process: int) -> bool:
 
 
 @contextmanager
-def locked(path: str | Path, timeout: float = -1) -> Iterator[None]:
+def locked(path: str | Path, timeout: float = -1, *, waiting: str = "") -> Iterator[None]:
     """Within, this process alone holds the lock file `path`; the lock is released when the process ends.
 
+    Args: waiting: printed if another process holds the lock.
     Raises: Timeout after `timeout` seconds; LabError if the folder cannot hold a lock.
     """
     path = Path(path)
     make_folder(path.parent)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=timeout)
+        try:
+            lock.acquire(timeout=0 if waiting else timeout)
+        except Timeout:
+            if not waiting:
+                raise
+            print(waiting, flush=True)
+            lock.acquire(timeout=timeout)
     except Timeout:
         raise
     except (OSError, NotImplementedError) as error:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import io
 import os
 import stat
-import struct
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageChops, features
+from PIL import ExifTags, Image, ImageChops, ImageOps, features
 
 from core.errors import LabError, choose
 
@@ -28,37 +26,13 @@ if find_spec("pillow_heif"):
 
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
+ORIENTATION = ExifTags.Base.Orientation
 UNREAD_BRANDS = {  # of ISO media files, for which Pillow may lack a plugin
     **dict.fromkeys(
         (b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIC; install pillow-heif or convert to JPEG"
     ),
     **dict.fromkeys((b"avif", b"avis"), "AVIF; install Pillow 11.3 or later, or convert to JPEG"),
 }
-_ORIENTATION_TAG = 0x0112
-_TRANSPOSES = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_PILLOW_ERRORS = (  # what Pillow raises on damaged files
-    OSError,
-    SyntaxError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    EOFError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 class UndecodableImage(LabError):  # noqa: N818
@@ -143,8 +117,7 @@ def _decode_jpeg(data: bytes, size: int | None) -> Image.Image | None:
         return None
     try:
         height, width, color_space, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(width, height)
-        _check_scans(data, width * height)
+        _check_size(data, width, height)
         if color_space not in ("YCbCr", "Gray", "RGB"):
             simplejpeg.decode_jpeg(data, "CMYK")  # only to see whether it reports damage
             return None
@@ -155,12 +128,14 @@ def _decode_jpeg(data: bytes, size: int | None) -> Image.Image | None:
         if isinstance(error, UndecodableImage):
             raise
         if str(error).startswith("Corrupt JPEG data") and "extraneous bytes" not in str(error):
-            raise UndecodableImage(
-                "damaged JPEG", str(error)
-            ) from error  # lost pixels, which Pillow would hide
+            # lost pixels, which Pillow would hide
+            raise UndecodableImage("damaged JPEG", str(error)) from error
         return None
     image = Image.fromarray(pixels)
-    return _upright(image, _orientation(data)) if b"Exif\0\0" in data else image
+    if b"Exif\0\0" in data:
+        with suppress(Exception), _opened(data) as file:  # the metadata may be damaged, the pixels are not
+            _turn_upright(image, file)
+    return image
 
 
 def _decode_any(data: bytes) -> Image.Image:
@@ -168,13 +143,15 @@ def _decode_any(data: bytes) -> Image.Image:
         raise UndecodableImage("empty file")
     try:
         with _opened(data) as image:
-            _check_size(*image.size)
-            _check_scans(data, image.width * image.height)
+            _check_size(data, *image.size)
             image.load()
-            return _upright(_to_rgb(image), _exif_orientation(image))
+            pixels = _to_rgb(image)
+            with suppress(Exception):
+                _turn_upright(pixels, image)
+            return pixels
     except UndecodableImage:
         raise
-    except _PILLOW_ERRORS as error:
+    except Exception as error:  # Pillow raises nearly every kind on damaged files
         raise _explain(data, error) from error
 
 
@@ -186,18 +163,15 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             yield image
 
 
-def _check_size(width: int, height: int) -> None:
+def _check_size(data: bytes, width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise UndecodableImage("no pixels", f"{width} x {height}")
     if width * height > MAX_PIXELS:
         raise UndecodableImage("too many pixels", f"{width} x {height}")
-
-
-def _check_scans(data: bytes, pixels: int) -> None:
-    """Refuse a JPEG whose pixels are decoded hundreds of times; coded data never contains the marker of a scan."""
+    # a JPEG whose pixels are decoded hundreds of times; coded data never contains the marker of a scan
     scans = data.count(b"\xff\xda") if data[:2] == b"\xff\xd8" else 0
-    if scans * pixels > MAX_PASSES:
-        raise UndecodableImage("too many scans", f"{scans} scans of {pixels:,} pixels")
+    if scans * width * height > MAX_PASSES:
+        raise UndecodableImage("too many scans", f"{scans} scans of {width * height:,} pixels")
 
 
 def _explain(data: bytes, error: BaseException) -> UndecodableImage:
@@ -206,14 +180,9 @@ def _explain(data: bytes, error: BaseException) -> UndecodableImage:
         return UndecodableImage("too many pixels")
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<svg")):
         return UndecodableImage("a web page or XML, not an image")
-    if (
-        data[4:8] == b"ftyp"
-        and data[8:12] in UNREAD_BRANDS
-        and isinstance(error, Image.UnidentifiedImageError)
-    ):
-        return UndecodableImage(UNREAD_BRANDS[data[8:12]])
     if isinstance(error, Image.UnidentifiedImageError):
-        return UndecodableImage("unknown image format")
+        brand = data[8:12] if data[4:8] == b"ftyp" else b""
+        return UndecodableImage(UNREAD_BRANDS.get(brand, "unknown image format"))
     if "truncated" in str(error):
         return UndecodableImage("truncated")
     return UndecodableImage("damaged", str(error)[:80])
@@ -222,66 +191,33 @@ def _explain(data: bytes, error: BaseException) -> UndecodableImage:
 # --- Orientation and color ---
 
 
-def _orientation(data: bytes) -> int:
-    try:
-        with _opened(data) as image:
-            return _exif_orientation(image)
-    except _PILLOW_ERRORS:
-        return 1  # the metadata may be damaged, the pixels are not
-
-
-def _exif_orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(_ORIENTATION_TAG, 1)
-    except _PILLOW_ERRORS:
-        return 1
-
-
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    transpose = _TRANSPOSES.get(orientation) if isinstance(orientation, int) else None
-    return image if transpose is None else image.transpose(transpose)
+def _turn_upright(image: Image.Image, file: Image.Image) -> None:
+    """Turn an image as the EXIF orientation of the file that it was read from says."""
+    image.getexif()[ORIENTATION] = file.getexif().get(ORIENTATION, 1)
+    ImageOps.exif_transpose(image, in_place=True)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        return _on_white(image)
-    return _CONVERSIONS.get(image.mode, lambda image: image.convert("RGB"))(image)
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode in _SIXTEEN_BIT:
-        image.info.pop("transparency")  # a gray level that Pillow cannot carry over to 8 bits
+    if image.mode == "F":
+        raise UndecodableImage("floating-point gray levels", "white is not defined")
+    if image.mode.startswith("I"):
         return _from_16_bit(image)
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
-
-
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """0..65535 becomes 0..255; Pillow's own conversion clips everything over 255 to white."""
-    pixels = np.asarray(image)  # (H, W)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise UndecodableImage("gray levels beyond 16 bits")
-    return Image.fromarray(((pixels.astype(np.int32) + 128) // 257).astype(np.uint8)).convert("RGB")
-
-
-def _from_float(image: Image.Image) -> Image.Image:
-    raise UndecodableImage("floating-point gray levels", "white is not defined")
-
-
-def _from_cmyk(image: Image.Image) -> Image.Image:
-    """Pillow inverts every CMYK JPEG, which is right only for those that Adobe's programs wrote."""
-    if image.format == "JPEG" and "adobe" not in image.info:
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+        # Pillow inverts every CMYK JPEG, which is right only for those that Adobe's programs wrote
         image = ImageChops.invert(image)
     return image.convert("RGB")
 
 
-_SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-_CONVERSIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "CMYK": _from_cmyk,
-    "F": _from_float,
-    **dict.fromkeys(_SIXTEEN_BIT, _from_16_bit),
-}
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """0..65535 becomes 0..255; Pillow's own conversion clips everything over 255 to white."""
+    image.info.pop("transparency", None)  # a gray level that Pillow cannot carry over to 8 bits
+    pixels = np.asarray(image)  # (H, W)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise UndecodableImage("gray levels beyond 16 bits")
+    return Image.fromarray(((pixels.astype(np.int32) + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
 # --- Which part of the image is kept ---

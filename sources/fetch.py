@@ -11,17 +11,15 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from filelock import Timeout
-
 from core.errors import LabError, choose
-from core.files import atomic_path, locked, make_folder, write_errors
+from core.files import locked, make_folder, write_errors, write_text
 
 MARKER = ".fetched.json"  # in the folder of a set: the parts that were downloaded
 WORK = ".fetch"  # beside the folders of the sets: locks and unfinished downloads
@@ -33,7 +31,13 @@ CREDENTIALS = (
     "public sets need no account: check the credentials in KAGGLE_API_TOKEN, KAGGLE_USERNAME and KAGGLE_KEY, or "
     "~/.kaggle, and accept the terms of the set on its page"
 )
-DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError, ValueError)
+ADVICE = {
+    401: CREDENTIALS,
+    403: CREDENTIALS,
+    404: "download the files by hand",
+    416: "the unfinished download was deleted, run the same call again",
+}
+DAMAGE = (OSError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,7 @@ class Part:
     Args:
         url: https://... of a zip or tar file, or kaggle://owner/name/versions/number.
         download_bytes: approximate size of the archive.
-        unpacked_bytes: approximate size of the unpacked files; a zip or tar file with more than twice as
-            much is refused.
+        unpacked_bytes: approximate size of the unpacked files.
         expects: minimum number of files per pattern of a path relative to the folder of the set; `*` also
             matches `/`. A part with these files is complete, also if they were put there by hand.
         checksum: "md5:..." or "sha256:..." of the archive, if it is published.
@@ -110,8 +113,7 @@ def fetch(name: str, data_dir: str | Path = "data", *, karpathy: bool = False) -
             for key, part in missing.items():
                 fetch_part = _fetch_kaggle if part.handle else _fetch_archive
                 record = fetch_part(f"{name} {key}", part, folder, work / key)
-                with atomic_path(folder / MARKER) as marker:
-                    marker.write_text(json.dumps({**_records(folder), key: record}))
+                write_text(folder / MARKER, json.dumps({**_records(folder), key: record}))
                 (work / key).unlink(missing_ok=True)
             shutil.rmtree(work, ignore_errors=True)
     return folder
@@ -169,33 +171,23 @@ def _shortage(names: Collection[str], part: Part) -> str:
     return ""
 
 
-@contextmanager
-def _alone(lock: Path, label: str) -> Iterator[None]:
-    """Within, no other process downloads the same; it is waited for."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(lock, timeout=0))
-        except Timeout:
-            print(f"{label} is being downloaded by another process; waiting for it to finish", flush=True)
-            stack.enter_context(locked(lock))
-        yield
+def _alone(lock: Path, label: str) -> AbstractContextManager[None]:
+    """While this is entered, no other process downloads the same files."""
+    return locked(lock, waiting=f"{label} is being downloaded by another process; waiting for it to finish")
 
 
 def _check_space(name: str, parts: Mapping[str, Part], work: Path) -> None:
     """Print what is downloaded and where. Raises: LabError if a disk has too little free space."""
     plain = [part for part in parts.values() if not part.handle]
     kaggle = [part for part in parts.values() if part.handle and not part.is_cached]
-    places = (
-        ("data_dir", plain, {work}),
-        ("KAGGLEHUB_CACHE", kaggle, {part.kaggle_archive.parent for part in kaggle}),
-    )
-    for setting, group, folders in places:
+    for setting, group in (("data_dir", plain), ("KAGGLEHUB_CACHE", kaggle)):
         if not group:
             continue
-        present = [file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()]
-        needed = sum(part.unpacked_bytes for part in group) + max(part.download_bytes for part in group)
-        needed = max(needed - sum(present), 0)
-        disk = next(parent for parent in min(folders).absolute().parents[1:] if parent.is_dir())
+        place = work if group is plain else group[0].kaggle_archive.parent
+        present = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        total = sum(part.unpacked_bytes for part in group) + max(part.download_bytes for part in group)
+        needed = max(total - present, 0)
+        disk = next(parent for parent in place.absolute().parents[1:] if parent.is_dir())
         free = shutil.disk_usage(disk).free
         if free < needed:
             raise LabError(
@@ -213,12 +205,9 @@ def _fetch_kaggle(label: str, part: Part, folder: Path, archive: Path) -> dict[s
     for name in part.members:
         if (folder / name).is_dir() and not (folder / name).is_symlink():
             raise LabError(f"{folder / name} is incomplete; complete it by hand, or move it and fetch again")
-
-    with ExitStack() as stack:
-        if not part.is_cached:  # two folders of data sets share one cache
-            stack.enter_context(_alone(part.kaggle_archive.with_suffix(".lock"), label))
-        with _one_sentence(label, part, part.kaggle_archive):
-            copy = Path(_retry(lambda: kagglehub.dataset_download(part.handle)))
+    lock = part.kaggle_archive.with_suffix(".lock")  # two folders of data sets share one cache
+    with _alone(lock, label), _one_sentence(label, part, part.kaggle_archive):
+        copy = Path(_retry(lambda: kagglehub.dataset_download(part.handle)))
     root = copy / part.prefix
     if shortage := _shortage(_file_names(root), part):
         raise LabError(f"{label}: {copy} has only {shortage}; delete that folder and fetch again")
@@ -229,16 +218,14 @@ def _fetch_kaggle(label: str, part: Part, folder: Path, archive: Path) -> dict[s
 
 def _place(source: Path, place: Path, unfinished: Path) -> bool:
     """Link a folder, or copy a file or what cannot be linked; an existing file is kept. Returns: linked."""
-    if place.is_symlink() and source.is_dir():
-        place.unlink()
     if source.is_dir():
-        try:
+        place.unlink(missing_ok=True)  # a link to a copy that was deleted
+        with suppress(OSError):  # some disks and Windows accounts have no links
             place.symlink_to(source.resolve(), target_is_directory=True)
             return True
-        except OSError:  # some disks and Windows accounts have no links
-            shutil.rmtree(unfinished, ignore_errors=True)
-            shutil.copytree(source, unfinished)
-            os.replace(unfinished, place)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(source, unfinished)
+        os.replace(unfinished, place)
     elif not place.exists():
         shutil.copyfile(source, unfinished)
         os.replace(unfinished, place)
@@ -251,7 +238,7 @@ def _fetch_archive(label: str, part: Part, folder: Path, archive: Path) -> dict[
     with _one_sentence(label, part, archive):
         _retry(lambda: _download(part, archive))
         shutil.rmtree(unpacked, ignore_errors=True)
-        _unpack(archive, unpacked, part)
+        _unpack(archive, unpacked, part.members)
         if shortage := _shortage(_file_names(unpacked), part):
             raise ValueError(f"only {shortage}")
     with write_errors(folder):
@@ -276,24 +263,14 @@ def _download(part: Part, archive: Path) -> None:
     pooch.retrieve(part.url, part.checksum, fname=archive.name, path=archive.parent, downloader=resume)
 
 
-def _unpack(archive: Path, folder: Path, part: Part) -> None:
+def _unpack(archive: Path, folder: Path, members: Sequence[str]) -> None:
     """Unpack a zip or tar file; zipfile and tarfile's data filter write nothing outside of `folder`."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as file:
-            members = [info for info in file.infolist() if not part.members or info.filename in part.members]
-            _check_size(sum(info.file_size for info in members), part)
-            file.extractall(folder, members)
+            file.extractall(folder, [name for name in file.namelist() if not members or name in members])
     else:
         with tarfile.open(archive) as tar:
-            _check_size(sum(info.size for info in tar), part)
             tar.extractall(folder, filter="data")
-
-
-def _check_size(unpacked_bytes: int, part: Part) -> None:
-    if unpacked_bytes > 2 * part.unpacked_bytes:
-        raise ValueError(
-            f"it unpacks to {unpacked_bytes:,} bytes, about {part.unpacked_bytes:,.0f} are expected"
-        )
 
 
 def _retry(download: Callable[[], Any]) -> Any:
@@ -310,7 +287,7 @@ def _retry(download: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _one_sentence(label: str, part: Part, archive: Path) -> Iterator[None]:
-    """Within, an error of a server, an archive or a disk is a LabError; a damaged archive is deleted."""
+    """Turn an error of a server, an archive or a disk into a LabError; a damaged archive is deleted."""
     import requests
     from kagglehub.exceptions import DataCorruptionError
 
@@ -320,23 +297,16 @@ def _one_sentence(label: str, part: Part, archive: Path) -> Iterator[None]:
             yield
         except requests.HTTPError as error:
             status = error.response.status_code if error.response is not None else 0
-            advice = {
-                401: CREDENTIALS,
-                403: CREDENTIALS,
-                404: "download the files by hand",
-                416: "the unfinished download was deleted, run the same call again",
-            }
             if status == 416:  # the file on the server is shorter than what was downloaded
                 archive.with_name(f"{archive.name}.part").unlink(missing_ok=True)
-            raise LabError(
-                f"{label}: {server} answers {part.url} with error {status}; {advice.get(status, 'try again later')}"
-            ) from error
+            advice = ADVICE.get(status, "try again later")
+            raise LabError(f"{label}: {server} answers {part.url} with error {status}; {advice}") from error
         except requests.RequestException as error:
             raise LabError(
                 f"{label}: the connection to {server} failed {len(RETRY_WAITS) + 1} times; check the network and "
                 "run the same call again, which resumes the download"
             ) from error
-        except (OSError, *DAMAGE, DataCorruptionError) as error:
+        except (*DAMAGE, DataCorruptionError) as error:
             if getattr(error, "errno", None) not in (None, errno.EINVAL):  # of the disk, not of the archive
                 raise
             cause = " ".join(str(error).split())

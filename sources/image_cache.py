@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +23,6 @@ import numpy as np
 import PIL
 import simplejpeg
 import torch
-from filelock import Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -298,14 +297,8 @@ class ImageCache:
         folders = {form: Path(folder) / f"{name}_{form}" for form in forms}
         finished = _find_finished(folders, source)
         if finished is None:
-            with ExitStack() as stack:
-                lock_file = Path(folder) / f"{name}.lock"
-                try:
-                    stack.enter_context(locked(lock_file, timeout=0))
-                except Timeout:
-                    if progress:
-                        print("Another process is building this image cache; waiting for it.")
-                    stack.enter_context(locked(lock_file))
+            waiting = "Another process is building this image cache; waiting for it." if progress else ""
+            with locked(Path(folder) / f"{name}.lock", waiting=waiting):
                 finished = _find_finished(folders, source)  # by the process that was waited for
                 if finished is None:
                     form = _choose_form(folders, source, progress)

@@ -374,7 +374,7 @@ def test_a_second_process_waits(kaggle: Server, server: Server, data: Path, othe
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("step", ["_unpack", "_place", "atomic_path"])
+@pytest.mark.parametrize("step", ["_unpack", "_place", "write_text"])
 def test_an_interrupt_while_files_are_placed(
     kaggle: Server, server: Server, data: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -481,8 +481,6 @@ def test_a_set_with_too_few_files(kaggle: Server, server: Server, data: Path) ->
 HOSTILE = {
     "parent": (zipped({"../evil": b"x"}), "only 0 of 1 files good"),
     "absolute": (zipped({"/nowhere/evil": b"x"}), "only 0 of 1 files good"),
-    "bomb": (zipped({"good": bytes(5_000_000)}, zipfile.ZIP_DEFLATED), "it unpacks to 5,000,000 bytes"),
-    "tar bomb": (tarred({"good": bytes(5_000_000)}), "it unpacks to 5,000,000 bytes"),
     "tar parent": (tarred({"../evil": b"x"}), "outside the destination"),
     "few files": (zipped({"bad": b"x"}), "only 0 of 1 files good"),
     "damaged zip": (zipped({"good": b"good"}).replace(b"goodgood", b"goodevil"), "Bad CRC-32"),
@@ -504,25 +502,6 @@ def test_hostile_archives(kaggle: Server, server: Server, data: Path, name: str,
     assert not Path("/nowhere").exists()
     server.files["/hostile"] = zipped({"good": b"good"})
     assert contents(fetch("flickr8k", data)) == {"good": b"good"}
-
-
-def test_random_damage_is_always_reported_as_damage(tmp_path: Path) -> None:
-    files = {"a/1": noise.randbytes(700), "a/2": bytes(900), "b": b"text" * 50}
-    archives = [zipped(files, zipfile.ZIP_DEFLATED), tarred(files)]
-    part = Part("http://127.0.0.1/archive", download_bytes=1, unpacked_bytes=1e5, expects={})
-    refusals = []
-    for number in range(600):
-        content = bytearray(archives[number % 2])
-        for _ in range(noise.randint(1, 4)):
-            content[noise.randrange(len(content))] = noise.randrange(256)
-        (tmp_path / "archive").write_bytes(content)
-        try:
-            with sources_fetch._one_sentence("label", part, tmp_path / "archive"):
-                sources_fetch._unpack(tmp_path / "archive", tmp_path / "unpacked", part)
-        except LabError as error:
-            refusals.append(str(error))
-    assert len(refusals) > 300
-    assert all("is damaged" in refusal for refusal in refusals)
 
 
 # ---- names and disks
