@@ -64,7 +64,7 @@ from reports.sections import Exhibit, examine, zero_shot_exhibits
 from reports.zero_shot import DEFAULT_TEMPLATES, Labelled, known_labels, measure, open_labelled
 from retrieval.ranks import Ranks, match_ranks
 from retrieval.statistics import MIN_SEEDS, PairedTest, compare_settings, paired_test
-from training.checkpoints import read_metrics
+from training.checkpoints import evaluation_lock, read_metrics
 from utils import Run, load_run
 
 
@@ -490,8 +490,9 @@ def export_run(run: Run, folder: str | Path) -> list[Path]:
 
 def evaluate_command(folder: str, places: dict[str, Any], **options: Any) -> None:
     """Evaluate a run, print its table, and print the output paths."""
-    run = load_run(folder, **places)
-    report_run(run, **options)
+    with evaluation_lock(Path(folder)):
+        run = load_run(folder, **places)
+        report_run(run, **options)
     print(metrics_table(run.metrics).T.to_string())
     print(f"{results_of(run)}: metrics.json, tables/, figures/, report.html")
 
@@ -506,7 +507,8 @@ def compare_command(folders: list[str], folder: str, baseline: str | None, place
 
 def search_run(folder: str, text: str, places: dict[str, Any], **options: Any) -> None:
     """Search a run's test images and print the path of the figure."""
-    print(search_command(load_run(folder, **places), text, **options))
+    with evaluation_lock(Path(folder)):
+        print(search_command(load_run(folder, **places), text, **options))
 
 
 def export_command(folder: str, output: str | None, places: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ from plots.figures import learning_curves
 from retrieval.figures import direction
 from training.checkpoints import (
     Stopped,
+    evaluation_lock,
     exclusive_lock,
     last_checkpoint,
     load_checkpoint,
@@ -181,12 +182,13 @@ class RunPlan:
                 )
 
     def clear(self) -> None:
-        """Delete an earlier run of this name, and what was derived from it."""
-        for name in ("figures", "tables", "index", "search"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        for path in [*self.checkpoints.glob("*.*"), *self.folder.glob("*.*")]:
-            if path.is_file() and path.name != ".lock":
-                path.unlink()
+        """Delete an earlier run of this name, and what was derived from it, once no process evaluates it."""
+        with evaluation_lock(self.folder):
+            for name in ("figures", "tables", "index", "search"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            for path in [*self.checkpoints.glob("*.*"), *self.folder.glob("*.*")]:
+                if path.is_file() and not path.name.endswith(".lock"):
+                    path.unlink(missing_ok=True)
 
     def saved(self) -> str:
         """What a run that was stopped in the middle of a step continues from."""
@@ -630,8 +632,9 @@ def fit(
         plan.open_data()
         lock = exclusive_lock(plan.folder) if is_main() else contextlib.nullcontext()
         with lock, stop_after_step() as stop, algorithms(config):
-            if resume == "never":
+            if resume == "never" and is_main():
                 plan.clear()
+            barrier()
             try:
                 build_trainer(plan, resume).run(stop, on_epoch)
             except KeyboardInterrupt:
@@ -724,5 +727,6 @@ def main(
     else:
         run = fit(config, resume=resume, on_epoch=None if no_plotting else draw)
     if run.finished and is_main():
-        report_run(run, comprehensive=comprehensive, output_file=output_file or None)
+        with evaluation_lock(run.folder):
+            report_run(run, comprehensive=comprehensive, output_file=output_file or None)
         print(f"{run.folder}: " + ", ".join(sorted(path.name for path in run.folder.iterdir())))

@@ -87,12 +87,12 @@ class Run:
     @functools.cached_property
     def weights(self) -> str:
         """SHA-256 of the best epoch's weights. Raises: LabError if there are none yet."""
-        path = self.folder / "best.safetensors"
-        if not path.is_file():
+        try:
+            return file_digest(self.folder / "best.safetensors")
+        except FileNotFoundError as error:
             raise LabError(
                 f"{self.folder} holds no best.safetensors: the run has not finished an epoch; train it first."
-            )
-        return file_digest(path)
+            ) from error
 
     @functools.cached_property
     def model(self) -> CLIPModel:

@@ -124,6 +124,17 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def evaluation_lock(folder: Path) -> Iterator[None]:
+    """Within, no other process evaluates this run or deletes it to start over; one that does is waited for."""
+    if not (folder / "config.yaml").is_file():
+        yield  # not a run, or one that has just been deleted: opening it says so
+        return
+    waiting = f"another process is evaluating {folder}; waiting for it."
+    with locked(folder / ".evaluation.lock", waiting=waiting):
+        yield
+
+
+@contextmanager
 def stop_after_step() -> Iterator[threading.Event]:
     """Within, the first Ctrl-C or SIGTERM sets the event instead of raising; a second one raises.
 
@@ -211,9 +222,12 @@ def _read_history(path: Path) -> pd.DataFrame:
 
 
 def load_weights_file(path: Path) -> dict[str, Tensor]:
-    """A run's weights by name. Raises: DamagedFileError."""
+    """A run's weights by name. Raises: DamagedFileError; LabError if they are not there."""
     advice = "restore a copy of it, or train the run again with resume='never' (--resume never)"
-    weights = load_tensors(path, advice)[0]
+    try:
+        weights = load_tensors(path, advice)[0]
+    except FileNotFoundError as error:
+        raise LabError(f"{path} does not exist; train the run first.") from error
     _refuse_old_names(weights, path)
     return weights
 
