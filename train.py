@@ -54,12 +54,12 @@ from training.checkpoints import (
 )
 from training.distributed import any_of, barrier, from_main, is_main, join_group, rank, world_size
 from training.effects import check, check_metric
-from training.engine import Engine, explained_memory_errors
+from training.engine import Engine, explained_errors
 from training.identity import identity
 from training.monitor import Board, TrainingMonitor, peak_memory_gb
 from training.negatives import build_negatives
 from training.optim import EMA, build_optimizer, build_scheduler, choose_precision, mix_weights
-from utils import EpochProgress, Run, goodness, load_run, load_start, run_epoch, validate
+from utils import EpochMeter, EpochProgress, Run, goodness, load_run, load_start, validate
 
 OnEpoch = Callable[[pd.DataFrame], None]
 TRAINED_ON = "trained_on.npy"
@@ -333,18 +333,18 @@ class Trainer:
         if hasattr(self.train_set, "refresh") and self.progress.step == 0:
             self.train_set.refresh(self.model, epoch, self.config)
 
-        def after_step(read: Callable[[], None]) -> None:
+        meter = EpochMeter(epoch, self.device, self.progress, bar)
+        self.model.train()
+        for batch in meter.batches(self.loader, self.criterion, self.config):
+            meter.add(self.engine.step(batch), batch["image_id"], self.engine.images, self.engine.chance)
             self.steps += 1
-            if any_of(stop.is_set(), self.device):
-                read()
-                raise Stopped
-            if self._is_due():
-                read()
+            stopped = any_of(stop.is_set(), self.device)
+            if stopped or self._is_due():
+                meter.read()
+                if stopped:
+                    raise Stopped
                 self.save()
-
-        trained = run_epoch(
-            self.engine, self.loader, epoch, progress=self.progress, after_step=after_step, bar=bar
-        )
+        trained = meter.figures(self.model, self.engine.optimizer) | self.engine.negatives.log()
         chance = self.progress.uniform_sum / self.progress.images
         self.monitor.after_epoch(self.model, trained["train_loss"], chance, self.steps)
         row = {"epoch": epoch + 1, **trained, **self._validated(epoch)}
@@ -591,7 +591,7 @@ def algorithms(config: Config) -> Iterator[None]:
         choose_algorithms(*before)
 
 
-@explained_memory_errors()
+@explained_errors()
 def fit(
     config: Config,
     *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from config import Config, load_config
 from core.errors import LabError
 from core.files import file_digest
+from core.ids import match_ids
 from dataset import make_loader
 from losses import build_loss, chance_level
 from metrics import retrieval_metrics
@@ -29,8 +30,8 @@ from models import CLIPModel, build_model
 from retrieval.figures import direction, feature_geometry, feature_spread
 from training.augment import augment, augment_parts
 from training.checkpoints import _read_history, load_weights_file, own_image_weights, read_kept, read_metrics
-from training.distributed import gather_rows
-from training.engine import Engine, encode_batch, match_ids
+from training.engine import encode_batch, explained_errors
+from training.optim import autocast
 
 
 def goodness(value: Any, metric: str) -> Any:
@@ -175,32 +176,10 @@ def load_start(model: CLIPModel, folder: str | Path) -> None:
     model.load_state_dict({name: theirs[name] for name in ours.keys() & theirs.keys()}, strict=False)
 
 
-STEPS_BEFORE_READING = {"cpu": 1}
-"""Steps whose losses stay on the device until one reading; waiting for each would idle a GPU."""
-MOST_STEPS_BEFORE_READING = 20
-MOST_ROWS = 2000  # whose uniformity a validation measures: a tenth of a second
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Tensors of a batch on the device; lists of captions as they are."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
 # --- one epoch ---
 
 
-@dataclass
-class EpochProgress:
-    """How far an epoch is; part of a checkpoint, so that an epoch continues in its middle."""
-
-    step: int = 0
-    images: int = 0
-    loss_sum: float = 0.0
-    uniform_sum: float = 0.0  # of the loss's chance level
-    seconds: float = 0.0
-    data_seconds: float = 0.0
-
-
+@explained_errors("`train.fit` divides a batch into pieces that fit")
 def train_epoch(
     model: CLIPModel,
     train_loader: DataLoader,
@@ -212,107 +191,132 @@ def train_epoch(
     *,
     show: bool = True,
 ) -> dict[str, float]:
-    """Train on every batch once; `run_epoch` with the parts of a plain run.
+    """Train on every batch once: the plain loop. `train.fit` takes the same steps by `training.engine.Engine`.
 
     Args:
-        epoch: number from 0; order and augmentation follow from it and the seed.
-        config: clipping, augmentation, precision; None: the documented defaults.
-        show: a progress bar.
-    Returns: as `run_epoch`.
+        epoch: number from 0; order and augmentation depend on it and on the seed.
+        config: clipping, augmentation, precision (fp16 without the loss scaling of `fit`); None: the documented
+            defaults.
+        show: show a progress bar.
+    Returns: as `EpochMeter.figures`.
+    Raises: LabError on a non-finite loss, naming the images of the batch, and where memory runs out.
     """
-    engine = Engine(model, criterion, optimizer, scheduler, config)
-    total = len(train_loader)
-    with tqdm(total=total, desc=f"epoch {epoch + 1}", unit="step", disable=not show) as bar:
-        return run_epoch(engine, train_loader, epoch, bar=bar)
+    config = config or Config()
+    device = model.logit_scale.device
+    with tqdm(total=len(train_loader), desc=f"epoch {epoch + 1}", unit="step", disable=not show) as bar:
+        meter = EpochMeter(epoch, device, bar=bar)
+        model.train()
+        for batch in meter.batches(train_loader, criterion, config):
+            with autocast(config, device):
+                features = model(batch["image"], batch["text"])  # (I, D), (T, D), and the temperature
+            image_id, text_id = match_ids(batch)  # (I,), (T,): equal ids are a match
+            loss = criterion(**features, image_id=image_id, text_id=text_id)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            meter.add(loss, image_id)
+    return meter.figures(model, optimizer)
 
 
-def run_epoch(
-    engine: Engine,
-    loader: DataLoader,
-    epoch: int,
-    *,
-    progress: EpochProgress | None = None,
-    after_step: Callable[[Callable[[], None]], None] | None = None,
-    bar: tqdm | None = None,
-) -> dict[str, float]:
-    """Give every batch of an epoch, or of the rest of one, to the engine.
+@dataclass
+class EpochProgress:
+    """How far an epoch is; part of a checkpoint, so that an epoch resumes in the middle."""
+
+    step: int = 0
+    images: int = 0
+    loss_sum: float = 0.0
+    uniform_sum: float = 0.0  # of the chance-level loss
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+
+
+STEPS_BETWEEN_READINGS = 20
+"""Steps whose losses stay on a GPU until they are read together: it would idle while each one is waited for."""
+
+
+class EpochMeter:
+    """Gives the batches of an epoch, or of the rest of one, and adds up losses and seconds.
 
     Args:
-        progress: where to continue inside the epoch; updated in place.
-        after_step: called after each step with a function that brings `progress` up to date; saves a checkpoint,
-            or stops by raising.
-        bar: moved on a step each.
-    Returns: train_loss (mean over images), learning_rate, temperature, images_per_second, train_seconds,
-        data_share (part of the time spent waiting for data).
-    Raises: LabError on a non-finite loss, naming the images of the batch.
+        progress: where to resume inside the epoch; updated in place by `read`.
+        bar: advanced by one per step.
     """
-    progress = progress or EpochProgress()
-    meter = _Meter(engine, progress, epoch, bar)
-    _start_at(loader, epoch, progress.step)
-    set_epoch = getattr(engine.criterion, "set_epoch", None)
-    if callable(set_epoch):
-        set_epoch(epoch)
-    engine.model.train()
-    mark = time.perf_counter()
-    for batch in loader:
-        waited = time.perf_counter() - mark
-        batch = to_device(batch, engine.device)
-        batch["image"] = _augmented(batch, engine.config, epoch)
-        loss = engine.step(batch)
-        meter.add(loss, batch["image_id"])
-        progress.data_seconds += waited
-        progress.seconds += time.perf_counter() - mark
-        if after_step is not None:
-            after_step(meter.read)
-        mark = time.perf_counter()
-    meter.read()
-    return {
-        "train_loss": progress.loss_sum / progress.images,
-        "learning_rate": max(group["lr"] for group in engine.optimizer.param_groups),
-        "temperature": engine.model.temperature,
-        "images_per_second": progress.images / progress.seconds,
-        "data_share": progress.data_seconds / progress.seconds,
-        "train_seconds": progress.seconds,
-        **engine.negatives.log(),
-    }
 
+    def __init__(
+        self,
+        epoch: int,
+        device: torch.device,
+        progress: EpochProgress | None = None,
+        bar: tqdm | None = None,
+    ) -> None:
+        self.epoch, self.device, self.bar = epoch, device, bar
+        self.progress = progress or EpochProgress()
+        self.limit = 1 if device.type == "cpu" else STEPS_BETWEEN_READINGS
+        self.unread: list[tuple[Tensor, Tensor, int, Any]] = []
 
-class _Meter:
-    """Adds up losses, and refuses one that is not finite; reads them from a GPU only now and then."""
+    def batches(self, loader: DataLoader, criterion: nn.Module, config: Config) -> Iterator[dict[str, Any]]:
+        """The epoch's batches on the device, images augmented. The criterion is told the epoch if it asks for it."""
+        _start_at(loader, self.epoch, self.progress.step)
+        if callable(set_epoch := getattr(criterion, "set_epoch", None)):
+            set_epoch(self.epoch)
+        self.mark = time.perf_counter()
+        for batch in loader:
+            self.progress.data_seconds += time.perf_counter() - self.mark
+            batch = to_device(batch, self.device)
+            batch["image"] = augmented(batch, config, self.epoch)
+            yield batch
+            self.mark = time.perf_counter()
 
-    def __init__(self, engine: Engine, progress: EpochProgress, epoch: int, bar: tqdm | None) -> None:
-        self.engine, self.progress, self.epoch, self.bar = engine, progress, epoch, bar
-        self.limit = STEPS_BEFORE_READING.get(engine.device.type, MOST_STEPS_BEFORE_READING)
-        self.unread: list[tuple[Tensor, Tensor, Any]] = []
-
-    def add(self, loss: Tensor, image_id: Tensor) -> None:
-        self.unread.append((loss, image_id, self.engine.chance))
+    def add(self, loss: Tensor, image_id: Tensor, images: int | None = None, chance: Any = math.nan) -> None:
+        """Count a step. Args: images: of the step, if not `len(image_id)`; chance: its chance-level loss."""
+        self.progress.seconds += time.perf_counter() - self.mark
+        self.unread.append((loss.detach(), image_id, images or len(image_id), chance))
         if len(self.unread) >= self.limit:
             self.read()
 
     def read(self) -> None:
-        """Bring the progress up to date."""
+        """Bring the progress up to date. Raises: LabError on a non-finite loss."""
         if not self.unread:
             return
         progress = self.progress
         values = torch.stack([loss for loss, *_ in self.unread]).tolist()
-        for value, (_, image_id, chance) in zip(values, self.unread, strict=True):
+        for value, (_, image_id, images, chance) in zip(values, self.unread, strict=True):
             if not math.isfinite(value):
                 raise LabError(
                     f"the loss is {value} at epoch {self.epoch + 1}, step {progress.step + 1} (image ids "
                     f"{image_id.tolist()[:8]}...); lower learning_rate or max_grad_norm; the last checkpoint is kept."
                 )
-            count = len(gather_rows(image_id))
             progress.step += 1
-            progress.images += count
-            progress.loss_sum += value * count
-            progress.uniform_sum += float(chance) * count
+            progress.images += images
+            progress.loss_sum += value * images
+            progress.uniform_sum += float(chance) * images
         if self.bar is not None:
-            mean = progress.loss_sum / progress.images
-            rate = f", {progress.images / progress.seconds:.0f} images/s" if progress.seconds else ""
-            self.bar.set_postfix_str(f"loss {mean:.3f}{rate}", refresh=False)
+            rate = f"{progress.images / progress.seconds:.0f} images/s"
+            self.bar.set_postfix_str(f"loss {progress.loss_sum / progress.images:.3f}, {rate}", refresh=False)
             self.bar.update(len(self.unread))
         self.unread.clear()
+
+    def figures(self, model: CLIPModel, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """train_loss (mean over images), learning_rate, temperature, images_per_second, train_seconds, and data_share,
+        the part of the time spent waiting for data."""
+        self.read()
+        progress = self.progress
+        return {
+            "train_loss": progress.loss_sum / progress.images,
+            "learning_rate": max(group["lr"] for group in optimizer.param_groups),
+            "temperature": model.temperature,
+            "images_per_second": progress.images / progress.seconds,
+            "data_share": progress.data_seconds / progress.seconds,
+            "train_seconds": progress.seconds,
+        }
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Tensors of a batch on the device; lists of captions unchanged."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _start_at(loader: DataLoader, epoch: int, step: int) -> None:
@@ -324,8 +328,8 @@ def _start_at(loader: DataLoader, epoch: int, step: int) -> None:
         loader.dataset.set_epoch(epoch)
 
 
-def _augmented(batch: dict[str, Any], config: Config, epoch: int) -> Tensor:
-    """Pictures augmented by seed, epoch and id, each part by its own where a batch says so; features as they are."""
+def augmented(batch: dict[str, Any], config: Config, epoch: int) -> Tensor:
+    """A batch's uint8 images augmented by seed, epoch and id; of side-by-side images each half by its own id."""
     images = batch["image"]
     if images.dtype != torch.uint8:
         return images
@@ -341,6 +345,12 @@ def _augmented(batch: dict[str, Any], config: Config, epoch: int) -> Tensor:
         rotation=config.augment_rotation,
         erasing=config.augment_erasing,
     )
+
+
+# --- Features of a whole split ---
+
+
+MOST_ROWS = 2000  # whose uniformity a validation measures: a tenth of a second
 
 
 @torch.no_grad()

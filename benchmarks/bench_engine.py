@@ -27,7 +27,7 @@ from train import RunPlan, build_trainer, fit
 from training.checkpoints import save_checkpoint
 from training.engine import Engine
 from training.optim import build_optimizer, build_scheduler
-from utils import run_epoch, validate
+from utils import train_epoch, validate
 
 ROUNDS = 3
 
@@ -84,11 +84,11 @@ def resnet_speed(images: int = 48, precision: str = "bf16") -> None:
     loader = make_loader(dataset, config.batch_size, shuffle=True)
     ours.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(ours, config)
-    engine = Engine(ours, build_loss(config), optimizer, build_scheduler(optimizer, config, 100), config)
+    parts = ours, loader, build_loss(config), optimizer, build_scheduler(optimizer, config, 100)
     ratios, rates = [], []
     for _ in range(ROUNDS):
         devices.reuse_freed_memory.__wrapped__()
-        rate = run_epoch(engine, loader, 0)["images_per_second"]
+        rate = train_epoch(*parts, config=config, show=False)["images_per_second"]
         usual_allocator()
         start, passed = time.perf_counter(), 0
         for count, _ in plain_loop.steps(plain, dataset, config.batch_size, 1e-4):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from config import make_config, run_name
 from core.errors import LabError
+from core.ids import match_ids
 from dataset import (
     COCOClipDataset,
     load_table,
@@ -27,7 +28,6 @@ from losses import ContrastiveLoss
 from sources.readers import read_captions
 from sources.table import CaptionTable
 from train import fit
-from training.engine import match_ids
 from training.order import EpochBatches
 
 

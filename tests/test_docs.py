@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import inspect
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ from small_data import ROOT, write_coco
 
 import losses
 import models
+import utils
 from config import Config
 from core.presets import PRESETS
 from sources import readers
@@ -120,6 +122,15 @@ def test_the_architecture_page_names_what_exists():
         body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
         assert name in {getattr(node, "name", "") for node in body}, f"{file} has no {name}"
     assert all((ROOT / path).exists() for path in re.findall(r"`([\w/]+(?:\.py|/))`", text))
+
+
+def test_the_architecture_page_explains_each_line_of_the_loop():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| `(.+?)` \|", text, re.MULTILINE)
+    lines = [line.split("  #")[0].strip() for line in inspect.getsource(utils.train_epoch).splitlines()]
+    first = lines.index(explained[0])
+    loop = [line for line in lines[first:] if line != "if scheduler is not None:" and line[:6] != "return"]
+    assert explained == loop
 
 
 WORDS = (

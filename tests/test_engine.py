@@ -1,6 +1,7 @@
 """The step: pieces equal the whole, memory that runs out, negatives beyond the batch, several processes."""
 
 import math
+import operator
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ import pytest
 import torch
 from small_data import ROOT
 from torch import nn
+from torch.utils.data import DataLoader
 
 from config import make_config
 from core.errors import LabError
@@ -22,7 +24,7 @@ from towers import base
 from train import fit
 from training.engine import Engine, encode_batch, is_out_of_memory, split_batch
 from training.negatives import BankNegatives, QueueNegatives, build_negatives
-from utils import Run, load_run
+from utils import Run, load_run, train_epoch
 
 # Equalities are shown in float64. A gradient here is a sum of fewer than 10^5 terms below 10^2, so that two orders
 # of summation differ by less than 10^5 * 10^2 * 2.2e-16 = 2.2e-9, and in practice by some 1e-14.
@@ -107,6 +109,46 @@ def test_the_whole_batch_is_what_autograd_gives():
     InfoNCELoss()(**model(batch["image"], batch["text"]), **ids).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, **SAME)
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_the_plain_loop_and_the_engine_give_equal_weights(size):
+    batches, models = [make_batch(count, 2) for count in (4, 3, 5)], []
+    for engine_takes_the_step in (False, True):
+        model = still(make_model(logit_bias=-1.0))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        parts = model, SigmoidLoss(), optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        config = make_config("flickr8k", max_grad_norm=0.1, micro_batch_size=size)
+        engine = Engine(*parts, config)
+        for epoch in range(2):
+            if engine_takes_the_step:
+                losses = [engine.step(batch).item() for batch in batches]
+            else:
+                row = train_epoch(model, DataLoader(batches, None), *parts[1:], epoch, config, show=False)
+        models.append(model.state_dict())
+    assert row["train_loss"] == pytest.approx(sum(map(operator.mul, losses, (4, 3, 5))) / 12, rel=1e-9)
+    assert row["learning_rate"] == pytest.approx(0.01 * 0.9**6)
+    for name, weights in models[0].items():
+        torch.testing.assert_close(models[1][name], weights, **SAME)
+
+
+def test_the_plain_loop_explains_what_it_cannot_train():
+    model = make_model()
+    model.image_encoder = Greedy().double()
+    parts = (
+        model,
+        DataLoader([make_batch()], None),
+        InfoNCELoss(),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+    with pytest.raises(
+        LabError, match="memory ran out .CUDA out of memory.*`train.fit` divides a batch into pieces"
+    ):
+        train_epoch(*parts, show=False)
+    model.image_encoder.limit = 99
+    model.image_head[0].weight.data.fill_(math.nan)
+    with pytest.raises(LabError, match=r"the loss is nan at epoch 1, step 1 \(image ids \[50, 51"):
+        train_epoch(*parts, show=False)
 
 
 def test_pieces_drop_the_same_units_in_both_passes():

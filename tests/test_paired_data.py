@@ -15,7 +15,7 @@ from models import HEADS, HeadOptions
 from sources.drawing import write_shapes
 from sources.side_by_side import LabeledImages, pair_caption
 from training.augment import augment
-from utils import _augmented, encode_loader, split_metrics
+from utils import augmented, encode_loader, split_metrics
 
 NAMES = ["apple", "aquarium fish", "bee"]
 
@@ -133,14 +133,14 @@ def test_each_half_is_augmented_as_a_picture_of_its_own(pictures):
     pairs = PairedPictures(pictures)
     batch = pairs.__getitems__([3, 7])
     config = make_config("paired_small", augment_rotation=0, augment_flip=1.0, augment_jitter=0)
-    flipped = _augmented(batch, config, 0)
+    flipped = augmented(batch, config, 0)
     left, right = batch["image"].chunk(2, dim=3)
     assert torch.equal(flipped, torch.cat([left.flip(3), right.flip(3)], dim=3))
     config = make_config("paired_small")
-    views = _augmented(batch, config, 5)
+    views = augmented(batch, config, 5)
     alone = augment(right[1:], [15], seed=0, epoch=5, flip=0.5, jitter=0.2, rotation=10)
     assert torch.equal(views[1:, :, :, 32:], alone)
-    assert not torch.equal(views, _augmented(batch, config, 6))
+    assert not torch.equal(views, augmented(batch, config, 6))
     whole = make_loader(pairs, 54)
     assert len(next(iter(whole))["view_id"].unique()) == 108
 

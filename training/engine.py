@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from config import Config
 from core.errors import LabError
+from core.ids import match_ids
 from losses import loss_chance
 from models import CLIPModel, batch_norms
 from training.distributed import gather_rows, sum_gradients, world_size
@@ -23,6 +24,28 @@ from training.optim import EMA, autocast
 
 Batch = dict[str, Any]
 Features = dict[str, Tensor]
+
+
+@contextlib.contextmanager
+def explained_errors(advice: str = "the same call continues from the last checkpoint") -> Iterator[None]:
+    """Within, memory that runs out and BatchNorm over a single row are LabErrors."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise LabError(
+            "BatchNorm needs at least two images while it trains, and this batch has one; raise batch_size (of all "
+            "processes together), or set use_batch_norm to False or freeze_batch_norm to True."
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        recover_memory(first_line(error))
+        raise LabError(
+            f"memory ran out ({first_line(error)}); choose a smaller tower, image_size or batch_size, or end other "
+            f"programs; {advice}."
+        ) from error
 
 
 class Engine:
@@ -63,22 +86,15 @@ class Engine:
         self.ema = ema or EMA(model, 0.0)
         self.scaler = scaler or torch.amp.GradScaler(self.device.type, enabled=False)
         self.micro_batch_size = self.config.micro_batch_size
-        self.chance: Any = math.nan  # the last loss's chance level
+        self.images, self.chance = 0, math.nan  # of the last step: images of all processes, chance-level loss
 
+    @explained_errors()
     def step(self, batch: Batch) -> Tensor:
         """Learn from a batch on the device. Returns: its loss, (), detached.
 
         Raises: LabError where the smallest pieces do not fit into memory, or BatchNorm has a single row to average.
         """
-        try:
-            loss = self._gradients_in_memory(batch)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise LabError(
-                "BatchNorm needs at least two images while it trains, and this batch has one; raise batch_size (of all "
-                "processes together), or set use_batch_norm to False or freeze_batch_norm to True."
-            ) from error
+        loss = self._gradients_in_memory(batch)
         sum_gradients(self.model.parameters())
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
@@ -160,13 +176,14 @@ class Engine:
     def _loss(self, leaves: Features, batch: Batch) -> Tensor:
         """The loss over every process's features and the negatives."""
         image_id, text_id = map(gather_rows, match_ids(batch))
+        self.images = len(image_id)
         whole = {k: gather_rows(v) if v.ndim else v for k, v in leaves.items()}
         given = self.negatives.comparisons(whole, image_id, text_id)
         levels = [
             loss_chance(self.criterion, some["image_id"], some["text_id"], some.get("logit_bias"))
             for some in given
         ]
-        self.chance = math.nan if None in levels else sum(levels) / len(levels)
+        self.chance: Any = math.nan if None in levels else sum(levels) / len(levels)
         return torch.stack([self.criterion(**some) for some in given]).mean()
 
     def _pooling(self, kind: str) -> tuple[Callable[[Any], Tensor], bool]:
@@ -225,27 +242,6 @@ def encode_batch(model: CLIPModel, batch: Batch, config: Config) -> Features:
         name: torch.cat([part[name] for part in parts]) if first.ndim else first
         for name, first in parts[0].items()
     }
-
-
-def match_ids(batch: Batch) -> tuple[Tensor, Tensor]:
-    """(I,) and (T,) ids that a loss compares: a batch's own, or those it has for images that share captions."""
-    image, text = ("image_match", "text_match") if "image_match" in batch else ("image_id", "text_id")
-    return batch[image], batch[text]
-
-
-@contextlib.contextmanager
-def explained_memory_errors() -> Iterator[None]:
-    """Within, memory that runs out is a LabError. Halving the batch does not help everywhere, such as in AdamW."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        recover_memory(first_line(error))
-        raise LabError(
-            f"memory ran out ({first_line(error)}); choose a smaller tower, image_size or batch_size, or end other "
-            "programs. The same call continues from the last checkpoint."
-        ) from error
 
 
 def _backward(features: Features, grads: Features) -> None:
