@@ -6,8 +6,7 @@ import hashlib
 import json
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -16,8 +15,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic import ValidationError as PydanticError
 
 from core.errors import LabError, choose, nearest, shown
-from core.files import read_bytes, write_text
+from core.files import write_text
 from core.presets import ALIASES, FAST_RUN, NAMES, PRESETS, START
+from core.settings_files import read_settings
 
 
 def _path(path: Path) -> Path:
@@ -495,17 +495,6 @@ NOT_IN_NAME = frozenset(
 """Fields that are not part of a run's name: folders, machine, and what is only reported."""
 
 
-RENAMED = {
-    "output_dim": "embed_dim",
-    "hidden_dim": "head_hidden_dim",
-    "num_heads": "head_num_heads",
-    "num_layers": "head_num_layers",
-    "dropout": "head_dropout",
-}
-FREEZE = {"freeze_image_encoder": "image_tower_mode", "freeze_text_encoder": "text_tower_mode"}
-"""Other names of fields that configuration files may use."""
-
-
 def make_config(
     preset: str = START, *, fast_run: bool = False, base_data_dir: str | Path | None = None, **overrides: Any
 ) -> Config:
@@ -523,59 +512,17 @@ def make_config(
     return config
 
 
+NAMES_IN_FILES = (*Config.model_fields, "base_data_dir", "fast_run")
+
+
 def load_config(path: str | Path, **overrides: Any) -> Config:
     """Read a YAML or JSON file, flat or with one level of sections; it starts from its `preset`, or `quickstart`.
 
+    Files with the names of other labs are read too, see core/aliases.yaml.
+
     Raises: LabError if the file is missing, not a mapping, or contains an unknown field or one twice.
     """
-    return make_config(**{**read_overrides(path), **overrides})
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        twice = next((key for key, uses in keys.items() if uses > 1), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"{twice!r} is given twice; keep one")
-        return super().construct_mapping(node, deep)
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > 1000:  # merged mappings grow with each level
-            raise yaml.YAMLError("a mapping has more than 1,000 fields")
-
-
-def load_yaml(path: str | Path) -> Any:
-    """Content of a YAML or JSON file. Raises: LabError if it is damaged or larger than 256 KiB."""
-    data = read_bytes(path, 256 * 2**10)
-    try:
-        return yaml.load(data.decode("utf-8-sig"), _Loader)  # YAML reads JSON too
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        cause = f"{error or type(error).__name__}".splitlines()[0][:200]
-        raise LabError(f"{path} cannot be read as YAML or JSON: {cause}.") from error
-
-
-def read_overrides(path: str | Path) -> dict[str, Any]:
-    """The fields that a YAML or JSON file sets, without its sections."""
-    path = Path(path)
-    if not path.is_file():
-        raise LabError(f"configuration file {path} does not exist; give the path of a .yaml or .json file.")
-    loaded = load_yaml(path)
-    if not isinstance(loaded, Mapping):
-        raise LabError(f"{path} must contain `field: value` lines, not a {type(loaded).__name__}.")
-    values: dict[str, Any] = {}
-    for name, value in loaded.items():
-        section = value if isinstance(value, Mapping) else {name: value}
-        for field, setting in section.items():
-            if field in FREEZE:
-                field, setting = FREEZE[field], "frozen" if setting else "trainable"
-            field = RENAMED.get(field, str(field))
-            if field in values:
-                raise LabError(f"{path} sets {field!r} twice; keep one.")
-            values[field] = setting
-    return values
+    return make_config(**{**read_settings(path, NAMES_IN_FILES), **overrides})
 
 
 def run_name(config: Config) -> str:

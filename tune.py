@@ -30,9 +30,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from tqdm.auto import tqdm
 
-from config import Config, load_yaml, run_name
+from config import Config, run_name
 from core.errors import LabError, nearest
 from core.files import disk_full, is_disk_full, locked, write_text
+from core.settings_files import load_yaml
 from evaluate import compare_runs, evaluate_run, readable
 from metrics import recalls_of, told
 from plots.style import saved

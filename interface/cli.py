@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 from pydantic import create_model
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
-from config import GROUPS, Config, make_config, read_overrides
+from config import GROUPS, NAMES_IN_FILES, Config, make_config
 from core.errors import LabError, nearest
 from core.presets import NAMES, START
+from core.settings_files import read_settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,7 +106,7 @@ def parse_config(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple
     given = vars(parser.parse_args(arguments))
     file = given["config_flag"] or given["config_file"]
     base = {"base_data_dir": given["base_data_dir"]} if given["base_data_dir"] else {}
-    return make_config(**{**(read_overrides(file) if file else {}), **source(), **base}), given
+    return make_config(**{**(read_settings(file, NAMES_IN_FILES) if file else {}), **source(), **base}), given
 
 
 def _defaults(arguments: list[str]) -> Config:

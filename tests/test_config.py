@@ -111,12 +111,12 @@ def test_files_flat_and_sectioned_load_alike(tmp_path):
         ("# " + "x" * 2**18, "such a file has at most 262,144"),
         ("[" * 1000 + "]" * 1000, "cannot be read as YAML or JSON"),
         (
-            "a: &a [x,x,x,x,x,x,x,x,x]\n"
-            + "".join(
-                f"{b}: &{b} [*{a},*{a},*{a},*{a},*{a},*{a},*{a}]\n"
+            "train_splits: [&a [x,x,x,x,x,x,x,x,x], "
+            + ", ".join(
+                f"&{b} [*{a},*{a},*{a},*{a},*{a},*{a},*{a}]"
                 for a, b in zip("abcdefgh", "bcdefghi", strict=True)
             )
-            + "train_splits: *i",
+            + "]",
             "'train_splits' takes tuple",
         ),
     ],
