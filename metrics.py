@@ -7,6 +7,7 @@ whole gallery: recall is then 1, and so is the chance level beside it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -195,21 +196,36 @@ def figures_of(metrics: dict[str, Any]) -> dict[str, float]:
     return recalls_of(metrics) or numbers
 
 
-PERCENT = re.compile(r"(recall|chance)@|^(top\d+|swapped|order)(_|$)")
-"""Figures in [0, 1] that tables show in percent."""
+PERCENT = re.compile(r"(recall|chance)@|^(top\d+|swapped|order)(_|$)|%")
+"""Names of figures in [0, 1] that tables show in percent."""
 
 
-def as_text(name: str, value: float) -> str:
-    """A figure as tables show it: recalls, accuracies and their chance levels in percent, others to three digits."""
-    if PERCENT.search(name):
-        return f"{100 * value:.1f}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+def as_text(
+    name: str, value: float, ends: Sequence[float] = (), std: float = math.nan, sign: str = ""
+) -> str:
+    """A figure as tables show it: `27.1`, `27.1 [25.0, 29.3]` or `27.1 ± 0.4`.
+
+    Recalls, accuracies and their chance levels are in percent, other figures have three digits.
+
+    Args:
+        ends: of the interval, where one is known.
+        std: standard deviation over seeds.
+        sign: `+` for differences.
+    """
+
+    def text(number: float, sign: str = sign) -> str:
+        if PERCENT.search(name):
+            return f"{100 * number:{sign}.1f}"
+        return f"{number:{sign},.0f}" if abs(number) >= 100 else f"{number:{sign}.3g}"
+
+    interval = f" [{', '.join(map(text, ends))}]" if len(ends) else ""
+    return text(value) + interval + ("" if math.isnan(std) else f" ± {text(std, '')}")
 
 
-def told(metrics: dict[str, Any], name: str) -> str:
-    """A figure with its interval where one is known: `27.1 [25.0, 29.3]`."""
-    ends = [as_text(name, metrics[end]) for end in (f"{name}_low", f"{name}_high") if end in metrics]
-    return as_text(name, metrics[name]) + (f" [{', '.join(ends)}]" if ends else "")
+def with_interval(metrics: Mapping[Any, Any], name: str) -> str:
+    """`metrics[name]` as text, with its interval where `NAME_low` and `NAME_high` are known."""
+    ends = [metrics[f"{name}_{end}"] for end in ("low", "high") if f"{name}_{end}" in metrics]
+    return as_text(name, metrics[name], ends)
 
 
 def metrics_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
@@ -218,7 +234,9 @@ def metrics_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
     for split, found in metrics.items():
         sizes = {"images": found["num_images"], "captions": found["num_texts"]}
         protocol = {"split": split, "protocol": found["protocol"], **sizes}
-        rows.append({**protocol, "": "model", **{name: told(found, name) for name in figures_of(found)}})
+        rows.append(
+            {**protocol, "": "model", **{name: with_interval(found, name) for name in figures_of(found)}}
+        )
         by_chance = {name: as_text(name, value) for name, value in chance(found).items()}
         rows += [{**protocol, "": "chance", **by_chance}] if by_chance else []
     columns = ["split", "protocol", "images", "captions", ""]

@@ -35,7 +35,7 @@ from core.errors import LabError, nearest
 from core.files import disk_full, is_disk_full, locked, write_text
 from core.settings_files import load_yaml
 from evaluate import compare_runs, evaluate_run, readable
-from metrics import recalls_of, told
+from metrics import recalls_of, with_interval
 from plots.style import saved
 from train import fit
 from utils import Run, goodness
@@ -647,7 +647,7 @@ def grid_table(config: Config, tables: Mapping[str, Mapping[str, dict[str, Any]]
         row: dict[str, Any] = dict(zip(tables, names, strict=True))
         if run.finished:
             metrics = evaluate_run(run, show=False)[run.config.test_splits[0]]
-            row |= {name: told(metrics, name) for name in recalls_of(metrics)}
+            row |= {name: with_interval(metrics, name) for name in recalls_of(metrics)}
             row["seconds"] = round(run.training["train_seconds"], 1)
         rows.append(row)
     return pd.DataFrame(rows).set_index(list(tables))

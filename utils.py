@@ -29,7 +29,7 @@ from metrics import retrieval_metrics
 from models import CLIPModel, build_model
 from retrieval.figures import direction, feature_geometry, feature_spread
 from training.augment import augment, augment_parts
-from training.checkpoints import _read_history, load_weights_file, own_image_weights, read_kept, read_metrics
+from training.checkpoints import load_weights_file, own_image_weights, read_history, read_kept, read_metrics
 from training.engine import encode_batch, explained_errors
 from training.optim import autocast
 
@@ -147,7 +147,7 @@ def load_run(folder: str | Path, **places: Any) -> Run:
         folder=folder,
         config=config,
         own_data=config.data_dir.resolve() == saved.data_dir.resolve(),
-        history=_read_history(folder / "history.csv") if history is None else pd.DataFrame(history),
+        history=read_history(folder / "history.csv") if history is None else pd.DataFrame(history),
         metrics=read_metrics(folder / "metrics.json"),
         training=training,
     )

@@ -19,7 +19,7 @@ from config import Config, run_name
 from core.errors import LabError, choose
 from evaluate import finished_runs, paired_test_of
 from interface.controls import Control, ExperimentForm
-from metrics import figures_of, recalls_of, told
+from metrics import as_text, figures_of, recalls_of, with_interval
 from plots.figures import attention_maps, captioned_images, learning_curves, zero_shot_bars
 from reports.gallery import Gallery
 from reports.search import GallerySearch, search_grid
@@ -289,7 +289,7 @@ def runs_table(runs: Sequence[Run], baseline: Run | None = None) -> pd.DataFrame
             continue
         names = [name for name in recalls_of(metrics) if name.endswith("@1")] or list(figures_of(metrics))[:3]
         rows[run.name] |= {"images": metrics["num_images"], "captions": metrics["num_texts"]}
-        rows[run.name] |= {name: told(metrics, name) for name in names}
+        rows[run.name] |= {name: with_interval(metrics, name) for name in names}
         rows[run.name] |= {} if baseline is None else gains(run, baseline)
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -306,7 +306,7 @@ def gains(run: Run, baseline: Run) -> dict[str, str]:
             texts[column] = "another gallery" if theirs else "baseline not evaluated"
         else:
             test = paired_test_of(run, baseline, f"{direction}_recall@1")
-            texts[column] = f"{100 * test.difference:+.1f} [{100 * test.low:+.1f}, {100 * test.high:+.1f}]"
+            texts[column] = as_text("%", test.difference, (test.low, test.high), sign="+")
     return texts
 
 

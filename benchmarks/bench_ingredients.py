@@ -15,6 +15,7 @@ import evaluate
 from benchmarks.bench_engine import flickr8k
 from benchmarks.bench_lab import ROOT, SEEDS
 from config import Config
+from metrics import recalls_of
 from train import fit
 from utils import Run
 
@@ -84,7 +85,7 @@ def ingredients(config: Config, settings: dict[str, dict[str, Any]], seeds: tupl
 def on_test(config: Config, seeds: tuple[int, ...]) -> pd.DataFrame:
     """The preset's recalls on the official test split, mean and standard deviation over seeds, percent."""
     runs = [trained(config.updated(seed=seed)) for seed in seeds]
-    recalls = [evaluate.recalls_of(evaluate.evaluate_run(run)[config.test_splits[0]]) for run in runs]
+    recalls = [recalls_of(evaluate.evaluate_run(run)[config.test_splits[0]]) for run in runs]
     table = 100 * pd.DataFrame(recalls)
     return pd.DataFrame({"mean": table.mean(), "std": table.std()}).T.round(2)
 

@@ -12,6 +12,7 @@ import evaluate
 from config import Config, make_config
 from dataset import open_dataset
 from interface.run_notebook import run_notebook, tables
+from metrics import recalls_of
 from train import fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +43,7 @@ def train_seeds(config: Config) -> pd.DataFrame:
         run = fit(config.updated(seed=seed), resume="never")
         seconds = time.perf_counter() - start
         metrics = evaluate.evaluate_run(run)[config.test_splits[0]]
-        recalls = {name: 100 * value for name, value in evaluate.recalls_of(metrics).items()}
+        recalls = {name: 100 * value for name, value in recalls_of(metrics).items()}
         rows.append({"seconds": seconds, "best epoch": run.best_epoch, **recalls})
     table = pd.DataFrame(rows)
     return pd.DataFrame({"mean": table.mean(), "std": table.std()}).T.round(2)

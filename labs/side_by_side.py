@@ -20,7 +20,7 @@ from core.errors import LabError
 from dataset import PairedPictures, open_dataset
 from evaluate import measured_split, report_run
 from interface.cli import Parser, one_sentence
-from metrics import told
+from metrics import as_text, with_interval
 from plots.figures import captioned_images
 from reports.compare import settings_label
 from reports.gallery import load_or_encode, results_of
@@ -73,7 +73,9 @@ def pairs_table(results: dict[str, PairResult]) -> pd.DataFrame:
         metrics = result.metrics
         sizes = {"split": split, "pairs": metrics["num_images"], "captions": metrics["num_texts"]}
         counts = {"swap count": f"{metrics['num_swapped']} of {metrics['num_different']}"}
-        rows.append({**sizes, **{name: told(metrics, name) for name in FIGURES if name in metrics}, **counts})
+        rows.append(
+            {**sizes, **{name: with_interval(metrics, name) for name in FIGURES if name in metrics}, **counts}
+        )
     chance = {name: f"{100 * metrics[f'{name}_chance']:g}" for name in FIGURES if f"{name}_chance" in metrics}
     rows.append({"split": "chance", "pairs": "", "captions": metrics["num_texts"], **chance})
     return pd.DataFrame(rows).fillna("").set_index("split")
@@ -87,12 +89,12 @@ def settings_table(results: Sequence[tuple[Run, dict[str, Any]]]) -> pd.DataFram
     rows = []
     for run, metrics in results:
         label = f"{run.config.preset}: {settings_label(run.config)}"
-        rows.append({"setting": label, **{name: 100 * metrics[name] for name in FIGURES if name in metrics}})
-    groups = pd.DataFrame(rows).groupby("setting", sort=False)
-    mean, spread = groups.mean(), groups.std()
-    table = mean.map("{:.1f}".format) + spread.map(lambda value: "" if np.isnan(value) else f" ± {value:.1f}")
-    table.insert(0, "seeds", groups.size())
-    return table
+        rows.append({"setting": label, **{name: metrics[name] for name in FIGURES if name in metrics}})
+    table = {}
+    for label, group in pd.DataFrame(rows).groupby("setting", sort=False):
+        means = {name: as_text(name, group[name].mean(), std=group[name].std()) for name in group.columns[1:]}
+        table[label] = {"seeds": len(group), **means}
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("setting")
 
 
 # --- examples ---

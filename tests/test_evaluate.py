@@ -17,7 +17,7 @@ from config import make_config
 from core.errors import LabError
 from evaluate import keep_measured, measured, ranks_of
 from interface import cli
-from metrics import metrics_table, retrieval_metrics
+from metrics import metrics_table, recalls_of, retrieval_metrics
 from reports import compare, search, sections, zero_shot
 from reports.gallery import fitting_protocols, protocol_of
 from retrieval.statistics import compare_settings, paired_test
@@ -284,7 +284,7 @@ def test_figures_follow_images_replaced_under_their_names(copied):
 
 def test_changed_evaluation_settings_have_an_effect(copied):
     found = measured(load_run(copied.folder, recall_ks=(1, 3), test_splits=("novel", "test")), show=False)
-    assert [list(evaluate.recalls_of(of)) for of in found.values()] == [
+    assert [list(recalls_of(of)) for of in found.values()] == [
         [f"{way}_recall@{k}" for way in ("i2t", "t2i") for k in (1, 3)]
     ] * 2
     assert list(found) == ["novel", "test"]
@@ -408,9 +408,9 @@ def test_finished_runs_are_found_by_preset(home, run):
 
 def test_labels_and_fields_say_what_sets_runs_apart(home):
     config = config_of(home, use_batch_norm=True)
-    assert evaluate.settings_label(make_config("quickstart", seed=3, device="cpu")) == "plain"
+    assert compare.settings_label(make_config("quickstart", seed=3, device="cpu")) == "plain"
     assert (
-        evaluate.settings_label(make_config("quickstart", use_batch_norm=True, batch_size=8))
+        compare.settings_label(make_config("quickstart", use_batch_norm=True, batch_size=8))
         == "bn, batch_size=8"
     )
     fields = compare.differing_fields({"a": config, "b": config.updated(batch_size=8, seed=4)})

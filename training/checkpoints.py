@@ -207,7 +207,7 @@ def read_metrics(path: Path, *, show: bool = True) -> dict[str, dict[str, Any]]:
     return whole
 
 
-def _read_history(path: Path) -> pd.DataFrame:
+def read_history(path: Path) -> pd.DataFrame:
     """history.csv, which a person may have edited; nothing of it where it is not a table of numbers."""
     try:
         history = pd.read_csv(path) if path.is_file() else pd.DataFrame()
