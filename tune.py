@@ -9,7 +9,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     raise SystemExit
 
 import math
-import platform
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -22,17 +21,15 @@ import numpy as np
 import optuna
 import pandas as pd
 import yaml
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from matplotlib.figure import Figure
-from optuna.exceptions import OptunaError
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from tqdm.auto import tqdm
 
 from config import Config, run_name
 from core.errors import LabError, nearest
-from core.files import disk_full, is_disk_full, locked, write_text
+from core.files import disk_full, is_disk_full, locked, read_json, write_json, write_text
 from core.settings_files import load_yaml
 from evaluate import compare_runs, evaluate_run, readable
 from metrics import recalls_of, with_interval
@@ -164,181 +161,90 @@ def describe(space: Space) -> dict[str, str]:
 
 
 # --- Studies ---
+#
+# A study is a folder. trials/0007/ contains the run of a trial and trial.json: the trial's values when it starts, its
+# result when it ends. The process that runs a trial holds the lock file beside it, which the system frees when the
+# process ends. So a trial that has neither ended nor is locked was interrupted: the next process continues it, with
+# the same values and from the run's checkpoint, and a study that was killed has the trials of an undisturbed one.
 
 
-def open_study(folder: Path, identity: dict[str, str], storage: str = "journal") -> optuna.Study:
-    """The study in a folder, created if absent.
+def read_study(folder: Path, seed: int = 0, without: Path | None = None) -> optuna.Study:
+    """The trials of a study's folder as an Optuna study in memory.
 
     Args:
-        identity: what the study searches, name -> text; equal for all calls.
-        storage: `journal`, a file in the folder that several processes may share; or the URL of a database, for
-            several machines.
-    Raises: LabError if the study searches something else, or its storage cannot be opened.
+        seed: of the values that its `ask` samples, by TPE.
+        without: file of a trial that is left out.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if storage == "journal" and (old := folder / "study.db").exists():
-        raise LabError(
-            f"{old} contains a study of an earlier version; give another folder, or --storage sqlite:///{old}."
-        )
-    with locked(folder / "turn.lock"):
-        try:
-            study = optuna.create_study(
-                study_name=folder.name,
-                storage=_open_storage(storage, folder),
-                direction="maximize",
-                sampler=optuna.samplers.RandomSampler(),  # unused: `_add_trial` samples all values of a trial
-                load_if_exists=True,
-            )
-        except LabError:
-            raise
-        except Exception as error:
-            if is_disk_full(error) or not _is_storage_error(error):
-                raise
-            cause = (str(error).splitlines() or [type(error).__name__])[0]
-            raise LabError(
-                f"the study in {folder} (storage {storage}) cannot be opened: {cause}; give another folder, or check "
-                "the storage."
-            ) from error
-        _check_identity(study, folder, identity)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    study = optuna.create_study(study_name=folder.name, direction="maximize", sampler=sampler, pruner=pruner)
+    study.add_trials([_read_trial(path) for path in _trial_files(folder) if path != without])
     return study
 
 
-def _is_storage_error(error: Exception) -> bool:
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return isinstance(
-        error, (ValueError, LookupError, RuntimeError, ImportError, OptunaError, SQLAlchemyError)
-    )
+def _trial_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("trials/*/trial.json"))
 
 
-def _open_storage(storage: str, folder: Path) -> Any:
-    if storage == "journal":
-        path = folder / "study.journal"
-        lock: Any = FileLock(f"{path}.flock")  # freed when its process is killed; Optuna's own stay for 30 s
-        if path.is_file():
-            with lock:
-                _drop_unfinished_line(path)
-        backend = JournalFileBackend(str(path), lock_obj=lock)
-        return optuna.storages.JournalStorage(backend)
-    if "://" in storage:
-        return storage
-    raise LabError(f"storage {storage!r} does not exist; choose journal, or give the URL of a database.")
+def _read_trial(path: Path) -> FrozenTrial:
+    trial = read_json(path)
+    trial["state"] = TrialState[trial["state"]]
+    for field, text in trial["distributions"].items():
+        trial["distributions"][field] = optuna.distributions.json_to_distribution(text)
+    trial["intermediate_values"] = {int(epoch): v for epoch, v in trial["intermediate_values"].items()}
+    return optuna.trial.create_trial(**trial)
 
 
-def _drop_unfinished_line(path: Path) -> None:
-    """Cut a journal after its last complete line: a full disk or a kill may have left part of one."""
-    with open(path, "r+b") as file:
-        content = file.read()
-        if not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
-
-
-def _check_identity(study: optuna.Study, folder: Path, identity: dict[str, str]) -> None:
-    known = study.user_attrs.get("about")
-    if known is None:
-        study.set_user_attr("about", identity)
-    elif known != identity:
-        wrong = [n for n in sorted(known.keys() | identity.keys()) if known.get(n) != identity.get(n)]
-        raise LabError(
-            f"{folder} contains a study of another {', '.join(wrong)} ({wrong[0]}: {known.get(wrong[0])} there, "
-            f"{identity.get(wrong[0])} here); give this one another folder."
-        )
+def _write_trial(path: Path, trial: FrozenTrial) -> None:
+    to_json = optuna.distributions.distribution_to_json
+    content = {
+        "state": trial.state.name,
+        "value": trial.value,
+        "params": trial.params,
+        "distributions": {field: to_json(values) for field, values in trial.distributions.items()},
+        "intermediate_values": trial.intermediate_values,
+        "user_attrs": trial.user_attrs,
+        "system_attrs": trial.system_attrs,  # what the pruner has compared
+    }
+    write_json(path, content)
 
 
 @contextmanager
-def next_trial(
-    study: optuna.Study, folder: Path, num_trials: int, sample: Callable[[Trial], Any], seed: int = 0
-) -> Iterator[Trial | None]:
-    """A trial to run: one whose process was killed, or a new one; None once `num_trials` have been started.
+def next_trial(folder: Path, num_trials: int) -> Iterator[Path | None]:
+    """File of the first trial that has not ended and that no process runs, locked; None if there is none."""
+    for number in range(num_trials):
+        path = folder / "trials" / f"{number:04d}" / "trial.json"
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(locked(path.with_name("lock"), timeout=0))
+            except Timeout:
+                continue
+            if not path.is_file() or not _read_trial(path).state.is_finished():
+                yield path
+                return
+    yield None
 
-    While a process runs a trial it holds the trial's lock file, and the system frees that lock when the process
-    ends. A trial that is running and whose lock is free was interrupted and is resumed, so a study that was killed
-    at any point has the trials of an undisturbed one.
 
-    Args:
-        sample: called with a new trial, suggests all of its values.
-        seed: a trial's values follow from it, the trial's number and the trials before.
+def check_study(folder: Path, name: str, content: dict[str, str]) -> None:
+    """Keep in study.json what the trials of a study have in common.
+
+    Raises: OtherStudyError if the folder contains trials with something else in common.
     """
-    with ExitStack() as held:
-        with locked(folder / "turn.lock"):
-            trials = study.get_trials(deepcopy=False)
-            running = (trial for trial in trials if trial.state == TrialState.RUNNING)
-            trial = next((trial for trial in running if _claim(study, folder, trial, held)), None)
-            if trial is None and len(trials) < num_trials:
-                trial = _add_trial(study, sample, seed)
-                _claim(study, folder, trial, held)
-        yield None if trial is None else Trial(study, trial._trial_id)
-
-
-def _claim(study: optuna.Study, folder: Path, trial: FrozenTrial, held: ExitStack) -> bool:
-    """Take a running trial's lock; False if another process holds it or the trial has ended meanwhile."""
-    path = _trial_folder(folder, trial.number) / "lock"
-    here = platform.node()
-    if trial.user_attrs.get("machine", here) != here and not path.exists():
-        return False  # of a machine that shares the database and not this folder
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        held.enter_context(FileLock(path).acquire(timeout=0))
-    except Timeout:
-        return False
-    return study.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING
-
-
-def _add_trial(study: optuna.Study, sample: Callable[[Trial], Any], seed: int) -> FrozenTrial:
-    """Add the next trial with all its values in one write, so that a kill leaves a complete trial or none."""
-    earlier = study.get_trials(deepcopy=False)
-    trial_seed = np.random.SeedSequence((seed, len(earlier))).generate_state(1)[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.TPESampler(
-            multivariate=True, group=True, constant_liar=True, seed=int(trial_seed)
+    if any((folder / old).exists() for old in ("study.journal", "study.db")):
+        raise OtherStudyError(f"{folder} contains a study of an earlier version; give another folder.")
+    known = read_json(folder / "study.json")
+    before = known.get(name, content)
+    wrong = [part for part in sorted(before.keys() | content.keys()) if before.get(part) != content.get(part)]
+    if wrong:
+        raise OtherStudyError(
+            f"{folder} contains a study of another {wrong[0]} ({before.get(wrong[0])} there, "
+            f"{content.get(wrong[0])} here); give this one another folder."
         )
-    in_memory = optuna.create_study(direction="maximize", sampler=sampler)
-    in_memory.add_trials(earlier)
-    trial = in_memory.ask()
-    sample(trial)
-    here = {"machine": platform.node()}
-    study.add_trial(
-        optuna.trial.create_trial(
-            state=TrialState.RUNNING,
-            params=trial.params,
-            distributions=trial.distributions,
-            user_attrs=here,
-        )
-    )
-    added = study.get_trials(deepcopy=False)[len(earlier) :]  # other machines may have added theirs
-    return next(trial for trial in added[::-1] if trial.user_attrs == here)
-
-
-def _trial_folder(folder: Path, number: int) -> Path:
-    return folder / "trials" / f"{number:04d}"
-
-
-def is_behind(study: optuna.Study, number: int) -> bool:
-    """Whether a trial is below the best third at a rung that it has just reached (1, 3, 9, ... epochs).
-
-    Same decisions as Optuna's SuccessiveHalvingPruner, which stores the rung before its decision is carried out; this
-    one depends on the reported values alone, so it decides the same when it is asked again after a kill.
-
-    Source: ASHA, Li et al. 2020.
-    """
-    trials = study.get_trials(deepcopy=False)
-    *before, step = sorted(trials[number].intermediate_values)
-    rung = 1
-    while rung <= step:
-        if all(earlier < rung for earlier in before):
-            reached = [_value_at_rung(trial, rung) for trial in trials]
-            values = sorted(value for value in reached if not np.isnan(value))
-            if not trials[number].intermediate_values[step] >= values[-max(1, len(values) // 3)]:
-                return True
-        rung *= 3
-    return False
-
-
-def _value_at_rung(trial: FrozenTrial, rung: int) -> float:
-    """A trial's value at its first report at or after a rung; nan without one."""
-    steps = [step for step in trial.intermediate_values if step >= rung]
-    return trial.intermediate_values[min(steps)] if steps else np.nan
+    if name not in known:
+        write_json(folder / "study.json", {**known, name: content})
 
 
 def completed(study: optuna.Study) -> list[FrozenTrial]:
@@ -348,20 +254,17 @@ def completed(study: optuna.Study) -> list[FrozenTrial]:
 
 def trials_table(study: optuna.Study) -> pd.DataFrame:
     """One row per trial: `number`, `state`, `value` (the last one if pruned), `epochs`, `reason`, the fields tried."""
-    rows = []
-    for trial in study.get_trials(deepcopy=False):
-        last = trial.last_step
-        reached = trial.intermediate_values[last] if last is not None else np.nan
-        rows.append(
-            {
-                "number": trial.number,
-                "state": trial.state.name.lower(),
-                "value": reached if trial.value is None else trial.value,
-                "epochs": last or 0,
-                "reason": trial.user_attrs.get("reason", ""),
-                **trial.params,
-            }
-        )
+    rows = [
+        {
+            "number": trial.number,
+            "state": trial.state.name.lower(),
+            "value": np.nan if trial.value is None else trial.value,
+            "epochs": trial.last_step or 0,
+            "reason": trial.user_attrs.get("reason", ""),
+            **trial.params,
+        }
+        for trial in study.get_trials(deepcopy=False)
+    ]
     return pd.DataFrame(rows)
 
 
@@ -371,11 +274,12 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
 DATA_FIELDS = frozenset({"data_dir", "reader", "train_splits", "val_splits", "max_samples", "split_seed"})
 """A space with one of these has trials over different data on purpose."""
 
-FAILURES = (LabError, RuntimeError, ValueError, ArithmeticError, MemoryError)  # of a trial, not of the study
+FAILURES = (LabError, RuntimeError, ValueError, ArithmeticError, MemoryError, OSError)
+"""Errors that end one trial and not the study."""
 
 
-class OtherDataError(LabError):
-    """The data differ from those of a study's earlier trials."""
+class OtherStudyError(LabError):
+    """The folder contains a study of another space, configuration or data."""
 
 
 def study_folder(config: Config, space: str | Path) -> Path:
@@ -389,7 +293,6 @@ def tune(
     folder: str | Path,
     *,
     num_trials: int = 60,
-    storage: str = "journal",
     trial_settings: dict[str, Any] | None = None,
     show: bool = True,
     train: Callable[..., Run] = fit,
@@ -397,14 +300,13 @@ def tune(
     """Search a space, or resume a search; the best settings are written to best_config.yaml in the folder.
 
     Values are sampled by TPE; after each epoch successive halving (ASHA, Li et al. 2020) stops a trial that is
-    behind at that epoch. A trial's value is its best validation `best_metric`. A trial that fails is kept with
-    its reason.
+    behind those before it. A trial's value is its best validation `best_metric`. A trial that fails is kept with its
+    reason. Several processes may search in one folder at the same time.
 
     Args:
         config: what every trial starts from.
         folder: of the study; its trials' runs are in `trials/`, without checkpoints.
         num_trials: of all processes and all calls together.
-        storage: `journal`, a file in the folder, or the URL of a database.
         trial_settings: fields that differ in trials only, such as `train_splits=("tune",)`.
         train: called with a trial's configuration, `show` and `on_epoch`.
     Returns: the Optuna study. Interrupted, it raises KeyboardInterrupt; the next call resumes.
@@ -413,39 +315,23 @@ def tune(
     """
     folder = Path(folder)
     trial_config = config.updated(**{"checkpoint_dir": None, **(trial_settings or {})})
-    identity = {**describe(space), "configuration": _settings(trial_config)}
-
-    def sample(trial: Trial) -> dict[str, Any]:
-        return suggest(space, trial, trial_config)
-
-    with (
-        _disk_full_in_one_sentence(folder),
-        tqdm(total=num_trials, desc=folder.name, unit="trial", disable=not show) as bar,
-    ):
-        study = open_study(folder, identity, storage)
-        running = True
+    check_study(folder, "about", {**describe(space), "configuration": _settings(trial_config)})
+    running = True
+    with tqdm(total=num_trials, desc=folder.name, unit="trial", disable=not show) as bar:
         while running:
+            study = read_study(folder)
             write_best(study, config, space, folder)  # also what a killed process has left to write
             _show(bar, study, config.best_metric)
-            with next_trial(study, folder, num_trials, sample, config.seed) as trial:
-                running = trial is not None
-                if trial:
-                    run_trial(study, trial, trial_config, space, folder, train)
+            with next_trial(folder, num_trials) as path:
+                running = path is not None
+                if path is not None:
+                    run_trial(path, trial_config, space, train)
+                    _remove_weights(folder)
     if not completed(study):
         reasons = [t.user_attrs["reason"] for t in study.trials if "reason" in t.user_attrs]
         reason = reasons[0] if reasons else "all were pruned; raise num_trials."
         raise LabError(f"no trial of {folder} has finished: {reason}")
     return study
-
-
-@contextmanager
-def _disk_full_in_one_sentence(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, LabError) or not is_disk_full(error):
-            raise
-        raise disk_full(folder / "study.journal") from error
 
 
 def _settings(config: Config) -> str:
@@ -461,57 +347,39 @@ def _show(bar: tqdm, study: optuna.Study, metric: str) -> None:
     bar.refresh()
 
 
-def _check_data(study: optuna.Study, run: Run, space: Space) -> None:
-    """Keep the data's digests in the study. Raises: OtherDataError if earlier trials were trained on other data."""
-    data = {part: about["sha256"] for part, about in run.training.get("data", {}).items()}
-    if not data or DATA_FIELDS & space.keys():
-        return
-    known = study.user_attrs.get("data")
-    if known is None:
-        study.set_user_attr("data", data)
-    elif known != data:
-        raise OtherDataError(
-            f"the trials of study {study.study_name!r} were trained on other images or captions than "
-            f"{run.config.data_dir} contains now; give this search another folder."
-        )
+def run_trial(path: Path, config: Config, space: Space, train: Callable[..., Run] = fit) -> None:
+    """Train one trial's values and write the result; an interrupted trial continues with the values of its file."""
+    folder, metric = path.parents[2], config.best_metric
+    seed = np.random.SeedSequence((config.seed, int(path.parent.name))).generate_state(1)[0]
+    study = read_study(folder, int(seed), without=path)
+    if path.is_file():
+        study.enqueue_trial(_read_trial(path).params)
+    trial = study.ask()
+    values = suggest(space, trial, config)
 
-
-def run_trial(
-    study: optuna.Study,
-    trial: Trial,
-    config: Config,
-    space: Space,
-    folder: Path,
-    train: Callable[..., Run] = fit,
-) -> None:
-    """Train one trial's settings and report the result to the study.
-
-    A trial whose process was killed resumes from its run's checkpoint and is judged again from its last report on.
-    """
-    metric = config.best_metric
-    reported = study.get_trials(deepcopy=False)[trial.number].intermediate_values
-    next_epoch = max(reported, default=1)  # a kill may have come between this report and its judgement
+    def state() -> FrozenTrial:
+        return study.get_trials(deepcopy=False)[trial.number]
 
     def report(history: pd.DataFrame) -> None:
-        nonlocal next_epoch
-        if metric not in history:  # no epoch was validated yet
-            return
-        measured = history.dropna(subset=[metric])
-        for epoch, value in zip(measured["epoch"].astype(int), measured[metric], strict=True):
-            if epoch < next_epoch:
+        measured = history.dropna(subset=[metric]) if metric in history else history.iloc[:0]
+        for epoch, row in measured.set_index("epoch").iterrows():
+            if epoch in state().intermediate_values:
                 continue
-            if epoch not in reported:
-                trial.report(float(goodness(value, metric)), step=epoch)
-            if epoch < config.num_epochs and is_behind(study, trial.number):
+            trial.report(float(goodness(row[metric], metric)), int(epoch))
+            if epoch < config.num_epochs and trial.should_prune():
                 raise optuna.TrialPruned
-            next_epoch = epoch + 1
 
+    _write_trial(path, state())
     try:
-        settings = config.updated(**expand(space, trial.params), runs_dir=_trial_folder(folder, trial.number))
-        run = train(settings, show=False, on_epoch=report)
+        run = train(config.updated(**values, runs_dir=path.parent), show=False, on_epoch=report)
         if not run.finished:
-            raise KeyboardInterrupt  # the trial stays open, and the next call resumes it
-        _check_data(study, run, space)
+            raise KeyboardInterrupt  # the trial has not ended, and the next call continues it
+        digests = {
+            f"digest of the {part} data": about["sha256"]
+            for part, about in run.training.get("data", {}).items()
+        }
+        if digests and not DATA_FIELDS & space.keys():
+            check_study(folder, "data", digests)
         report(run.history)
         value = float(goodness(run.history[metric], metric).max())
         if math.isnan(value):
@@ -520,23 +388,25 @@ def run_trial(
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
     except FAILURES as error:
-        if is_disk_full(error) or isinstance(error, OtherDataError):
-            raise  # not caused by these values: the trial stays open, and the study stops
+        if is_disk_full(error):
+            raise error if isinstance(error, LabError) else disk_full(path) from error
+        if isinstance(error, OtherStudyError):
+            raise
         trial.set_user_attr("reason", f"{type(error).__name__}: {error}")
         study.tell(trial, state=TrialState.FAIL)
-    _remove_weights(study, folder)
+    _write_trial(path, state())
 
 
-def _remove_weights(study: optuna.Study, folder: Path) -> None:
+def _remove_weights(folder: Path) -> None:
     """Delete the checkpoints of all ended trials, and their weights except those of the best trial."""
-    best = study.best_trial.number if completed(study) else None
-    for trial in study.get_trials(deepcopy=False):
-        runs = _trial_folder(folder, trial.number)
-        if trial.state.is_finished():
-            for checkpoints in runs.glob("*/checkpoints"):
-                shutil.rmtree(checkpoints, ignore_errors=True)
-            for weights in runs.glob("*/best.safetensors") if trial.number != best else ():
-                weights.unlink(missing_ok=True)
+    trials = {path.parent: _read_trial(path) for path in _trial_files(folder)}
+    values = {home: t.value for home, t in trials.items() if t.value and t.state == TrialState.COMPLETE}
+    best = max(values, key=values.__getitem__, default=None)
+    for home in (home for home, trial in trials.items() if trial.state.is_finished()):
+        for checkpoints in home.glob("*/checkpoints"):
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        for weights in home.glob("*/best.safetensors") if home != best else ():
+            weights.unlink(missing_ok=True)
 
 
 def best_config(study: optuna.Study, config: Config, space: Space) -> Config:
@@ -693,7 +563,6 @@ def main(
     config: Config,
     space: str = "configs/tuning/default.yaml",
     num_trials: int = 60,
-    storage: str = "journal",
     folder: str = "",
     tune_split: str = "",
 ) -> None:
@@ -701,8 +570,8 @@ def main(
     dimensions = read_space(space)
     home = Path(folder) if folder else study_folder(config, space)
     settings = {"train_splits": (tune_split,)} if tune_split else {}
-    study = tune(config, dimensions, home, num_trials=num_trials, storage=storage, trial_settings=settings)
+    study = tune(config, dimensions, home, num_trials=num_trials, trial_settings=settings)
     study_figures(study, config.best_metric, home / "figures")
     best = trials_table(study).query("state == 'complete'").nlargest(5, "value")
     print(best.drop(columns=["state", "reason"]).to_string(index=False))
-    print(f"{home}: best_config.yaml, figures/, study.journal")
+    print(f"{home}: best_config.yaml, figures/, trials/")

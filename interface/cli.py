@@ -178,7 +178,6 @@ def tune() -> None:
             {
                 "space": ("configs/tuning/default.yaml", "the search space"),
                 "num_trials": (60, "trials of the study, earlier ones included"),
-                "storage": ("journal", "journal, a file in the study's folder, or the URL of a database"),
                 "folder": ("", "the study's folder (default: by preset and search space, in runs_dir)"),
                 "tune_split": ("", "the split that trials are trained on (default: train_splits)"),
             },
