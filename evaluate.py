@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from core.errors import LabError, choose
-from core.files import csv_text, make_folder, write_json, write_text
+from core.files import csv_text, fingerprint, make_folder, write_json, write_text
 from metrics import chance, figures_of, is_recall, metrics_table, recalls_of
 from plots.figures import learning_curves, recall_bars
 from reports.compare import (
@@ -246,7 +246,8 @@ def group_settings(runs: Sequence[Run], *, show: bool = True) -> list[Setting]:
             print(f"{run.name} is left out: {error}")
             continue
         label = ", ".join([label, *run.training.get("own", {}).values()])
-        trained = run.training.get("data", {}).get("train", {}).get("sha256", "")
+        about = run.training.get("data", {}).get("train", {})
+        trained = fingerprint([about.get("sha256", ""), about.get("form", "")])
         groups.setdefault((label, found["gallery"], trained), []).append(run)
     twice = Counter(label for label, *_ in groups)
     return [

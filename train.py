@@ -134,6 +134,8 @@ class RunPlan:
         if not run.finished or self.config.data_dir.exists() or {"train_set", "val_set"} <= self.own.keys():
             self.open_data()
         self._check_origin(run.training, str(self.folder))
+        if run.finished and (change := self._other_form(run.training["data"])):
+            print(f"{self.folder} {change}")
         return run.finished
 
     def load_state(self, resume: str) -> dict[str, Any] | None:
@@ -164,6 +166,18 @@ class RunPlan:
                     "set resume to 'never' to train again from the start."
                 )
 
+    def _other_form(self, known: dict[str, Any]) -> str:
+        """How the images are kept now where that was different when `known` data was opened, or ""."""
+        for part in known.keys() & self.data.keys():
+            form = self.data[part]["form"]
+            if (old_form := known[part].get("form", form)) != form:
+                space = "free space for raw pixels in cache_dir, or " if form == "jpeg" else ""
+                return (
+                    f"was trained on images cached as {old_form}, and they are cached as {form} now; {space}set "
+                    "resume to 'never' to train again from the start."
+                )
+        return ""
+
     def _check_same(self, state: dict[str, Any], path: Path) -> None:
         """Raises: LabError if a checkpoint is another configuration's, with the fields that differ."""
         if state["run"] != self.folder.name:
@@ -173,13 +187,8 @@ class RunPlan:
                 f"{path} belongs to another configuration: {', '.join(fields)}; set resume to 'never'."
             )
         self._check_origin(state, str(path))
-        for part, description in self.data.items():
-            form = description["form"]
-            if (old_form := state["data"][part].get("form", form)) != form:
-                raise LabError(
-                    f"{path} was trained on {old_form} images, and the image cache holds {form} now; build the cache "
-                    "in that form, or set resume to 'never'."
-                )
+        if change := self._other_form(state["data"]):
+            raise LabError(f"{path} {change}")
 
     def clear(self) -> None:
         """Delete an earlier run of this name, and what was derived from it, once no process evaluates it."""

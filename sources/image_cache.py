@@ -275,7 +275,8 @@ class ImageCache:
         """Open the cache of these images below `folder`, or decode them into it first.
 
         A cache belongs to the paths, sizes and modification times of its image files, the size, the resize rule and
-        the decoders' versions, wherever `root` is. A second process waits for the first.
+        the decoders' versions, wherever `root` is. A second process waits for the first. JPEGs that were kept because
+        the disk was short are replaced as soon as raw pixels fit, whatever the disk was earlier.
 
         Args:
             root: the data's folder.
@@ -295,15 +296,17 @@ class ImageCache:
         forms = [form for form in FORMS if jpeg is None or jpeg == (form == "jpeg")]
         name = f"images_{size}px_{resize}_{source.key[:16]}"
         folders = {form: Path(folder) / f"{name}_{form}" for form in forms}
-        finished = _find_finished(folders, source)
+        finished = _find_usable(folders, source)
         if finished is None:
             waiting = "Another process is building this image cache; waiting for it." if progress else ""
             with locked(Path(folder) / f"{name}.lock", waiting=waiting):
-                finished = _find_finished(folders, source)  # by the process that was waited for
+                finished = _find_usable(folders, source)  # by the process that was waited for
                 if finished is None:
                     form = _choose_form(folders, source, progress)
-                    finished = folders[form]
+                    finished = folders.pop(form)
                     _build(source, finished, form, num_workers, progress)
+                    for other in folders.values():
+                        shutil.rmtree(other, ignore_errors=True)
         cache = cls(finished, source)
         if cache.bad and progress:
             causes = ", ".join(f"{cause}: {n:,}" for cause, n in Counter(cache.bad.values()).most_common())
@@ -421,11 +424,24 @@ def write_finished(store: RawStore, digests: np.ndarray, finished: np.ndarray) -
     _write_array(store.path.with_name(BITMAP), np.packbits(finished))
 
 
-def _find_finished(folders: dict[str, Path], source: Source) -> Path | None:
-    return next((folder for folder in folders.values() if _read_header(folder, source)), None)
+def _find_usable(folders: dict[str, Path], source: Source) -> Path | None:
+    """The finished cache of the first form that is finished or has room on the disk; None if it must be built."""
+    for form, folder in folders.items():
+        if _read_header(folder, source):
+            return folder
+        missing, each = _missing(folder, source, form)
+        if folder.parent.is_dir() and missing * each * DISK_MARGIN <= shutil.disk_usage(folder.parent).free:
+            return None
+    return None
 
 
 # --- Building ---
+
+
+def _missing(folder: Path, source: Source, form: str) -> tuple[int, int]:
+    """Number of images that a cache lacks, and the bytes that each takes."""
+    finished = read_finished(source.store(folder, form))
+    return int((~finished).sum()), FORMS[form].bytes_per_image(source.size)
 
 
 def _choose_form(folders: dict[str, Path], source: Source, progress: bool) -> str:
@@ -434,8 +450,7 @@ def _choose_form(folders: dict[str, Path], source: Source, progress: bool) -> st
     free = room = shutil.disk_usage(parent).free
     too_big: dict[str, str] = {}
     for form, folder in folders.items():
-        each = FORMS[form].bytes_per_image(source.size)
-        missing = int((~read_finished(source.store(folder, form))).sum())
+        missing, each = _missing(folder, source, form)
         need = f"{missing * each / 1e9:.2f} GB as {form}"
         if missing * each * DISK_MARGIN <= room:
             for other in too_big:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+DAMAGES = int(os.environ.get("DAMAGES", "3"))  # places of each kind of file that are damaged
 
 
 def write_coco(root: Path, counts: dict[str, int], size: int = 48, captions: int = 3) -> Path:
@@ -40,6 +42,17 @@ def write_coco(root: Path, counts: dict[str, int], size: int = 48, captions: int
         content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
         (root / "annotations" / f"captions_{split}2014.json").write_text(json.dumps(content))
     return root
+
+
+def damage(path: Path, number: int) -> None:
+    """Flip one bit, or for every third number cut the file."""
+    data = bytearray(path.read_bytes())
+    place = random.Random(f"{path.suffix} {number}").randrange(len(data))
+    if number % 3 == 2:
+        del data[place:]
+    else:
+        data[place] ^= 1 << number % 8
+    path.write_bytes(data)
 
 
 def add_results(title: str, table: Any) -> None:

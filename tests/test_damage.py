@@ -5,10 +5,8 @@
 
 import contextlib
 import os
-import random
 import shutil
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_data import add_results, write_coco
+from small_data import DAMAGES, add_results, damage, write_coco
 
 from config import Config, make_config
 from core.errors import LabError
@@ -26,7 +24,6 @@ from evaluate import evaluate_run, open_search, ranks_of
 from train import fit
 from utils import Run, load_run
 
-DAMAGES = int(os.environ.get("DAMAGES", "3"))
 TIMINGS = ["images_per_second", "data_share", "train_seconds", "peak_memory_gb"]
 OF_RUN = {  # what a file is called below the run's folder, and what its damage may end in beside the right result
     "weights": ("best.safetensors", "best.safetensors is damaged"),
@@ -82,17 +79,6 @@ def table():
             {"file": kind, "outcome": what, "count": count} for (kind, what), count in sorted(tried.items())
         ]
         add_results("damaged files", pd.DataFrame(rows))
-
-
-def damage(path: Path, number: int) -> None:
-    """Flip one bit, or for every third number cut the file."""
-    data = bytearray(path.read_bytes())
-    place = random.Random(f"{path.suffix} {number}").randrange(len(data))
-    if number % 3 == 2:
-        del data[place:]
-    else:
-        data[place] ^= 1 << number % 8
-    path.write_bytes(data)
 
 
 def outcome(run: Run) -> dict[str, Any]:

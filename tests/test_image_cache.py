@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_data import DAMAGES, damage
+from small_disk import resize, small_disk
 
 from core import processes
 from core.errors import LabError
@@ -426,7 +428,44 @@ def test_a_short_disk_gets_the_jpeg_form(build, monkeypatch, capsys):
     cache = build(size=224, progress=True)
     assert cache.form == "jpeg"
     assert "0.00 GB as jpeg; 0.0 GB are free, too little for 0.01 GB as raw" in capsys.readouterr().out
-    assert build(size=224).form == "jpeg"  # opened, though there would be room now
+    assert build(size=224).form == "jpeg"
+
+
+def test_jpegs_of_a_short_disk_are_replaced_when_raw_pixels_fit(build, data, monkeypatch, tmp_path):
+    with monkeypatch.context() as patched:
+        set_free(patched, 40 * SIZE * SIZE * 3)
+        patched.setattr(image_cache.FORMS["jpeg"], "bytes_per_image", staticmethod(lambda size: 100))
+        short = build()
+    raw = build()
+    assert (short.form, raw.form) == ("jpeg", "raw")
+    assert short.identity != raw.identity
+    assert torch.equal(raw.gather(range(40)), as_batch(data[2]))
+    assert not short.folder.exists()
+    set_free(monkeypatch, 0)
+    assert build().form == "raw"
+
+
+@pytest.mark.parametrize("pages", [8, 9, 10])
+def test_a_disk_that_fills_up_beside_the_images_is_one_sentence(build, data, tmp_path, pages):
+    """The images take eight pages; digests, bitmap and header take one each."""
+    with small_disk(tmp_path / "disk", 4096 * pages) as disk:
+        for _ in range(2):
+            with pytest.raises(LabError, match=r"no space left in|cannot be written \(No space left"):
+                build(folder=disk, jpeg=False)
+        resize(disk, 8_000_000)
+        assert torch.equal(build(folder=disk, jpeg=False).gather(range(40)), as_batch(data[2]))
+        assert not list(disk.rglob("*.tmp"))
+
+
+JPEG_FILES = ("pictures.jpegs", "table.i64", "rows.u64", "finished.bits", "header.json")
+
+
+@pytest.mark.parametrize("number", range(DAMAGES))
+@pytest.mark.parametrize("name", JPEG_FILES)
+def test_a_flipped_bit_or_a_cut_in_the_jpeg_form_gives_no_other_pixels(build, name, number):
+    before = build(jpeg=True).gather(range(40))
+    damage(build(jpeg=True).folder / name, number)
+    assert torch.equal(build(jpeg=True).gather(range(40)), before)
 
 
 def test_a_full_disk_is_an_error_before_the_first_picture(build, decoded, monkeypatch):

@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+import threading
 import warnings
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from metrics import recalls_of
 from models import MAX_LOGIT_SCALE
 from reports.export import whole_model
 from retrieval.figures import feature_spread
+from sources.image_cache import RawStore
 from train import RunPlan, build_trainer, fit, overfit
 from training.monitor import TrainingMonitor, TrainingWarning
 from training.optim import SCHEDULES, build_optimizer, build_scheduler, choose_precision
@@ -221,6 +223,29 @@ def test_what_was_trained_on_other_data_is_refused(small, coco, tmp_path, what, 
     assert fit(config, resume="never", show=False).finished
     after = load_file(run.folder / "best.safetensors")
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_on_the_jpegs_of_a_short_disk_is_not_mixed_with_raw_pixels(small, monkeypatch, capsys):
+    """Features computed from them are not reused either."""
+    with monkeypatch.context() as short:
+        short.setattr(RawStore, "bytes_per_image", staticmethod(lambda size: 10**12))
+        finished = fit(small, show=False)
+        half = small.updated(runs_dir=small.runs_dir / "half")
+        stop = threading.Event()
+        stop.set()
+        build_trainer(RunPlan(half, show=False), "never").run(stop)
+    features = small.cache_dir / "features"
+    from_jpegs = set(features.glob("image-*.safetensors"))
+    capsys.readouterr()
+    assert fit(small, show=False).training["data"]["train"]["form"] == "jpeg"
+    assert f"{finished.folder} was trained on images cached as jpeg" in capsys.readouterr().out
+    with pytest.raises(
+        LabError, match="cached as jpeg, and they are cached as raw now; set resume to 'never'"
+    ):
+        fit(half, show=False)
+    again = fit(small, resume="never", show=False)
+    assert again.training["data"]["train"]["form"] == "raw"
+    assert len(set(features.glob("image-*.safetensors"))) == 2 * len(from_jpegs)
 
 
 def test_a_start_that_has_seen_held_out_images_is_refused(small, tmp_path, capsys):
