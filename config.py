@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic import ValidationError as PydanticError
 
 from core.errors import LabError, choose, nearest, shown
@@ -42,6 +50,13 @@ def _distinct(names: tuple[Any, ...]) -> tuple[Any, ...]:
     return names
 
 
+def _listed(names: Any) -> Any:
+    """Names with commas between them as a list."""
+    if not isinstance(names, str):
+        return names
+    return [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
+
+
 Count = Annotated[int, Field(ge=1, le=10**9)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Width = Annotated[int, Field(ge=1, le=1 << 16)]
@@ -59,6 +74,7 @@ Split = Annotated[str, Field(pattern=r"^[^./\\+\x00-\x1f][^/\\+\x00-\x1f]*$", ma
 """A split's name is part of file names; several are joined by "+"."""
 Splits = Annotated[tuple[Split, ...], AfterValidator(_distinct)]
 SomeSplits = Annotated[Splits, Field(min_length=1)]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class Config(BaseModel):
@@ -305,8 +321,6 @@ class Config(BaseModel):
     """Epochs of linear warm-up instead of steps; none: warmup_steps."""
     schedule: str = "cosine"
     """Learning-rate schedule, a name in training.optim.SCHEDULES."""
-    schedule_cycles: Count = 3
-    """Equal parts of the run (schedules `step` and `restarts` only)."""
     max_grad_norm: float = Field(1.0, gt=0, le=10**9)
     """Gradients are clipped to this norm."""
     ema_decay: Dropout = 0.0
@@ -332,10 +346,6 @@ class Config(BaseModel):
     """Images that pass through the towers at once; the loss still sees the whole batch, in two passes (Gao
     et al. 2021). Accumulating gradients over small batches would not add negatives. None: the whole batch,
     halved when memory runs out."""
-    compile: bool = False
-    """Compile the model with torch.compile; if that fails, and for batches in pieces, it runs uncompiled."""
-    allow_tf32: bool = True
-    """TensorFloat-32 matrix products on GPUs that support them."""
     deterministic: bool = False
     """Only algorithms that give identical results every time, also on a GPU."""
     num_workers: CountOrZero = 0
@@ -344,8 +354,8 @@ class Config(BaseModel):
     """Minutes between checkpoints within an epoch."""
     keep_every_epochs: Count | None = None
     """Also keep the weights of every this many epochs; none: only the best."""
-    tensorboard: bool = False
-    """Write a TensorBoard log beside the run's history."""
+    trackers: Annotated[tuple[Tracker, ...], BeforeValidator(_listed), AfterValidator(_distinct)] = ()
+    """Experiment trackers that also log the history, such as tensorboard,wandb; empty: none."""
 
     # --- evaluation (not part of a run's name) ---
     recall_ks: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 5, 10)
@@ -437,8 +447,27 @@ def _explain(error: PydanticError) -> str:
     return f"configuration field {name!r} takes {kind}: {first['msg']}, not {shown(first['input'])}."
 
 
+REMOVED: dict[str, Any] = {"tensorboard": False, "compile": False, "allow_tf32": True, "schedule_cycles": 3}
+"""Fields of earlier versions, with the value that every run has now."""
+
+
+def _resolve_removed(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings without fields of earlier versions. Raises: LabError if one has a value that no run has now."""
+    known = {name: value for name, value in values.items() if name not in REMOVED}
+    for name in REMOVED.keys() & values.keys():
+        if name == "tensorboard" and values[name]:
+            known.setdefault("trackers", ("tensorboard",))
+        elif values[name] != REMOVED[name]:
+            raise LabError(
+                f"configuration field {name!r} no longer exists and is always {shown(REMOVED[name])}, not "
+                f"{shown(values[name])}; delete it."
+            )
+    return known
+
+
 def _resolve_aliases(values: dict[str, Any]) -> dict[str, Any]:
     """Settings with the loss by its standard name; `queue_infonce` also sets the queue."""
+    values = _resolve_removed(values)
     loss = values.get("loss")
     if loss == "queue_infonce":
         if values.get("negatives", "queue") != "queue":
@@ -489,8 +518,8 @@ FLAGS: dict[str, str] = {"use_batch_norm": "bn", "use_attention_pooling": "attn"
 
 NOT_IN_NAME = frozenset(
     "preset seed source data_dir cache_dir runs_dir checkpoint_dir karpathy_file annotation_file image_root "
-    "test_splits device precision micro_batch_size compile allow_tf32 deterministic gradient_checkpointing "
-    "num_workers checkpoint_minutes keep_every_epochs tensorboard recall_ks".split()
+    "test_splits device precision micro_batch_size deterministic gradient_checkpointing num_workers "
+    "checkpoint_minutes keep_every_epochs trackers recall_ks".split()
 )
 """Fields that are not part of a run's name: folders, machine, and what is only reported."""
 

@@ -56,7 +56,7 @@ from training.distributed import any_of, barrier, from_main, is_main, join_group
 from training.effects import check, check_metric
 from training.engine import Engine, explained_errors
 from training.identity import identity
-from training.monitor import Board, TrainingMonitor, peak_memory_gb
+from training.monitor import TrainingMonitor, check_trackers, peak_memory_gb, start_trackers
 from training.negatives import build_negatives
 from training.optim import EMA, build_optimizer, build_scheduler, choose_precision, mix_weights
 from utils import EpochMeter, EpochProgress, Run, goodness, load_run, load_start, validate
@@ -238,7 +238,7 @@ class Trainer:
         self.saved_at = time.monotonic()
         if state is not None:
             self._restore(state)
-        self.board = Board(self.folder if config.tensorboard and is_main() else None, self.steps)
+        self.trackers = start_trackers(config, self.folder, self.steps) if is_main() else []
 
     # --- state ---
 
@@ -311,14 +311,27 @@ class Trainer:
             self.config.save(self.folder / "config.yaml")
             with atomic_path(self.folder / TRAINED_ON) as beside, open(beside, "wb") as file:
                 np.save(file, self._trained_on())
-        total = self.config.num_epochs * len(self.loader)
-        with tqdm(
+        try:
+            finished = self._epochs(stop, on_epoch)
+        finally:
+            for tracker in self.trackers:
+                tracker.finish()
+        if finished:
+            self._mix_weights()
+            self._write_training(finished=True)
+            barrier()
+
+    def _epochs(self, stop: threading.Event, on_epoch: OnEpoch | None) -> bool:
+        """Train until the last epoch, early stopping, or `stop`. Returns: whether training has come to its end."""
+        config, total = self.config, self.config.num_epochs * len(self.loader)
+        bar = tqdm(
             total=total, initial=self.steps, desc=self.folder.name, unit="step", disable=not self.plan.show
-        ) as bar:
-            for epoch in range(len(self.history), self.config.num_epochs):
+        )
+        with bar:
+            for epoch in range(len(self.history), config.num_epochs):
                 if self._out_of_patience():
                     bar.write(
-                        f"early stopping: no better {self.config.best_metric} in {self.config.patience} validations."
+                        f"early stopping: no better {config.best_metric} in {config.patience} validations."
                     )
                     break
                 try:
@@ -328,13 +341,10 @@ class Trainer:
                     bar.write(
                         f"stopped at epoch {epoch + 1}, step {self.progress.step}; run again to continue."
                     )
-                    return
+                    return False
                 if on_epoch is not None and is_main():
                     on_epoch(pd.DataFrame(self.history))
-        self._mix_weights()
-        self._write_training(finished=True)
-        self.board.close()
-        barrier()
+        return True
 
     def _epoch(self, epoch: int, stop: threading.Event, bar: tqdm) -> None:
         bar.set_description(f"{self.folder.name}, epoch {epoch + 1} of {self.config.num_epochs}")
@@ -364,7 +374,8 @@ class Trainer:
         self.progress = EpochProgress()
         if is_main():
             self._write_history()
-            self.board.add(self.history[-1], self.steps)
+            for tracker in self.trackers:
+                tracker.log(self.history[-1], step=self.steps)
             self._keep_epoch(epoch + 1)
         if self.config.best_metric in self.history[-1] or self._is_due():
             self.save()
@@ -495,8 +506,6 @@ def build_trainer(plan: RunPlan, resume: str) -> Trainer:
             device.type, enabled=config.precision == "fp16" and device.type == "cuda"
         ),
     )
-    if config.compile:
-        model.compile()
     torch.manual_seed(config.seed + rank())  # processes drop different units
     return Trainer(plan, config, engine, loader, val_loader, start, state)
 
@@ -576,9 +585,8 @@ def _read_trained_on(folder: Path) -> np.ndarray | None:
 
 
 @contextlib.contextmanager
-def algorithms(config: Config) -> Iterator[None]:
-    """Within, torch's global settings are those of a configuration: TensorFloat-32, deterministic algorithms, and
-    that a model which cannot be compiled runs as it is."""
+def algorithms(deterministic: bool) -> Iterator[None]:
+    """Within, torch uses TensorFloat-32 where a GPU has it, and deterministic algorithms alone if asked for."""
 
     def choose_algorithms(precision: str, allow_tf32: bool, benchmark: bool, deterministic: bool) -> None:
         torch.set_float32_matmul_precision(precision)
@@ -591,11 +599,9 @@ def algorithms(config: Config) -> Iterator[None]:
         torch.backends.cudnn.benchmark,
         torch.are_deterministic_algorithms_enabled(),
     )
-    precision = "high" if config.allow_tf32 else "highest"
-    choose_algorithms(precision, config.allow_tf32, not config.deterministic, config.deterministic)
+    choose_algorithms("high", True, not deterministic, deterministic)
     try:
-        with torch._dynamo.config.patch(suppress_errors=True) if config.compile else contextlib.nullcontext():
-            yield
+        yield
     finally:
         choose_algorithms(*before)
 
@@ -627,6 +633,7 @@ def fit(
         setting has no effect, or `resume` is not a checkpoint.
     """
     check(config)
+    check_trackers(config.trackers)
     if val_set is None:
         check_metric(config)
     resume = _checkpoint(resume)
@@ -640,7 +647,7 @@ def fit(
     if resume != "auto" or not plan.finished():
         plan.open_data()
         lock = exclusive_lock(plan.folder) if is_main() else contextlib.nullcontext()
-        with lock, stop_after_step() as stop, algorithms(config):
+        with lock, stop_after_step() as stop, algorithms(config.deterministic):
             if resume == "never" and is_main():
                 plan.clear()
             barrier()

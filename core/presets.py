@@ -147,7 +147,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=64,
         learning_rate=1e-4,
         keep_every_epochs=5,
-        tensorboard=True,
+        trackers=("tensorboard",),
     ),
     # The same on generated scenes, small enough for two cores.
     "clip_from_scratch_small": dict(

@@ -82,7 +82,6 @@ REFUSED = [
     ("flickr8k", dict(num_mined=2)),
     ("flickr8k", dict(mining_refresh_epochs=2)),
     ("flickr8k", dict(mining_margin=0.9, mining="random")),
-    ("flickr8k", dict(schedule_cycles=2)),
 ]
 
 
@@ -104,7 +103,7 @@ def test_a_setting_without_effect_is_refused(preset, settings):
         ("flickr8k", dict(image_head="attention", head_num_tokens=4)),
         ("paired_small", dict(swap_weight=1, swap_margin=0.1, warmup_epochs=None, warmup_steps=7)),
         ("quickstart", dict(text_tower_mode="frozen", augment_reorder=0.5, max_caption_variations=3)),
-        ("quickstart", dict(warmup_epochs=3, schedule="restarts", schedule_cycles=2)),
+        ("quickstart", dict(warmup_epochs=3)),
         ("clip_from_scratch_small", dict(image_dropout=0.1, text_dropout=0.1, image_freeze_layers=1)),
     ],
 )

@@ -1,9 +1,13 @@
 """What a run can be told: when to validate, stop, freeze, keep and begin; what it warns of."""
 
+import importlib.machinery
+import importlib.util
 import math
 import re
 import shutil
+import sys
 import threading
+import types
 import warnings
 from pathlib import Path
 
@@ -18,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
-from config import Config, make_config
+from config import Config, load_config, make_config
 from core.errors import LabError
 from dataset import open_dataset
 from evaluate import evaluate_run
@@ -110,13 +114,55 @@ def test_the_history_says_what_it_cost(small):
     assert history["peak_memory_gb"].between(0.05, 100).all()
 
 
-def test_tensorboard_is_written_on_a_flag(small):
+def test_tensorboard_gets_the_history(small):
     tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = fit(small.updated(tensorboard=True), show=False)
+    run = fit(small.updated(trackers="tensorboard"), show=False)
     events = tensorboard.EventAccumulator(str(run.folder / "tensorboard")).Reload()
     losses = [event.value for event in events.Scalars("train_loss")]
     assert losses == pytest.approx(run.history["train_loss"].tolist())
     assert [event.step for event in events.Scalars("rsum")] == [3, 6, 9]
+
+
+def test_wandb_gets_the_history_under_the_runs_name(small, monkeypatch):
+    calls: list[tuple] = []
+
+    class Session:
+        config = types.SimpleNamespace(update=lambda values, **_: calls.append(("config", values["seed"])))
+
+        def log(self, values: dict, step: int) -> None:
+            calls.append((step, values["train_loss"]))
+
+        def finish(self) -> None:
+            calls.append(("finish",))
+
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.config, wandb.init = Session.config, lambda **options: calls.append(options["name"]) or Session()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run = fit(small.updated(trackers=("wandb",), num_epochs=2), show=False)
+    losses = run.history["train_loss"].tolist()
+    assert calls == [run.name, ("config", 0), (3, losses[0]), (6, losses[1]), ("finish",)]
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LabError, match="mlflow is not installed; run `pip install mlflow`, or take it out"):
+        fit(make_config(data_dir=tmp_path / "none", trackers="mlflow"))
+
+
+def test_fields_of_earlier_versions_are_read_or_refused(tmp_path):
+    path = tmp_path / "old.yaml"
+    path.write_text("tensorboard: true\ncompile: false\nallow_tf32: true\nschedule_cycles: 3\n")
+    assert load_config(path) == make_config("quickstart", trackers=("tensorboard",))
+    assert make_config(tensorboard=False) == make_config(trackers="none")
+    for field, value in (("compile", True), ("allow_tf32", False), ("schedule_cycles", 2)):
+        with pytest.raises(
+            LabError, match=f"{field!r} no longer exists and is always .*, not {value}; delete it"
+        ):
+            make_config(**{field: value})
+    with pytest.raises(LabError, match="trackers.*tensorboard"):
+        make_config(trackers="tensorbord")
 
 
 def test_it_starts_from_another_run_and_mixes_back(small):
@@ -338,7 +384,7 @@ def test_a_run_says_its_precision_and_keeps_it(small):
     assert 0 < abs(losses["bf16"] / losses["fp32"] - 1) < 0.05
 
 
-def test_torchs_global_settings_are_as_before_a_run(small):
+def test_torchs_global_settings_are_as_before_a_run():
     def settings():
         return (
             torch.get_float32_matmul_precision(),
@@ -348,11 +394,9 @@ def test_torchs_global_settings_are_as_before_a_run(small):
         )
 
     before = settings()
-    with train.algorithms(small.updated(deterministic=True, compile=True, allow_tf32=False)):
-        assert settings() == ("highest", False, False, True)
-        assert torch._dynamo.config.suppress_errors  # a model that cannot be compiled runs as it is
+    with train.algorithms(True):
+        assert settings() == ("high", True, False, True)
     assert settings() == before
-    assert not torch._dynamo.config.suppress_errors
 
 
 def test_a_finished_run_is_returned_where_its_data_are_gone(small, coco, tmp_path):

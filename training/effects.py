@@ -150,7 +150,6 @@ NEEDS: tuple[tuple[str, Condition, str], ...] = (
     ("mining_margin", lambda c: c.mining == "semantic", "mining 'semantic'"),
     ("warmup_steps", lambda c: c.warmup_epochs is None, "warmup_epochs None, which stands in its place"),
     ("warmup_epochs", lambda c: (c.warmup_epochs or 0) < c.num_epochs, "more epochs than that in num_epochs"),
-    ("schedule_cycles", _named("schedule", "step", "restarts"), "schedule 'step' or 'restarts'"),
 )
 """Fields, when they have an effect, and what they need for it; of several rows, all must hold."""
 

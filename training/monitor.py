@@ -1,10 +1,12 @@
-"""What a run tells besides its history: warnings, each given once with what to try; a TensorBoard log; peak memory."""
+"""What a run reports besides its history: warnings, each given once with what to try; trackers; peak memory."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,44 @@ class TrainingMonitor:
                 )
 
 
-# --- TensorBoard and memory ---
+# --- Trackers and memory ---
+
+
+PROJECT = "image-text-lab"
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raises: LabError if the package of a tracker is missing."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise LabError(f"{name} is not installed; run `pip install {name}`, or take it out of trackers.")
+
+
+def start_trackers(config: Config, folder: Path, step: int) -> list[Any]:
+    """The trackers that `config.trackers` names, started; each has `log(values, step)` and `finish()`.
+
+    Args:
+        folder: the run's. TensorBoard writes its log to a subfolder, the others where their package says.
+        step: the run starts or resumes here; TensorBoard discards what an earlier call logged beyond it.
+    """
+    if not config.trackers:
+        return []
+    from accelerate import PartialState, tracking
+
+    PartialState()  # without it accelerate's trackers cannot write their debug messages
+    run = folder.name
+    makers: dict[str, Callable[[], Any]] = {
+        "tensorboard": lambda: tracking.TensorBoardTracker("tensorboard", folder, purge_step=step),
+        "wandb": lambda: tracking.WandBTracker(PROJECT, name=run, dir=str(folder)),
+        "mlflow": lambda: tracking.MLflowTracker(PROJECT, run_name=run),
+        "trackio": lambda: tracking.TrackioTracker(PROJECT, name=run),
+    }
+    trackers = [makers[name]() for name in config.trackers]
+    for tracker in trackers:
+        tracker.start()
+        if tracker.name != "tensorboard":  # it takes numbers alone
+            tracker.store_init_configuration(config.model_dump(mode="json"))
+    return trackers
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -87,33 +126,3 @@ def peak_memory_gb(device: torch.device) -> float:
         return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-class Board:
-    """TensorBoard's log of a run, or nothing.
-
-    Args:
-        folder: the run's; None: nothing is written.
-        step: what comes after it is written again by a resumed run.
-    """
-
-    def __init__(self, folder: Path | None, step: int = 0) -> None:
-        self.writer: Any = None
-        if folder is not None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise LabError(
-                    "tensorboard is not installed; pip install tensorboard, or leave the flag."
-                ) from error
-            self.writer = SummaryWriter(folder / "tensorboard", purge_step=step)
-
-    def add(self, row: dict[str, float], step: int) -> None:
-        if self.writer is not None:
-            for name, value in row.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()

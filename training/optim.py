@@ -20,12 +20,13 @@ from models import CLIPModel
 # --- Optimizer, schedule, average, precision ---
 
 
+CYCLES = 3
 SCHEDULES: dict[str, str | None] = {
     "cosine": "cosine",
     "linear": "linear",
     "constant": "constant",
-    "step": None,  # a tenth of the rate after each cycle
-    "restarts": "cosine_with_restarts",
+    "step": None,  # a tenth of the rate in each of CYCLES equal parts
+    "restarts": "cosine_with_restarts",  # CYCLES of them
 }
 """`config.schedule` -> what `transformers.get_scheduler` calls it, or None where it has no such schedule."""
 
@@ -65,15 +66,15 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: Config, steps_per_
     """
     from transformers import get_scheduler
 
-    total, cycles = steps_per_epoch * config.num_epochs, config.schedule_cycles
+    total = steps_per_epoch * config.num_epochs
     warmup = min(config.warmup_steps, max(1, total // 10))
     if config.warmup_epochs is not None:
         warmup = round(config.warmup_epochs * steps_per_epoch)
     rest, name = max(1, total - warmup), choose(SCHEDULES, config.schedule, "schedule")
     if name is None:
-        shape: Callable[[int], float] = lambda step: 0.1 ** min(int(step / rest * cycles), cycles - 1)  # noqa: E731
+        shape: Callable[[int], float] = lambda step: 0.1 ** min(int(step / rest * CYCLES), CYCLES - 1)  # noqa: E731
     else:
-        options = {"num_cycles": cycles} if config.schedule == "restarts" else None
+        options = {"num_cycles": CYCLES} if config.schedule == "restarts" else None
         shape = get_scheduler(name, optimizer, 0, rest, options).lr_lambdas[0]
     return LambdaLR(optimizer, lambda step: (step + 1) / warmup if step < warmup else shape(step - warmup))
 
