@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import gzip
-import hashlib
 import inspect
 import json
 import re
@@ -18,7 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from core.errors import LabError, choose, nearest
-from core.files import DamagedFileError, atomic_path
+from core.files import DamagedFileError, atomic_path, fingerprint
 from core.tensor_files import load_arrays
 from sources.table import (
     IMAGE_SUFFIXES,
@@ -37,15 +36,13 @@ from sources.table import (
 # --- Rows of caption files ---
 
 
-Row = tuple[int, str, str, str]  # line, image, caption, split or ""
+Row = tuple[str, str, str, str]  # place in the file, image, caption, split or ""
 _SUFFIXES = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _NEW_ROW = re.compile(rf'(\d*[,;\t])?"?[^",;\t\n]+\.({_SUFFIXES})"?\s*[,;\t]', re.IGNORECASE)
+_TOKEN_ROW = re.compile(r"\S[^\t]*#\d+\t")
 _LONGEST_RECORD = 50  # lines that a quoted caption may extend over
-
-
 IMAGE_COLUMNS = ("image", "image_name", "image_path", "filepath", "file_name", "filename")
 CAPTION_COLUMNS = ("caption", "comment", "title", "text", "raw")
-_TOKEN_ROW = re.compile(r"\S[^\t]*#\d+\t")
 
 
 def caption_rows(folder: DataFolder, file: str) -> Iterator[Row]:
@@ -72,32 +69,28 @@ def caption_rows(folder: DataFolder, file: str) -> Iterator[Row]:
     for number, record in records:
         if number == 1 or not record.strip():
             continue
+        place = f"line {number}"
         try:
             row = _fields(record, separator, len(names), last=caption == names[-1])
         except csv.Error as error:
-            folder.problems.add("malformed row", file, f"not a CSV row ({error})", f"line {number}")
+            folder.problems.add("malformed row", file, f"not a CSV row ({error})", place)
             continue
         if len(row) != len(names):
             what = f"{len(row)} columns, expected {len(names)}"
-            folder.problems.add("malformed row", file, what, f"line {number}")
+            folder.problems.add("malformed row", file, what, place)
             continue
         cells = dict(zip(names, row, strict=True))
         for each in _listed(cells[caption]) if caption == "raw" else [cells[caption]]:
-            yield number, cells[image].strip(), each, cells.get("split", "").strip()
+            yield place, cells[image].strip(), each, cells.get("split", "").strip()
 
 
 def _columns(header: str) -> tuple[str, list[str]]:
     """The separator of a first line and the names in it; the comma if no separator fits."""
-    names_by_separator = {}
     for separator in ",\t;|":
-        try:
-            row = next(csv.reader([header], delimiter=separator), [])
-        except csv.Error:
-            row = [header]
-        names_by_separator[separator] = names = [name.strip().lower() for name in row]
+        names = [name.strip().strip('"').lower() for name in header.split(separator)]
         if set(names) & set(IMAGE_COLUMNS) and set(names) & set(CAPTION_COLUMNS):
             return separator, names
-    return ",", names_by_separator[","]
+    return ",", header.split(",")
 
 
 def _listed(cell: str) -> list[str]:
@@ -113,7 +106,7 @@ def _token_rows(folder: DataFolder, file: str, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if _TOKEN_ROW.match(line):
             image, _, caption = line.partition("\t")
-            yield number, image.rpartition("#")[0], caption, ""
+            yield f"line {number}", image.rpartition("#")[0], caption, ""
         elif line.strip():
             folder.problems.add("malformed row", file, "no name#number and tab", f"line {number}")
 
@@ -130,15 +123,15 @@ def _fields(record: str, separator: str, count: int, last: bool) -> list[str]:
 def _records(text: str) -> Iterator[tuple[int, str]]:
     """(line, record) pairs: a quoted caption may extend over lines, but a stray quote swallows no rows."""
     lines = text.split("\n")
-    number = 0
-    while number < len(lines):
-        first, record = number, lines[number]
-        number += 1
-        last = min(len(lines), first + _LONGEST_RECORD)
-        while record.count('"') % 2 and number < last and not _NEW_ROW.match(lines[number]):
-            record += "\n" + lines[number]
-            number += 1
-        yield first + 1, record
+    end = 0
+    while end < len(lines):
+        start, end = end, end + 1
+        last = min(len(lines), start + _LONGEST_RECORD)
+        quotes = lines[start].count('"')
+        while quotes % 2 and end < last and not _NEW_ROW.match(lines[end]):
+            quotes += lines[end].count('"')
+            end += 1
+        yield start + 1, "\n".join(lines[start:end])
 
 
 def karpathy_object(record: dict[str, Any]) -> Any:
@@ -154,52 +147,38 @@ def karpathy_object(record: dict[str, Any]) -> Any:
 # --- The table, kept between runs ---
 
 
-FORMAT = 3  # raise it when readers make another table of the same files, or the cached file changes
+FORMAT = 4  # raise it when readers make another table of the same files, or the cached file changes
+ARRAYS = ("image_ids", "caption_image_ids", "splits", "categories")
 
 
 def cache_path(cache_dir: str | Path, **settings: Any) -> Path:
     """The file of the table that this reader makes of this folder with these options."""
     key = json.dumps({"format": FORMAT, **settings}, sort_keys=True, default=str)
-    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    return Path(cache_dir) / f"captions-{settings['reader']}-{digest}.npz"
+    return Path(cache_dir) / f"captions-{settings['reader']}-{fingerprint([key])[:12]}.npz"
 
 
 def keep_table(path: Path, table: CaptionTable, stamps: dict[str, tuple[int, int]]) -> None:
     """Write a table beside the stamps of every file and folder it was read from, all or nothing."""
-    texts = {
-        "captions": table.captions,
-        "paths": table.paths,
-        "splits": table.splits.tolist(),
-        "categories": None if table.categories is None else table.categories.tolist(),
-        "problems": table.problems,
-        "split_source": table.split_source,
-        "stamps": stamps,
-    }
+    names = ("paths", "captions", "problems", "split_source")
+    texts = {"stamps": stamps, **{name: getattr(table, name) for name in names}}
+    arrays = {name: getattr(table, name) for name in ARRAYS if getattr(table, name) is not None}
     with atomic_path(path) as beside, open(beside, "wb") as file:
-        np.savez(
-            file,
-            image_ids=table.image_ids,
-            caption_image_ids=table.caption_image_ids,
-            texts=np.frombuffer(json.dumps(texts).encode(), dtype=np.uint8),
-        )
+        np.savez(file, texts=np.frombuffer(json.dumps(texts).encode(), dtype=np.uint8), **arrays)
 
 
 def read_kept_table(path: Path, root: Path) -> CaptionTable | None:
     """The table of `keep_table`, or None if it is absent, damaged, or older than its sources."""
     try:
-        arrays: dict[str, Any] = load_arrays(path, "it is read again from its sources")
-        texts = json.loads(arrays.pop("texts").tobytes())
-        if any(stamp(source) != tuple(then) for source, then in texts.pop("stamps").items()):
-            return None
-        texts["splits"] = np.array(texts["splits"])
-        if texts["categories"] is not None:
-            texts["categories"] = np.array(texts["categories"])
-        return CaptionTable(root=root, **arrays, **texts)
+        arrays = load_arrays(path, "it is read again from its sources")
+    except FileNotFoundError:
+        return None
     except DamagedFileError as error:
         print(error)
-    except (OSError, KeyError, ValueError, TypeError):
-        pass
-    return None
+        return None
+    texts = json.loads(arrays.pop("texts").tobytes())
+    if any(stamp(source) != tuple(then) for source, then in texts.pop("stamps").items()):
+        return None
+    return CaptionTable(root=root, **arrays, **texts)
 
 
 # --- Plain folders ---
@@ -207,11 +186,8 @@ def read_kept_table(path: Path, root: Path) -> CaptionTable | None:
 
 SPLIT_FOLDERS = {
     "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
     "test": "test",
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
 }
 
 
@@ -240,14 +216,17 @@ def read_sidecar(folder: DataFolder, *, split_seed: int = 0) -> TableBuilder:
         if folder.has_file(file):
             captions: list[Any] = [line for line in folder.read_text(file).split("\n") if line.strip()]
         else:
-            file, caption = f"{stem}.json", metadata.get("caption", [])
-            captions = caption if isinstance(caption, list) else [caption]
+            file, captions = f"{stem}.json", _as_list(metadata.get("caption", []))
         for number, caption in enumerate(captions, start=1):
             table.add_caption(path, caption, file, f"caption {number}")
     _note_lone_captions(table)
     if not splits:
         table.split_by_seed(split_seed)
     return table
+
+
+def _as_list(captions: Any) -> list[Any]:
+    return captions if isinstance(captions, list) else [captions]
 
 
 def _note_lone_captions(table: TableBuilder) -> None:
@@ -257,8 +236,7 @@ def _note_lone_captions(table: TableBuilder) -> None:
         for name, is_folder in sorted(table.folder.listing(place).items()):
             stem, _, ending = same_name(join(place, name)).rpartition(".")
             if ending == "txt" and not is_folder and stem not in stems:
-                what = "a caption file without its image"
-                table.folder.problems.add("missing image", place, what, name)
+                table.folder.problems.add("missing image", place, "a caption file without its image", name)
 
 
 def _metadata(table: TableBuilder, file: str) -> dict[str, Any]:
@@ -368,23 +346,20 @@ def read_coco(
 
 def _read_coco_split(table: TableBuilder, split: str, file: str, image_folder: str) -> None:
     content = table.folder.read_json(file, object_hook=_coco_object)
-    known: dict[Any, str] = {}
-    for row, image in _rows(table.folder, content, "images", file):
-        place = f"images[{row}]"
+    paths: dict[int, str] = {}
+    for place, image in _rows(table.folder, content, "images", file):
         if not isinstance(image, tuple) or len(image) != 3 or not is_id(image[0]):
             table.malformed(file, place, "an image needs file_name and a whole number as id")
         elif name := table.relative(image[1], file, place):
-            path = join(image_folder, name)
-            table.add_image(path, split, image_id=image[0], category=image[2])
-            known[image[0]] = path
-    for row, annotation in _rows(table.folder, content, "annotations", file):
-        place = f"annotations[{row}]"
+            paths[image[0]] = join(image_folder, name)
+            table.add_image(paths[image[0]], split, image_id=image[0], category=image[2])
+    for place, annotation in _rows(table.folder, content, "annotations", file):
         if not isinstance(annotation, tuple) or len(annotation) != 2 or not is_id(annotation[0]):
             table.malformed(file, place, "an annotation needs image_id and caption")
-        elif annotation[0] not in known:
+        elif annotation[0] not in paths:
             table.malformed(file, place, f"image_id {annotation[0]} is not among the images")
         else:
-            table.add_caption(known[annotation[0]], annotation[1], file, place)
+            table.add_caption(paths[annotation[0]], annotation[1], file, place)
 
 
 def _coco_object(record: dict[str, Any]) -> Any:
@@ -396,12 +371,13 @@ def _coco_object(record: dict[str, Any]) -> Any:
     return record
 
 
-def _rows(folder: DataFolder, content: Any, key: str, file: str) -> Iterable[tuple[int, Any]]:
-    """The numbered entries of a list in a JSON file, with a progress bar if there are many."""
+def _rows(folder: DataFolder, content: Any, key: str, file: str) -> Iterator[tuple[str, Any]]:
+    """The entries of a list in a JSON file, each with its place, and a progress bar if there are many."""
     rows = content.get(key) if isinstance(content, dict) else None
     if not isinstance(rows, list):
         raise LabError(f"{folder.root / file} has no list {key!r}; it is not a caption file of this layout")
-    return enumerate(tqdm(rows, f"Reading {key}", leave=False, unit=" rows", disable=len(rows) < MANY_ROWS))
+    bar = tqdm(rows, f"Reading {key}", leave=False, unit=" rows", disable=len(rows) < MANY_ROWS)
+    return ((f"{key}[{number}]", row) for number, row in enumerate(bar))
 
 
 def _read_karpathy(folder: DataFolder, file: str | Path, image_folders: tuple[str, ...]) -> TableBuilder:
@@ -415,20 +391,16 @@ def _read_karpathy(folder: DataFolder, file: str | Path, image_folders: tuple[st
     table = TableBuilder(folder)
     dataset = content.get("dataset")
     table.split_source = f"Karpathy's split of {dataset}" if dataset in KARPATHY_SETS else "karpathy_file"
-    for row, image in _rows(folder, content, "images", name):
-        place = f"images[{row}]"
+    for place, image in _rows(folder, content, "images", name):
         if not isinstance(image, dict) or not isinstance(image.get("sentences"), list) or not image["split"]:
             table.malformed(name, place, "an image needs split, filename and sentences")
-            continue
-        file_name = image["filename"] and join(image["filepath"] or "", image["filename"])
-        below = table.relative(file_name, name, place)
-        if below and is_id(image["id"]):
-            path = folder.in_one_of(image_folders, below)
-            table.add_image(path, str(image["split"]), image_id=image["id"])
-            for sentence in image["sentences"]:
-                table.add_caption(path, sentence, name, place)
-        elif below:
+        elif not is_id(image["id"]):
             table.malformed(name, place, "an image needs a whole number as cocoid or imgid")
+        else:
+            file_name, split = image["filename"], str(image["split"])
+            if isinstance(file_name, str) and file_name:
+                file_name = join(str(image["filepath"] or ""), file_name)
+            table.add(file_name, split, image["sentences"], name, place, image["id"], folders=image_folders)
     _note_official(table)
     return table
 
@@ -497,12 +469,12 @@ def _add_rows(
 ) -> None:
     """Add the rows; their splits are those of the lists, else of the rows themselves, else seeded."""
     names = split_aliases({split for *_, split in rows if split})
-    for number, image, caption, split in rows:
-        if name := table.relative(image, file, f"line {number}"):
+    for place, image, caption, split in rows:
+        if name := table.relative(image, file, place):
             path = join(images, name)
             for each in lists.get(same_name(name), [UNUSED]) if lists else [names.get(split, UNUSED)]:
                 table.add_image(path, each)
-            table.add_caption(path, caption, file, f"line {number}")
+            table.add_caption(path, caption, file, place)
     if not lists and not names:
         table.split_by_seed(split_seed)
 
@@ -576,7 +548,13 @@ def read_json(folder: DataFolder, *, annotation_file: str | Path | None = None) 
         if not isinstance(rows, list):
             raise LabError(f"split {key!r} in {folder.root / file} is not a list of rows")
         for number, row in enumerate(rows):
-            _add_json_row(table, names[key], row, file, f"{key}[{number}]")
+            place = f"{key}[{number}]"
+            if not isinstance(row, dict) or "caption" not in row or "image_path" not in row:
+                table.malformed(file, place, "a row needs image_path and caption")
+                continue
+            own = (row.get("id"), row.get("category"))
+            captions = _as_list(row["caption"])
+            table.add(row["image_path"], names[key], captions, file, place, *own, folders=("", "images"))
     return table
 
 
@@ -592,17 +570,6 @@ def _annotation_file(folder: DataFolder, given: str | Path | None) -> str:
         f"{folder.root} has no {given or 'annotations.json'}; name the file with annotation_file "
         f"(JSON files there: {', '.join(sorted(names)) or 'none'})"
     )
-
-
-def _add_json_row(table: TableBuilder, split: str, row: Any, file: str, place: str) -> None:
-    if not isinstance(row, dict) or "caption" not in row or "image_path" not in row:
-        table.malformed(file, place, "a row needs image_path and caption")
-    elif below := table.relative(row["image_path"], file, place):
-        path = table.folder.in_one_of(("", "images"), below)
-        table.add_image(path, split, image_id=row.get("id"), category=row.get("category"))
-        captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
-        for caption in captions:
-            table.add_caption(path, caption, file, place)
 
 
 # --- All readers ---

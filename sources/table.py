@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,6 @@ IMAGE_SUFFIXES = (
 LONGEST_PATH = 1000
 MAX_EXAMPLES = 100  # problems of one kind in one file that are listed; the others are counted
 ABSENT = (-1, -1)  # the stamp of a file that does not exist
-_BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it starts with
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 
 
 def stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -65,46 +57,34 @@ def safe_relative(path: Any) -> tuple[str, str]:
         return "", f"the image path {path!r} has control characters"
     path = path.strip().replace("\\", "/")
     if path.startswith("/") or re.match(r"[A-Za-z]:", path):
-        what = (
-            f"the image path {path!r} is absolute and not below data_dir; set image_root to a folder above it"
+        return (
+            "",
+            f"the image path {path!r} is absolute and not below data_dir; set image_root to a folder above it",
         )
-        return "", what
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts or not parts:
         return "", f"the image path {path!r} leads outside the data folder"
     return "/".join(parts), ""
 
 
-def decode_text(data: bytes) -> tuple[str, dict[int, str]]:
-    """The text of a file with plain newlines, and what was repaired in which line.
+def decode_text(data: bytes) -> tuple[str, list[int]]:
+    """The text of a file with plain newlines, and the numbers of the lines that are not UTF-8.
 
-    Byte order marks are obeyed; a line that is not UTF-8 is read as Latin-1; NULs are removed.
+    A byte order mark says UTF-16; a line that is not UTF-8 is read as Windows-1252, Latin-1 with quotes and dashes.
     """
-    mark = next((mark for mark in _BYTE_ORDER_MARKS if data.startswith(mark)), b"")
-    repaired: dict[int, str] = {}
+    not_utf8 = []
     try:
-        text = data.decode(_BYTE_ORDER_MARKS.get(mark, "utf-8"))
+        text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except UnicodeDecodeError:
-        lines = data.removeprefix(mark).split(b"\n")
-        text = "\n".join(_decode_line(line, number, repaired) for number, line in enumerate(lines, start=1))
-    text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-    if "\0" in text:
-        repaired.update(
-            {n: "NUL removed" for n, line in enumerate(text.split("\n"), start=1) if "\0" in line}
-        )
-        text = text.replace("\0", "")
-    return text, repaired
-
-
-def _decode_line(line: bytes, number: int, repaired: dict[int, str]) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError:
-        repaired[number] = "not UTF-8, read as Latin-1"
-    try:
-        return line.decode("cp1252")  # Latin-1 with the quotes and dashes that Windows puts in its gap
-    except UnicodeDecodeError:
-        return line.decode("latin-1")
+        lines = []
+        for number, line in enumerate(data.split(b"\n"), start=1):
+            try:
+                lines.append(line.decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                lines.append(line.decode("cp1252", "replace"))
+                not_utf8.append(number)
+        text = "\n".join(lines)
+    return text.replace("\r\n", "\n").replace("\r", "\n"), not_utf8
 
 
 class Problems:
@@ -114,29 +94,28 @@ class Problems:
         self._examples: list[dict[str, Any]] = []
         self._counts: Counter[tuple[str, str]] = Counter()
 
-    def add(self, kind: str, file: str, what: str, place: str = "", count: int = 1) -> None:
+    def add(self, kind: str, file: str, what: str, place: str = "") -> None:
         """Note a problem of this kind in this file; `place` is a line, a row or an image."""
         self._counts[kind, file] += 1
         if self._counts[kind, file] <= MAX_EXAMPLES:
             where = ": ".join(part for part in (file, place) if part)
-            self._examples.append({"kind": kind, "where": where, "what": what, "count": count})
+            self._examples.append({"kind": kind, "where": where, "what": what, "count": 1})
 
     def rows(self) -> list[dict[str, Any]]:
-        more = [
+        return self._examples + [
             {"kind": kind, "where": file, "what": "more of the same", "count": count - MAX_EXAMPLES}
             for (kind, file), count in self._counts.items()
             if count > MAX_EXAMPLES
         ]
-        return self._examples + more
 
     def first(self, *kinds: str) -> str:
-        """`" (3 of kind refused path, such as a.jpg: a link ...)"` of the first kind that occurred, or ""."""
-        for kind in kinds:
-            count = sum(n for (known, _), n in self._counts.items() if known == kind)
-            if count:
-                row = next(row for row in self._examples if row["kind"] == kind)
-                return f" ({kind}: {count:,}, such as {row['where']}: {row['what']})"
-        return ""
+        """`" (refused path: 3, such as a.jpg: a link ...)"`, of the first kind that occurred, or ""."""
+        examples = [row for kind in kinds for row in self._examples if row["kind"] == kind]
+        if not examples:
+            return ""
+        kind, where, what, _ = examples[0].values()
+        count = sum(count for (each, _), count in self._counts.items() if each == kind)
+        return f" ({kind}: {count:,}, such as {where}: {what})"
 
 
 class DataFolder:
@@ -239,35 +218,26 @@ class DataFolder:
         if not os.path.isdir(full) or self._leads_outside(folder):
             return {}
         with os.scandir(full) as entries:
-            return {
-                entry.name: entry.is_dir()
-                for entry in entries
-                if self._is_utf8(folder, entry.name)
-                and (not entry.is_symlink() or self._is_usable_link(join(folder, entry.name)))
-            }
+            return {entry.name: entry.is_dir() for entry in entries if self._is_usable(folder, entry)}
 
-    def _is_utf8(self, folder: str, name: str) -> bool:
-        if name.isprintable() or not any("\ud800" <= char <= "\udfff" for char in name):
-            return True
-        readable = name.encode("utf-8", "replace").decode()
-        self.problems.add("refused path", folder, "the file's name is not UTF-8; rename it", readable)
-        return False
-
-    def _is_usable_link(self, path: str) -> bool:
-        return not self._leads_outside(path) and (self.root / path).exists()
+    def _is_usable(self, folder: str, entry: os.DirEntry[str]) -> bool:
+        """Whether an entry's name is text, and it is not a link that leads outside or nowhere."""
+        if not entry.name.isprintable() and any("\ud800" <= char <= "\udfff" for char in entry.name):
+            readable = entry.name.encode("utf-8", "replace").decode()
+            self.problems.add("refused path", folder, "the file's name is not UTF-8; rename it", readable)
+            return False
+        return not entry.is_symlink() or (
+            not self._leads_outside(join(folder, entry.name)) and os.path.exists(entry.path)
+        )
 
     def _leads_outside(self, path: str) -> bool:
-        """Whether a path is a link out of the root, `image_root` and the paths that the user gave."""
-        if self.follow_links:
-            return False
+        """Whether a path is a link out of the root, `image_root` and the paths that the user gave; noted if so."""
         real = os.path.realpath(self.root / path)
-        outside = not any(is_below(real, base) for base in self._real_bases)
-        if outside:
-            what = (
-                f"a link that leads outside the data folder, to {real}; set image_root to a folder above it"
-            )
-            self.problems.add("refused path", path, what)
-        return outside
+        if self.follow_links or any(is_below(real, base) for base in self._real_bases):
+            return False
+        what = f"a link that leads outside the data folder, to {real}; set image_root to a folder above it"
+        self.problems.add("refused path", path, what)
+        return True
 
     def has_file(self, path: str) -> bool:
         """Whether the file of a `safe_relative` path exists below the root."""
@@ -294,22 +264,19 @@ class DataFolder:
             yield from self.images(join(folder, name), walked | {real})
 
     def read_text(self, path: str) -> str:
-        """A text file's content; what `decode_text` repaired is noted.
+        """A text file's content; lines that are not UTF-8 are noted.
 
         Raises: LabError if the file cannot be read, or is a link that leads outside.
         """
-        text, repaired = decode_text(self._read_bytes(path))
-        for number, what in repaired.items():
-            self.problems.add("repaired text", path, what, f"line {number}")
-        return text
-
-    def _read_bytes(self, path: str) -> bytes:
         if self.look(path) and not os.path.isabs(path) and not self.has_file(path):
             raise LabError(
                 f"{self.root / path} is a link that leads outside the data folder; set image_root to a folder "
                 "above its target, or copy the file"
             )
-        return read_bytes(self.root / path)
+        text, not_utf8 = decode_text(read_bytes(self.root / path))
+        for number in not_utf8:
+            self.problems.add("repaired text", path, "not UTF-8, read as Latin-1", f"line {number}")
+        return text
 
     def read_json(self, path: str, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
         """A JSON file's content; `object_hook` may reduce each object to what is needed.
@@ -322,9 +289,8 @@ class DataFolder:
             raise
         except (ValueError, RecursionError, MemoryError) as error:
             cause = str(error)[:120] or "out of memory"
-            raise LabError(
-                f"{self.root / path} is not valid JSON ({cause}); download or write it again"
-            ) from error
+            message = f"{self.root / path} is not valid JSON ({cause}); download or write it again"
+            raise LabError(message) from error
 
 
 def is_below(path: str, base: str) -> bool:
@@ -453,16 +419,14 @@ class CaptionTable:
         rows = np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
         texts = self.caption_rows(rows)
-        return CaptionTable(
-            root=self.root,
+        return replace(
+            self,
             image_ids=self.image_ids[rows],
             paths=[self.paths[row] for row in rows.tolist()],
             splits=self.splits[rows],
             captions=[self.captions[text] for text in texts.tolist()],
             caption_image_ids=self.caption_image_ids[texts],
             categories=None if self.categories is None else self.categories[rows],
-            problems=self.problems,
-            split_source=self.split_source,
         )
 
     def problem_counts(self) -> dict[str, int]:
@@ -523,7 +487,7 @@ class TableBuilder:
         self.strict_ids = strict_ids
         self.images: dict[str, _Image] = {}
         self.split_source = "the data's own"
-        self.leaks: dict[str, list[str]] = {}
+        self.leaks: dict[str, dict[str, None]] = {}  # path -> the splits of an image that is in several
 
     def malformed(self, file: str, place: str, what: str) -> None:
         self.folder.problems.add("malformed row", file, what, place)
@@ -536,6 +500,25 @@ class TableBuilder:
             self.folder.problems.add(kind, file, refusal, place)
         return safe
 
+    def add(
+        self,
+        path: Any,
+        split: str,
+        captions: Iterable[Any],
+        file: str,
+        place: str,
+        image_id: Any = None,
+        category: Any = None,
+        *,
+        folders: Sequence[str] = ("",),
+    ) -> None:
+        """Add an image and its captions, listed in `file` at `place`; its path is below one of the `folders`."""
+        if below := self.relative(path, file, place):
+            path = self.folder.in_one_of(folders, below)
+            self.add_image(path, split, image_id, category)
+            for caption in captions:
+                self.add_caption(path, caption, file, place)
+
     def add_image(self, path: str, split: str, image_id: Any = None, category: Any = None) -> None:
         """Add the image under the name it has on disk, unless it has been added before."""
         path = self.folder.true_path(path)
@@ -543,7 +526,7 @@ class TableBuilder:
         if known is None:
             self.images[path] = _Image(split, image_id, self._category(path, category))
         elif known.split != split:
-            self.leaks.setdefault(path, []).extend([known.split, split])
+            self.leaks.setdefault(path, {known.split: None})[split] = None
 
     def _category(self, path: str, value: Any) -> str | None:
         """A category's name; whole numbers, also written as 3.0, are names too."""
@@ -574,12 +557,10 @@ class TableBuilder:
         """A split by image: 1,000 for val and for test, or a tenth each of a small set; the rest trains."""
         paths = sorted(self.images)
         num_held_out = 1000 if len(paths) >= SMALL_SET else len(paths) // 10
-        names = np.full(len(paths), "train", dtype=object)
-        order = np.random.default_rng(seed).permutation(len(paths))
-        names[order[:num_held_out]] = "val"
-        names[order[num_held_out : 2 * num_held_out]] = "test"
-        for path, split in zip(paths, names.tolist(), strict=True):
-            self.images[path].split = split
+        order = np.random.default_rng(seed).permutation(len(paths)).tolist()
+        for position, row in enumerate(order):
+            part = position // num_held_out if num_held_out else 2
+            self.images[paths[row]].split = ("val", "test")[part] if part < 2 else "train"
         self.split_source = f"drawn by image, split_seed {seed}"
 
     def build(self) -> CaptionTable:
@@ -587,64 +568,58 @@ class TableBuilder:
 
         Raises: LabError if a split leaks, ids repeat, or no image is left.
         """
-        self._refuse_leaks()
-        ids = self._ids()
-        listed = len(self.images)
-        missing = self._leave_out(
-            "missing image", "listed, but no such file", lambda path, image: not self.folder.has_file(path)
+        if self.leaks:
+            examples = [f"{path} ({', '.join(splits)})" for path, splits in sorted(self.leaks.items())]
+            more = ", ..." if len(examples) > NAMES_SHOWN else ""
+            raise LabError(
+                f"{len(examples):,} images are in more than one split: {', '.join(examples[:NAMES_SHOWN])}{more}; "
+                "leave each in one split only"
+            )
+        self._set_ids()
+        listed = list(self.images)
+        self._leave_out(
+            "missing image", "listed, but no such file", lambda path: not self.folder.has_file(path)
         )
         if listed and not self.images:
             raise LabError(
-                f"none of the {listed:,} images listed for {self.folder.root} exists (such as {missing[0]}); "
+                f"none of the {len(listed):,} images listed for {self.folder.root} exists (such as {listed[0]}); "
                 f"unpack the images there or correct data_dir{self.folder.problems.first(*CAUSES)}"
             )
-        self._leave_out("no caption", "an image without captions", lambda path, image: not image.captions)
+        self._leave_out(
+            "no caption", "an image without captions", lambda path: not self.images[path].captions
+        )
         if not self.images:
             raise LabError(
                 f"{self.folder.root} has no image with a caption; check data_dir and the reader"
                 f"{self.folder.problems.first(*CAUSES)}"
             )
-        return self._table(ids)
+        return self._table()
 
-    def _refuse_leaks(self) -> None:
-        if self.leaks:
-            examples = [
-                f"{path} ({', '.join(dict.fromkeys(self.leaks[path]))})"
-                for path in sorted(self.leaks)[:NAMES_SHOWN]
-            ]
-            more = ", ..." if len(self.leaks) > NAMES_SHOWN else ""
+    def _set_ids(self) -> None:
+        """Give the images positions as ids, unless the source has an id of its own for each."""
+        images = self.images.values()
+        own = [image.image_id for image in images]
+        if all(map(is_id, own)) and len(set(own)) == len(own):
+            return
+        if all(map(is_id, own)) and self.strict_ids:
+            same, _ = Counter(own).most_common(1)[0]
+            both = [path for path, image in self.images.items() if image.image_id == same]
             raise LabError(
-                f"{len(self.leaks):,} images are in more than one split: {', '.join(examples)}{more}; "
-                "leave each in one split only"
+                f"images {both[0]} and {both[1]} have the same id {same}; give each image its own id"
             )
+        for position, image in enumerate(images):
+            image.image_id = position
 
-    def _ids(self) -> dict[str, int]:
-        """The source's own ids, or positions among all listed images if it has none."""
-        own = {path: image.image_id for path, image in self.images.items()}
-        positions = {path: row for row, path in enumerate(own)}
-        if not all(map(is_id, own.values())):
-            return positions
-        first: dict[int, str] = {}
-        for path, image_id in own.items():
-            if first.setdefault(image_id, path) != path:
-                if not self.strict_ids:
-                    return positions
-                both = f"{first[image_id]} and {path}"
-                raise LabError(f"images {both} have the same id {image_id}; give each image its own id")
-        return own
-
-    def _leave_out(self, kind: str, what: str, condition: Callable[[str, _Image], bool]) -> list[str]:
-        """Remove and note the images of which `condition` is true; returns their paths."""
-        paths = [path for path, image in self.images.items() if condition(path, image)]
-        for path in paths:
+    def _leave_out(self, kind: str, what: str, condition: Callable[[str], bool]) -> None:
+        """Remove and note the images whose path fulfills `condition`."""
+        for path in list(filter(condition, self.images)):
             del self.images[path]
             folder, _, name = path.rpartition("/")
             self.folder.problems.add(kind, folder, what, name)
-        return paths
 
-    def _table(self, ids: dict[str, int]) -> CaptionTable:
+    def _table(self) -> CaptionTable:
         images = self.images.values()
-        image_ids = np.array([ids[path] for path in self.images], dtype=np.int64)
+        image_ids = np.array([image.image_id for image in images], dtype=np.int64)
         categories = [image.category for image in images]
         return CaptionTable(
             root=self.folder.root,
