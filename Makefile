@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: lab figure picture test browser soak all_heads install jupyter bench clean
+.PHONY: lab figure picture test assignment browser soak all_heads install jupyter bench clean
 
 lab: install  ## run main.ipynb headless; writes results, the executed notebook, HTML and figures
 	$(BIN)/python -m interface.run_notebook main.ipynb
@@ -22,6 +22,12 @@ browser: install  ## run every notebook in JupyterLab with a headless Chromium
 all_heads: install  ## train lab 1's configurations on generated scenes and print one table
 	test -d data/scene_embeddings || $(BIN)/python encode.py --preset quickstart --folder data/scene_embeddings
 	$(BIN)/python tune.py compare configs/attention.yaml configs/clip.yaml configs/mlp.yaml configs/siglip.yaml
+
+assignment: install  ## lab 5 without its solutions, and the course folder that `nbgrader autograde` reads
+	mkdir -p outputs/course/source/write_it_yourself
+	cp notebooks/5_write_it_yourself.ipynb outputs/course/source/write_it_yourself/
+	PATH="$(abspath $(BIN)):$$PATH" nbgrader generate_assignment write_it_yourself --course-dir $(CURDIR)/outputs/course --create --force
+	@echo "outputs/course/release/write_it_yourself/5_write_it_yourself.ipynb"
 
 soak: install  ## kill training at 20 random moments, damage files in 24 places, fill 32 small disks
 	OMP_NUM_THREADS=1 KILLS=20 DAMAGES=24 DISKS=32 $(BIN)/pytest -n 2 --dist loadfile \
