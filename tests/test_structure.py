@@ -108,6 +108,8 @@ def test_notebooks_are_stripped_and_thin(path):
     code = [cell for cell in cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code)
     assert max(len(cell.source.splitlines()) for cell in code) <= 12
+    if path.name == "5_write_it_yourself.ipynb":
+        return  # exercises: functions to write, nothing to set
     assert not any(line.startswith(("def ", "class ")) for cell in code for line in cell.source.splitlines())
     parameters = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     assert len(parameters) == 1
