@@ -35,7 +35,7 @@ soak: install  ## kill training at 20 random moments, damage files in 24 places,
 
 install: .venv/.installed
 
-.venv/.installed: requirements.txt requirements-dev.txt constraints.txt
+.venv/.installed: requirements.txt requirements-jupyter.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	touch $@

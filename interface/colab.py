@@ -1,6 +1,6 @@
-"""What a notebook needs on Colab: the packages, the account's secrets, a Drive folder, and which runtime to choose.
+"""What a notebook needs on Colab and Kaggle: packages, the account's secrets, a Drive folder, which runtime to choose.
 
-Outside Colab these functions do nothing; they need only packages that every notebook kernel has.
+Elsewhere only missing packages are installed. This module needs only packages that every notebook kernel has.
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
 
+from core.errors import LabError
+
+KERNEL = ("ipywidgets", "ipython", "ipykernel", "torch", "torchvision", "numpy")
+"""Installed versions of these stay: the page or the running kernel depends on them."""
 SECRETS = ("KAGGLE_USERNAME", "KAGGLE_KEY", "HF_TOKEN")
 DRIVE = Path("/content/drive")
 
@@ -22,6 +27,11 @@ DRIVE = Path("/content/drive")
 def on_colab() -> bool:
     """Whether this is a Colab runtime."""
     return "google.colab" in sys.modules or bool(os.environ.get("COLAB_RELEASE_TAG"))
+
+
+def on_kaggle() -> bool:
+    """Whether this is a Kaggle notebook."""
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
 
 
 def missing_packages(requirements: str | Path = "requirements.txt") -> list[str]:
@@ -32,18 +42,42 @@ def missing_packages(requirements: str | Path = "requirements.txt") -> list[str]
     return [line for line in lines if line and not line.startswith("-") and not _is_met(Requirement(line))]
 
 
-def _is_met(requirement: Requirement) -> bool:
+def _version(name: str) -> str | None:
     try:
-        return requirement.specifier.contains(importlib.metadata.version(requirement.name), prereleases=True)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return False
+        return None
+
+
+def _is_met(requirement: Requirement) -> bool:
+    version = _version(requirement.name)
+    return version is not None and requirement.specifier.contains(version, prereleases=True)
 
 
 def install(requirements: str | Path = "requirements.txt") -> list[str]:
-    """Install missing packages with this kernel's pip and return them; makes no request if none is missing."""
+    """Install missing packages with this kernel's pip and return them; makes no request if none is missing.
+
+    Raises: LabError if a package of `KERNEL` is too old, or if pip fails.
+    """
     missing = missing_packages(requirements)
+    versions = {name: version for name in KERNEL if (version := _version(name))}
+    too_old = [f"{line} (installed: {versions[Requirement(line).name]})" for line in missing
+               if Requirement(line).name in versions]  # fmt: skip
+    if too_old:
+        raise LabError(
+            f"this kernel needs {', '.join(too_old)}; update with `pip install --upgrade` and restart the kernel, "
+            "or start a new runtime."
+        )
     if missing:
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
+        with tempfile.TemporaryDirectory() as folder:
+            pins = Path(folder, "constraints.txt")
+            pins.write_text("".join(f"{name}=={version}\n" for name, version in versions.items()))
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(pins), *missing]
+            if subprocess.run(command, check=False).returncode:
+                raise LabError(
+                    f"pip could not install {', '.join(missing)} (its message is above); check the network and run "
+                    "this cell again."
+                )
         importlib.invalidate_caches()
     return missing
 
@@ -51,7 +85,9 @@ def install(requirements: str | Path = "requirements.txt") -> list[str]:
 def prepare() -> str:
     """Install missing packages and read the secrets; returns one line about what was done."""
     installed, secrets = install(), read_secrets()
-    return f"packages installed: {len(installed) or 'none missing'}; secrets read: {', '.join(secrets) or 'none'}"
+    where = "Kaggle: outputs go to /kaggle/working; " if on_kaggle() else ""
+    packages = len(installed) or "none missing"
+    return f"{where}packages installed: {packages}; secrets read: {', '.join(secrets) or 'none'}"
 
 
 def read_secrets(names: tuple[str, ...] = SECRETS) -> list[str]:
@@ -83,8 +119,9 @@ def checkpoint_folder(folder: str) -> Path | None:
     path = Path(folder.strip()).expanduser()
     if on_colab() and path.is_relative_to(DRIVE) and not DRIVE.joinpath("MyDrive").is_dir():
         importlib.import_module("google.colab.drive").mount(str(DRIVE))
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    from core.files import make_folder  # filelock may only be installed by `install`
+
+    return make_folder(path)
 
 
 def runtime_advice(config: Any) -> str:

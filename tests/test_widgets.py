@@ -19,7 +19,7 @@ from config import Config, choices, make_config
 from core.errors import LabError
 from dataset import load_table
 from evaluate import evaluate_run, open_gallery
-from interface import colab, controls
+from interface import controls
 from interface.controls import WIDGET_VIEW, Control, after_pause
 from reports.search import GallerySearch
 from sources.check import check
@@ -350,73 +350,6 @@ def test_a_cell_run_again_begins_where_the_run_is(monkeypatch, run, home):
     with pytest.raises(Interrupted, match="after 1 of 2 epochs; run this cell again to continue") as stopped:
         view.finish(run_half)
     assert stopped.value._render_traceback_() == [f"Interrupted: {stopped.value}"]
-
-
-# --- Colab ---
-
-
-def test_only_what_is_missing_is_installed(tmp_path, monkeypatch):
-    file = tmp_path / "requirements.txt"
-    file.write_text("# the lab\n-r other.txt\ntorch>=2.6\nno-such-package-here>=1  # wanted\npandas>=99\n")
-    missing = ["no-such-package-here>=1", "pandas>=99"]
-    assert colab.missing_packages(file) == missing
-    asked = []
-    monkeypatch.setattr(colab.subprocess, "run", lambda command, check: asked.append(command))
-    assert colab.install(file) == missing
-    assert asked[0][-2:] == missing
-    assert asked[0][1:4] == ["-m", "pip", "install"]
-    file.write_text("torch>=2.6\n")
-    assert colab.install(file) == []
-    assert len(asked) == 1
-
-
-@pytest.fixture
-def runtime(monkeypatch):
-    """A pretended Colab runtime with one secret, and the folders that were mounted."""
-    mounted = []
-
-    class SecretNotFoundError(Exception):
-        pass
-
-    def get(name):
-        if name != "KAGGLE_KEY":
-            raise SecretNotFoundError
-        return "a key"
-
-    userdata = types.SimpleNamespace(
-        get=get,
-        SecretNotFoundError=SecretNotFoundError,
-        NotebookAccessError=PermissionError,
-        TimeoutException=TimeoutError,
-    )
-    parts = {"google.colab": types.ModuleType("google.colab"), "google.colab.userdata": userdata,
-             "google.colab.drive": types.SimpleNamespace(mount=mounted.append)}  # fmt: skip
-    for name, module in parts.items():
-        monkeypatch.setitem(colab.sys.modules, name, module)
-    for name in colab.SECRETS:
-        monkeypatch.delenv(name, raising=False)
-    return mounted
-
-
-def test_on_colab_secrets_are_read_and_drive_is_mounted(runtime, monkeypatch, tmp_path):
-    assert colab.read_secrets() == ["KAGGLE_KEY"]
-    assert colab.os.environ.pop("KAGGLE_KEY") == "a key"
-    monkeypatch.setattr(colab, "DRIVE", tmp_path / "drive")
-    folder = colab.checkpoint_folder(str(tmp_path / "drive" / "MyDrive" / "lab"))
-    assert runtime == [str(tmp_path / "drive")]
-    assert folder.is_dir()
-    colab.checkpoint_folder(str(folder))
-    assert len(runtime) == 1  # it is there
-    assert "T4 GPU" in colab.runtime_advice(make_config("quickstart", device="cpu"))
-
-
-def test_elsewhere_nothing_is_asked_for(tmp_path):
-    assert colab.read_secrets() == []
-    assert colab.checkpoint_folder(" ") is None
-    assert colab.checkpoint_folder(str(tmp_path / "here")).is_dir()
-    assert "CPU runtime is enough" in colab.runtime_advice(make_config("flickr8k"))
-    assert "use a machine with one" in colab.runtime_advice(make_config("quickstart", device="cpu"))
-    assert colab.prepare().endswith("secrets read: none")
 
 
 def test_the_picture_in_the_bundle_is_a_picture(gallery):
