@@ -544,6 +544,16 @@ def make_config(
 NAMES_IN_FILES = (*Config.model_fields, "base_data_dir", "fast_run")
 
 
+def run_file(folder: str | Path) -> Path:
+    """The configuration file of a run. Raises: LabError if the folder is missing or is not a run's."""
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        known = sorted(path.parent.name for path in Path(folder).parent.glob("*/config.yaml"))
+        hint = f"; runs beside it: {', '.join(known)}" if known else ""
+        raise LabError(f"{folder} is not a run's folder (no config.yaml){hint}.")
+    return path
+
+
 def load_config(path: str | Path, **overrides: Any) -> Config:
     """Read a YAML or JSON file, flat or with one level of sections; it starts from its `preset`, or `quickstart`.
 

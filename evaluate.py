@@ -1,4 +1,4 @@
-"""A split encoded by a finished run's model: exact ranks, protocol, figures; a run measured once on its test splits."""
+"""Evaluating, comparing, searching and exporting finished runs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,55 +20,23 @@ import pandas as pd
 
 from core.errors import LabError, choose
 from core.files import csv_text, fingerprint, make_folder, write_json, write_text
-from metrics import chance, figures_of, is_recall, metrics_table, recalls_of
+from metrics import as_text, chance, figures_of, metrics_table, recalls_of
 from plots.figures import learning_curves, recall_bars
-from reports.compare import (
-    BASELINE,
-    OTHER_GALLERY,
-    TOO_FEW,
-    WORDS,
-    Setting,
-    _baseline,
-    _mean_and_spread,
-    differing_fields,
-    judged_figures,
-    opened,
-    settings_label,
-    verdict_of,
-)
-from reports.export import FORMATS, _largest, model_card
-from reports.gallery import (
-    Gallery,
-    data_digest,
-    kept_features,
-    known_gallery,
-    load_or_encode,
-    open_split,
-    results_folder,
-    results_of,
-)
-from reports.report import (
-    Page,
-    _comparison_figures,
-    _runs_table,
-    _save_tables,
-    free_name,
-    markdown_table,
-    run_page,
-    save_table,
-    without_constants,
-)
+from reports.compare import BASELINE, Setting, comparison_table, settings_label
+from reports.export import FORMATS, largest_difference, model_card
+from reports.gallery import Gallery, data_digest, load_or_encode, open_split, results_folder, results_of
+from reports.report import COPIES, comparison_page, free_name, run_page, save_sections, save_table
 from reports.search import GallerySearch, check_captioned, file_name, found_table, search_grid
 from reports.sections import Exhibit, examine, zero_shot_exhibits
 from reports.zero_shot import DEFAULT_TEMPLATES, Labelled, known_labels, measure, open_labelled
-from retrieval.ranks import Ranks, match_ranks
-from retrieval.statistics import MIN_SEEDS, PairedTest, compare_settings, paired_test
 from training.checkpoints import evaluation_lock, read_metrics
 from utils import Run, load_run
 
+# --- measuring ---
+
 
 def open_gallery(run: Run, split: str, *, show: bool = True) -> Gallery:
-    """A split encoded by a run's best model; features that are kept in the run's folder are read.
+    """A split encoded by a run's best model; features that are saved in the run's folder are read.
 
     Raises: LabError if the split does not exist or the run has no weights yet.
     """
@@ -79,81 +46,71 @@ def open_gallery(run: Run, split: str, *, show: bool = True) -> Gallery:
 def evaluate_run(run: Run, *, again: bool = False, show: bool = True) -> dict[str, dict[str, Any]]:
     """Metrics of a run's test splits, and their figures.
 
-    They are kept in metrics.json, and measured again where the weights, the data or recall_ks are others now.
-    Figures of other data than the run's own go into a folder of their own, see `results_folder`.
+    Metrics are saved in metrics.json, and measured again if the weights, the data or recall_ks have changed.
+    Results on data other than the run's own go into a folder of their own, see `results_folder`.
 
     Args:
         again: measure again in any case.
     Returns: split -> metrics; recalls in [0, 1].
-    Raises: LabError if a test split does not exist, or data_dir was named and does not exist.
+    Raises: LabError if a test split does not exist, or data_dir was given and does not exist.
     """
-    measured(run, again=again, show=show)
+    measure_run(run, again=again, show=show)
     figures = results_of(run) / "figures"
     learning_curves({run.name: run.history}, figures / "learning_curves.png", best_epoch=run.best_epoch)
-    for split in run.config.test_splits:
-        found = run.metrics[split]
-        if recalls_of(found):
-            recall_bars(found, figures / f"recall_{split}.png", chance=chance(found))
+    for split, metrics in run.metrics.items():
+        if recalls_of(metrics):
+            recall_bars(metrics, figures / f"recall_{split}.png", chance=chance(metrics))
     return run.metrics
 
 
-def measured(run: Run, *, again: bool = False, show: bool = True) -> dict[str, dict[str, Any]]:
+def measure_run(run: Run, *, again: bool = False, show: bool = True) -> dict[str, dict[str, Any]]:
     """`evaluate_run` without figures."""
-    found = {split: measured_split(run, split, again=again, show=show) for split in run.config.test_splits}
-    run.metrics = found
-    return found
+    run.metrics = {
+        split: measure_split(run, split, again=again, show=show) for split in run.config.test_splits
+    }
+    return run.metrics
 
 
-def measured_split(
+def measure_split(
     run: Run, split: str, *, gallery: Gallery | None = None, again: bool = False, show: bool = True
 ) -> dict[str, Any]:
     """One split's metrics under the run's weights, on the data as they are now.
 
-    Args: gallery: the split, where it is encoded already.
+    Args: gallery: the split, if it is encoded already.
     """
-    kept = run.metrics.get(split, {})
+    saved = run.metrics.get(split, {})
     try:
         dataset = open_split(run, split, show=show) if gallery is None else gallery.dataset
     except LabError:
-        if not run.own_data or run.config.data_dir.exists() or kept.get("weights") != run.weights:
+        if not run.own_data or run.config.data_dir.exists() or saved.get("weights") != run.weights:
             raise
         print(
             f"{run.config.data_dir} is gone: split {split!r} of {run.name} is shown as it was measured there."
         )
-        return kept
+        return saved
     digest = data_digest(dataset)
-    if run.results is None:
-        run.results = results_folder(run, known_gallery(run, split), digest)
-    if run.results != run.folder:
-        kept = read_metrics(run.results / "metrics.json").get(split, {})
-    same = (kept.get("weights"), kept.get("gallery")) == (run.weights, digest)
-    if again or not same or kept.get("recall_ks") != list(run.config.recall_ks):
-        return keep_measured(gallery or load_or_encode(run, dataset, again=again, show=show))
-    return kept
+    folder = results_folder(run, split, digest)
+    if folder != run.folder:
+        saved = read_metrics(folder / "metrics.json").get(split, {})
+    expected = {"weights": run.weights, "gallery": digest, "recall_ks": list(run.config.recall_ks)}
+    if again or any(saved.get(name) != value for name, value in expected.items()):
+        return save_metrics(gallery or load_or_encode(run, dataset, again=again, show=show))
+    return saved
 
 
-def keep_measured(gallery: Gallery) -> dict[str, Any]:
-    """Measure a gallery and write its figures into metrics.json in its run's results.
+def save_metrics(gallery: Gallery) -> dict[str, Any]:
+    """Measure a gallery and write its metrics into metrics.json in the folder of the run's results.
 
-    Figures of other weights in that file are dropped.
+    Metrics of other weights in that file are dropped.
     """
     run = gallery.run
-    run.results = run.results or results_folder(run, known_gallery(run, gallery.split), gallery.fingerprint)
-    path = run.results / "metrics.json"
-    found = {**gallery.metrics(), "weights": run.weights}
-    others = {
-        name: of for name, of in read_metrics(path, show=False).items() if of.get("weights") == run.weights
-    }
-    write_json(path, {**others, gallery.split: found}, seal=True)
-    run.metrics[gallery.split] = found
-    return found
-
-
-def ranks_of(run: Run, split: str, *, show: bool = True) -> Ranks:
-    """The ranks behind a split's metrics, from its kept features; encoded again only where these are missing."""
-    metrics = run.metrics.get(split, {})
-    features = kept_features(run, split, metrics.get("weights", ""), metrics.get("gallery", ""))
-    return open_gallery(run, split, show=show).ranks if features is None else match_ranks(**features)
+    path = results_folder(run, gallery.split, gallery.fingerprint) / "metrics.json"
+    metrics = {**gallery.metrics(), "weights": run.weights}
+    earlier = read_metrics(path, show=False).items()
+    others = {split: other for split, other in earlier if other.get("weights") == run.weights}
+    write_json(path, {**others, gallery.split: metrics}, seal=True)
+    run.metrics[gallery.split] = metrics
+    return metrics
 
 
 def zero_shot_accuracy(gallery: Gallery, templates: Sequence[str] = DEFAULT_TEMPLATES) -> dict[str, float]:
@@ -167,8 +124,8 @@ def zero_shot_accuracy(gallery: Gallery, templates: Sequence[str] = DEFAULT_TEMP
         return {}
     truth = np.array([[label == name for name in labels] for label in known.values()])
     labelled = Labelled(gallery.split, labels, truth, gallery.image_features[list(known)])
-    found = measure(gallery.run, labelled, templates).summary
-    return {name: found[name] for name in ("top1", "top5", "chance", "pictures", "labels")}
+    summary = measure(gallery.run, labelled, templates).summary
+    return {name: summary[name] for name in ("top1", "top5", "chance", "pictures", "labels")}
 
 
 # --- search ---
@@ -189,11 +146,11 @@ def search_command(
     k: int = 10,
     folder: str | Path | None = None,
 ) -> Path:
-    """Search a run's first test split and write the grid as PNG, and beside it the table as CSV.
+    """Search a run's first test split and write the images found as PNG, and a table as CSV beside it.
 
     Args:
-        text, image: what is wanted; both together are added.
-        minus: what is not wanted.
+        text, image: what the images should show; both together are added.
+        minus: what they should not show.
         folder: None: `search/` in the run's folder.
     Returns: the path of the PNG.
     Raises: LabError if neither text nor image is given; see `GallerySearch`.
@@ -218,17 +175,48 @@ def search_command(
     return path
 
 
+# --- comparing ---
+
+
 def finished_runs(runs_dir: str | Path, preset: str | None = None) -> list[Run]:
     """Every finished run of a preset, or of all, by name."""
     folders = sorted(path.parent for path in Path(runs_dir).glob("*/training.json"))
-    runs = [run for folder in folders if (run := opened(folder, load_run)) is not None]
+    runs = [run for folder in folders if (run := _load(folder)) is not None]
     return [run for run in runs if run.finished and preset in (None, run.config.preset)]
 
 
-def group_settings(runs: Sequence[Run], *, show: bool = True) -> list[Setting]:
-    """Runs that differ in nothing but the seed, together, in the order given; evaluated where they are not yet.
+def _load(folder: Path, **places: Any) -> Run | None:
+    """A run, or None with a printed message if its folder is damaged, so that the other runs are still compared."""
+    try:
+        return load_run(folder, **places)
+    except LabError as error:
+        print(f"{folder} is left out: {error}")
+        return None
 
-    A run that cannot be evaluated is left out, which is said.
+
+def open_runs(folders: Sequence[str | Path], **places: Any) -> list[Run]:
+    """The finished runs among some folders; the others are named and left out.
+
+    Args: places: as in `load_run`.
+    Raises: LabError if there is none.
+    """
+    runs = []
+    for folder in map(Path, folders):
+        if not (folder / "config.yaml").is_file():
+            print(f"{folder} is left out: it is not a run.")
+        elif (run := _load(folder, **places)) is not None and run.finished:
+            runs.append(run)
+        elif run is not None:
+            print(f"{folder} is left out: its training is not finished.")
+    if not runs:
+        raise LabError("there is no finished run to compare; train one first.")
+    return runs
+
+
+def group_settings(runs: Sequence[Run], *, show: bool = True) -> list[Setting]:
+    """Runs grouped by configuration, seeds aside, in the order given; evaluated if they are not yet.
+
+    A run that cannot be evaluated is left out with a printed message.
     Raises: LabError if there is no run, or none can be evaluated.
     """
     if not runs:
@@ -239,7 +227,7 @@ def group_settings(runs: Sequence[Run], *, show: bool = True) -> list[Setting]:
         label = settings_label(run.config)
         label = f"{run.config.preset}: {label}" if several else label
         try:
-            found = measured(run, show=show)[run.test_split]
+            metrics = measure_run(run, show=show)[run.test_split]
         except LabError as error:
             if run is runs[-1] and not groups:
                 raise
@@ -248,19 +236,15 @@ def group_settings(runs: Sequence[Run], *, show: bool = True) -> list[Setting]:
         label = ", ".join([label, *run.training.get("own", {}).values()])
         about = run.training.get("data", {}).get("train", {})
         trained = fingerprint([about.get("sha256", ""), about.get("form", "")])
-        groups.setdefault((label, found["gallery"], trained), []).append(run)
-    twice = Counter(label for label, *_ in groups)
-    return [
-        _setting(
-            label if twice[label] == 1 else f"{label}, on {gallery[:6]}, from {trained[:6]}", group, gallery
-        )
-        for (label, gallery, trained), group in groups.items()
-    ]
-
-
-def _setting(label: str, runs: list[Run], gallery: str) -> Setting:
-    figures = [figures_of(run.metrics[run.test_split]) for run in runs]
-    return Setting(label, runs, pd.DataFrame(figures, index=[run.name for run in runs]), gallery)
+        groups.setdefault((label, metrics["gallery"], trained), []).append(run)
+    number = Counter(label for label, *_ in groups)
+    settings = []
+    for (label, gallery, trained), group in groups.items():
+        label = label if number[label] == 1 else f"{label}, on {gallery[:6]}, from {trained[:6]}"
+        figures = [figures_of(run.metrics[run.test_split]) for run in group]
+        table = pd.DataFrame(figures, index=[run.name for run in group])
+        settings.append(Setting(label, group, table, gallery))
+    return settings
 
 
 def compare_runs(
@@ -270,12 +254,12 @@ def compare_runs(
     *,
     show: bool = True,
 ) -> pd.DataFrame:
-    """One row a setting: protocol, seeds, mean and standard deviation of its figures, and verdicts.
+    """One row per setting: protocol, seeds, mean and standard deviation of its figures, and verdicts.
 
     Figures are of the first test split, recalls in [0, 1]; `_std` over seeds is nan for a single one. Each of
     `metrics` has a column `_verdict` against the baseline: `higher`, `lower` or `no significant difference` where both
     have three seeds or more (Welch's interval of the difference of means); for two single runs on one gallery the
-    paired test, marked `test sample only`: it says nothing about variation between seeds; else `too few seeds`.
+    paired test, marked `test images only`: it says nothing about variation between seeds; else `too few seeds`.
 
     Args:
         baseline: a setting's label or a run's name; None: the first.
@@ -285,61 +269,19 @@ def compare_runs(
     return comparison_table(group_settings(runs, show=show), baseline, metrics)
 
 
-def comparison_table(
-    settings: Sequence[Setting], baseline: str | None = None, metrics: Sequence[str] | None = None
-) -> pd.DataFrame:
-    """`compare_runs` of runs that are grouped already."""
-    base = _baseline(settings, baseline)
-    judged = metrics or judged_figures(settings)
-    rows = []
-    for setting in settings:
-        spread = setting.figures.std().add_suffix("_std")
-        verdicts = {f"{name}_verdict": verdict(setting, base, name) for name in judged}
-        means = setting.figures.mean()
-        rows.append({"run": setting.label, **setting.about, **means, **spread, **verdicts})
-    return pd.DataFrame(rows).set_index("run")
-
-
-def verdict(setting: Setting, base: Setting, metric: str) -> str:
-    """What may be said of a figure of a setting against the baseline's; see `compare_runs`."""
-    if setting is base:
-        return BASELINE
-    if setting.gallery != base.gallery:
-        return OTHER_GALLERY
-    if metric not in setting.figures or metric not in base.figures:
-        return f"not compared: {metric} is not known of both"
-    counts = {len(setting.runs), len(base.runs)}
-    if min(counts) >= MIN_SEEDS:
-        found = compare_settings(setting.figures[metric].tolist(), base.figures[metric].tolist())
-        return WORDS[found.difference > 0 if found.is_difference else None]
-    if counts == {1} and is_recall(metric):
-        return verdict_of(paired_test_of(setting.runs[0], base.runs[0], metric))
-    return TOO_FEW
-
-
-def paired_test_of(first: Run, second: Run, metric: str = "i2t_recall@1") -> PairedTest:
-    """The paired test of two runs on their first test split, from the ranks they kept; nothing is encoded again.
-
-    Raises: LabError if they were measured on different galleries.
-    """
-    splits = [run.test_split for run in (first, second)]
-    galleries = [run.metrics[split]["gallery"] for run, split in zip((first, second), splits, strict=True)]
-    if galleries[0] != galleries[1]:
-        raise LabError(
-            f"{first.name} and {second.name} were measured on different galleries; evaluate both on the same data."
-        )
-    return paired_test(ranks_of(first, splits[0]), ranks_of(second, splits[1]), metric)
-
-
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """`compare_runs` for people: recalls in percent as `mean ± std`, verdicts beside them."""
-    shown = table[["split", "protocol", "images", "captions", "seeds"]].copy()
-    shown["training (s)"] = table["seconds"].round()
+    texts = table[["split", "protocol", "images", "captions", "seeds"]].copy()
+    texts["training (s)"] = table["seconds"].round()
     for name in [str(name) for name in table if f"{name}_std" in table]:
-        shown[name] = [_mean_and_spread(row, name) for _, row in table.iterrows()]
+        pairs = zip(table[name], table[f"{name}_std"], strict=True)
+        texts[name] = [as_text(name, mean, std=std) for mean, std in pairs]
         if f"{name}_verdict" in table:
-            shown[f"{name} against {BASELINE}"] = table[f"{name}_verdict"]
-    return shown
+            texts[f"{name} against {BASELINE}"] = table[f"{name}_verdict"]
+    return texts
+
+
+# --- reports ---
 
 
 def report_run(
@@ -362,49 +304,29 @@ def report_run(
     Returns: the page.
     Raises: LabError if output_file has another ending.
     """
-    write_copy = (
-        None if output_file is None else choose(COPIES, Path(output_file).suffix, "output_file ending")
-    )
-    before = {found.get("weights") for found in run.metrics.values()}
-    if before and before != {run.weights}:  # nothing of other weights stays beside the new figures
+    copy = None if output_file is None else choose(COPIES, Path(output_file).suffix, "output_file ending")
+    weights = {metrics.get("weights") for metrics in run.metrics.values()}
+    if weights and weights != {run.weights}:  # figures of other weights do not stay beside the new ones
         for name in ("figures", "tables"):
             shutil.rmtree(run.folder / name, ignore_errors=True)
-    exhibits = {split: _examined(run, split, again, show) for split in run.config.test_splits * comprehensive}
+    exhibits: dict[str, list[Exhibit]] = {}
+    for split in run.config.test_splits * comprehensive:  # encoded once, for the metrics too
+        gallery = open_gallery(run, split, show=show)
+        run.metrics[split] = measure_split(run, split, gallery=gallery, again=again)
+        exhibits[split] = examine(gallery, results_of(run) / "figures", show=show)
     evaluate_run(run, again=again and not comprehensive, show=show)
     results = results_of(run)
-    figures = results / "figures"
     for folder in dict.fromkeys(Path(each).resolve() for each in labelled):
         name = free_name(folder, {*exhibits, *run.config.test_splits})
-        found = measure(run, replace(open_labelled(run, folder, show=show), name=name))
-        exhibits[found.name] = list(zero_shot_exhibits([found], figures, found.name))
-    for where, shown in exhibits.items():
-        _save_tables(shown, results / "tables", where)
-    page = run_page(run, exhibits)
+        result = measure(run, replace(open_labelled(run, folder, show=show), name=name))
+        exhibits[name] = list(zero_shot_exhibits([result], results / "figures", name))
+    for where, sections in exhibits.items():
+        save_sections(sections, results / "tables", where)
     save_table(metrics_table(run.metrics), results / "tables" / "results")
-    saved = page.save(results / "report.html")
-    if output_file is not None and write_copy is not None:
-        write_copy(run, Path(output_file))
-    return saved
-
-
-def _examined(run: Run, split: str, again: bool, show: bool) -> list[Exhibit]:
-    """A split's exhibits, from one encoding of it that also measures it where that is due."""
-    gallery = open_gallery(run, split, show=show)
-    run.metrics[split] = measured_split(run, split, gallery=gallery, again=again)
-    return examine(gallery, results_of(run) / "figures", show=show)
-
-
-COPIES: Mapping[str, Callable[[Run, Path], Any]] = {
-    ".html": lambda run, path: write_text(
-        path, (results_of(run) / "report.html").read_text(encoding="utf-8")
-    ),
-    ".json": lambda run, path: write_json(path, run.metrics),
-    ".csv": lambda run, path: write_text(path, csv_text(metrics_table(run.metrics))),
-    ".md": lambda run, path: write_text(path, markdown_table(metrics_table(run.metrics))),
-}
-
-
-# --- the page of a comparison ---
+    page = run_page(run, exhibits).save(results / "report.html")
+    if output_file is not None and copy is not None:
+        write_text(output_file, copy(run))
+    return page
 
 
 def report_comparison(
@@ -412,55 +334,14 @@ def report_comparison(
 ) -> Path:
     """Compare runs and write comparison.csv and .md, figures and report.html into a folder.
 
-    Args: baseline: a setting's label or a run's name that the others are judged against; None: the first.
+    Args: baseline: a setting's label or a run's name that the others are compared with; None: the first.
     Returns: the page.
     """
-    folder = Path(folder)
     settings = group_settings(runs, show=show)
     table = comparison_table(settings, baseline)
-    save_table(table, folder / "comparison")
-    page = Page("Comparison of runs")
-    shown, alike = without_constants(readable(table))
-    caption = (
-        f"Mean ± standard deviation over seeds, recalls in percent; baseline: {baseline or table.index[0]}"
-    )
-    page.table(shown, f"{caption}{alike}.")
-    page.text(
-        "A setting is called higher or lower only if both have at least three seeds and Welch's 95 % interval of "
-        "the difference excludes zero. Two single runs are compared by a paired test over the test images, marked "
-        "test sample only: variation between training seeds is not included."
-    )
-    page.heading("Figures")
-    for path, words in _comparison_figures(settings, table, folder).items():
-        page.figure(path, words)
-    page.heading("Configuration")
-    page.table(
-        differing_fields({setting.label: setting.runs[0].config for setting in settings}).rename_axis(
-            "field"
-        ),
-        "Fields in which the settings differ.",
-    )
-    page.heading("Runs")
-    page.table(_runs_table(settings), "Every run, its seed, time and machine.")
-    return page.save(folder / "report.html")
-
-
-def open_runs(folders: Sequence[str | Path], load: Callable[[Path], Run]) -> list[Run]:
-    """The finished runs among some folders; what is none is named and passed over.
-
-    Raises: LabError if none is left.
-    """
-    runs = []
-    for folder in map(Path, folders):
-        if not (folder / "config.yaml").is_file():
-            print(f"{folder} is left out: it is not a run.")
-        elif (run := opened(folder, load)) is not None and run.finished:
-            runs.append(run)
-        elif run is not None:
-            print(f"{folder} is left out: its training is not finished.")
-    if not runs:
-        raise LabError("there is no finished run to compare; train one first.")
-    return runs
+    save_table(table, Path(folder) / "comparison")
+    page = comparison_page(settings, table, readable(table), Path(folder), baseline)
+    return page.save(Path(folder) / "report.html")
 
 
 def export_run(run: Run, folder: str | Path) -> list[Path]:
@@ -479,7 +360,7 @@ def export_run(run: Run, folder: str | Path) -> list[Path]:
     for name, (write, what) in FORMATS.items():
         shutil.rmtree(folder / name, ignore_errors=True)
         try:
-            difference = _largest(write(run, folder / name), folder / name)
+            difference = largest_difference(write(run, folder / name), folder / name)
         except LabError as error:
             shutil.rmtree(folder / name, ignore_errors=True)
             notes.append(f"- `{name}/` is left out: {error}")
@@ -490,6 +371,9 @@ def export_run(run: Run, folder: str | Path) -> list[Path]:
     card = folder / "README.md"
     write_text(card, model_card(run, notes))
     return [card, *written]
+
+
+# --- commands ---
 
 
 def evaluate_command(folder: str, places: dict[str, Any], **options: Any) -> None:
@@ -503,8 +387,7 @@ def evaluate_command(folder: str, places: dict[str, Any], **options: Any) -> Non
 
 def compare_command(folders: list[str], folder: str, baseline: str | None, places: dict[str, Any]) -> None:
     """Compare runs, print the table, and print the output paths."""
-    runs = open_runs(folders, partial(load_run, **places))
-    report_comparison(runs, folder, baseline)
+    report_comparison(open_runs(folders, **places), folder, baseline)
     print(Path(folder, "comparison.md").read_text(encoding="utf-8"))
     print(f"{folder}: comparison.csv, comparison.md, comparison.png, learning_curves.png, report.html")
 

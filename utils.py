@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from config import Config, load_config
+from config import Config, load_config, run_file
 from core.errors import LabError
 from core.files import file_digest
 from core.ids import match_ids
@@ -132,11 +132,7 @@ def load_run(folder: str | Path, **places: Any) -> Run:
     Raises: LabError if the folder is missing or is not a run's.
     """
     folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
-        known = sorted(path.parent.name for path in folder.parent.glob("*/config.yaml"))
-        hint = f"; runs beside it: {', '.join(known)}" if known else ""
-        raise LabError(f"{folder} is not a run's folder (no config.yaml){hint}.")
-    saved = load_config(folder / "config.yaml")
+    saved = load_config(run_file(folder))
     config = saved.updated(**places)
     training = read_kept(folder / "training.json", "the run counts as unfinished")
     if training and not isinstance(training.get("data"), dict):

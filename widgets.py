@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 
 from config import Config, run_name
 from core.errors import LabError, choose
-from evaluate import finished_runs, paired_test_of
+from evaluate import finished_runs
 from interface.controls import Control, ExperimentForm
 from metrics import as_text, figures_of, recalls_of, with_interval
 from plots.figures import attention_maps, captioned_images, learning_curves, zero_shot_bars
+from reports.compare import paired_test_of
 from reports.gallery import Gallery
 from reports.search import GallerySearch, search_grid
 from reports.sections import failure_figure, worst_captions

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from pydantic import create_model
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
-from config import GROUPS, NAMES_IN_FILES, Config, make_config
+from config import GROUPS, NAMES_IN_FILES, Config, make_config, run_file
 from core.errors import LabError, nearest
 from core.presets import NAMES, START
 from core.settings_files import read_settings
@@ -267,6 +267,9 @@ def evaluate(arguments: list[str] | None = None) -> None:
     if words and words[0] not in (*verbs.choices, "-h", "--help"):
         words = ["run", *words]
     given = parser.parse_args(words)
+    if not hasattr(given, "folders"):
+        with one_sentence():
+            run_file(given.folder)
     values = {place: vars(given).pop(place) for place in places}
     given.places = {place: value for place, value in values.items() if value is not None}
     _call(given)

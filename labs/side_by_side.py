@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from config import Config
 from core.errors import LabError
 from dataset import PairedPictures, open_dataset
-from evaluate import measured_split, report_run
+from evaluate import measure_split, report_run
 from interface.cli import Parser, one_sentence
 from metrics import as_text, with_interval
 from plots.figures import captioned_images
@@ -58,7 +58,7 @@ def evaluate_pairs(
         if split in config.train_splits:
             pairs.num_pairs = min(len(pairs), TRAIN_PAIRS)
         gallery = load_or_encode(run, pairs, show=show)
-        metrics = measured_split(run, split, gallery=gallery)
+        metrics = measure_split(run, split, gallery=gallery)
         results[split] = PairResult(pairs, pairs.ranks(run.model, gallery.features), metrics)
     return results
 

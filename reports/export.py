@@ -384,7 +384,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 """Features by the run's model, and the same by what was written."""
 
 
-def _largest(pairs: Pairs, folder: Path) -> float:
+def largest_difference(pairs: Pairs, folder: Path) -> float:
     difference = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
     if not difference <= TOLERANCE:
         raise LabError(f"{folder} gave features that differ by {difference:.1e}.")

@@ -1,10 +1,10 @@
-"""A split encoded by a finished run's model: exact ranks, protocol, figures; a run measured once on its test splits."""
+"""A split encoded by a finished run's model: features, exact ranks, protocol, metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,13 @@ from dataset import make_loader, open_dataset
 from metrics import PROTOCOLS
 from retrieval.figures import summarise
 from retrieval.ranks import Ranks, match_ranks
-from retrieval.statistics import TEST_SAMPLE_ONLY, bootstrap_intervals
+from retrieval.statistics import bootstrap_intervals
 from sources.readers import COCO_2014, FLICKR8K_LISTS
+from sources.table import stamp
 from training.checkpoints import read_metrics
 from utils import Run, encode_loader
 
-# --- Encoded splits ---
-
-
-INTERVALS = f"95 %, bootstrap over images, {TEST_SAMPLE_ONLY}"
+INTERVALS = "95 % bootstrap interval over test images; variation between training seeds is not included"
 OWN_PROTOCOL = "the data set's own"
 VAL2014_IMAGES = 40_504
 
@@ -60,27 +58,27 @@ class Gallery:
 
     @property
     def measures_itself(self) -> bool:
-        """Whether its data set brings metrics of its own in place of retrieval's."""
+        """Whether its data set has metrics of its own instead of retrieval's."""
         return hasattr(self.dataset, "metrics")
 
-    @cached_property
+    @functools.cached_property
     def ranks(self) -> Ranks:
         """The exact rank of every match, from which all retrieval figures follow."""
         return match_ranks(self.image_features, self.text_features, self.image_id, self.text_id)
 
-    @cached_property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Tells this gallery from any other: images, captions, and which of them are in use."""
+        """Digest of the data: images, captions, and which of them are in use."""
         return data_digest(self.dataset)
 
     @property
-    def has_pictures(self) -> bool:
-        """Whether its items have picture files and captions to show."""
+    def has_images(self) -> bool:
+        """Whether its items have image files and captions to show."""
         return hasattr(self.dataset, "table") and self.dataset.pictures([0])[0].is_file()
 
-    @cached_property
-    def captions(self) -> Sequence[str]:
-        """(T,) the captions, in the order of `text_features`."""
+    @functools.cached_property
+    def captions(self) -> list[str]:
+        """T captions, in the order of `text_features`."""
         table = self.dataset.table
         rows, _ = self.dataset.caption_rows(self.dataset.rows)
         return [table.captions[row] for row in rows.tolist()]
@@ -91,37 +89,40 @@ class Gallery:
         A K of `recall_ks` over the number of images is left out: it would count every query as answered.
         Raises: LabError if no K is left, if nothing matches, or if features hold NaN.
         """
-        about = {"split": self.split, "protocol": protocol_of(self), "gallery": self.fingerprint}
-        files = getattr(self.dataset, "left_out", {})
-        left_out = {
-            "left_out": len(files),
-            "left_out_files": files,
-            "recall_ks": list(self.run.config.recall_ks),
-        }
         if self.measures_itself:
-            sizes = {"num_images": len(self.image_id), "num_texts": len(self.text_id)}
-            found = self.dataset.metrics(self.run.model, self.features, self.run.config, intervals=True)
-            return {**about, **sizes, **found, **left_out, "intervals": INTERVALS}
-        found = summarise(self.ranks, self._ks())
-        intervals = bootstrap_intervals(self.ranks, [name for name in found if "_recall@" in name])
-        ends = {
-            f"{name}_{end}": getattr(of, end) for name, of in intervals.items() for end in ("low", "high")
+            figures = {"num_images": len(self.image_id), "num_texts": len(self.text_id)}
+            figures |= self.dataset.metrics(self.run.model, self.features, self.run.config, intervals=True)
+        else:
+            figures = summarise(self.ranks, self.recall_ks)
+            intervals = bootstrap_intervals(self.ranks, [name for name in figures if "_recall@" in name])
+            for name, interval in intervals.items():
+                figures |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+        left_out = getattr(self.dataset, "left_out", {})
+        return {
+            "split": self.split,
+            "protocol": protocol_of(self),
+            "gallery": self.fingerprint,
+            **figures,
+            "left_out": len(left_out),
+            "left_out_files": left_out,
+            "recall_ks": list(self.run.config.recall_ks),
+            "intervals": INTERVALS,
         }
-        return {**about, **found, **ends, **left_out, "intervals": INTERVALS}
 
-    def _ks(self) -> tuple[int, ...]:
-        wanted = self.run.config.recall_ks
-        ks = tuple(k for k in wanted if k <= self.ranks.num_images)
+    @property
+    def recall_ks(self) -> tuple[int, ...]:
+        """Every K of `recall_ks` up to the number of images. Raises: LabError if there is none."""
+        ks = tuple(k for k in self.run.config.recall_ks if k <= self.ranks.num_images)
         if not ks:
             raise LabError(
-                f"every K of recall_ks {wanted} is over the {self.ranks.num_images} images of split "
-                f"{self.split!r}; set recall_ks to smaller numbers."
+                f"every K of recall_ks {self.run.config.recall_ks} is over the {self.ranks.num_images} images of "
+                f"split {self.split!r}; set recall_ks to smaller numbers."
             )
         return ks
 
 
 def data_digest(dataset: Any) -> str:
-    """Tells what is measured on a data set from what is measured on another."""
+    """Digest of what a data set's metrics depend on."""
     about = dataset.describe()
     return fingerprint([about["sha256"], about.get("form", "")])
 
@@ -135,8 +136,8 @@ DEFINED_ON: Mapping[str, str] = {
     "flickr_1k": "Karpathy's split of flickr30k",
     "flickr8k_1k": FLICKR8K_LISTS,
 }
-"""Protocols of `metrics.PROTOCOLS` that belong to the test split of one source: `CaptionTable.split_source`. A split
-drawn by seed may have as many images and is another one."""
+"""Protocols that belong to the test split of one source, see `CaptionTable.split_source`. A split drawn by seed is a
+different one, even with as many images."""
 
 
 def fitting_protocols(gallery: Gallery) -> list[str]:
@@ -181,36 +182,30 @@ def protocol_of(gallery: Gallery) -> str:
     return "full val2014" if is_val2014 else "full"
 
 
-# --- folders of results ---
+# --- saved features and results ---
 
 
 def results_of(run: Run) -> Path:
-    """Where a measured run's figures, tables and report go, see `results_folder`."""
+    """Folder of a measured run's figures, tables and report, see `results_folder`."""
     return run.results or run.folder
 
 
-def known_gallery(run: Run, split: str) -> str | None:
-    """Digest of the data that the run's own metrics of a split are of."""
-    return read_metrics(run.folder / "metrics.json", show=False).get(split, {}).get("gallery")
+def results_folder(run: Run, split: str, digest: str) -> Path:
+    """Folder of a run's results on data of this digest; the first call decides it.
 
-
-def results_folder(run: Run, known: str | None, digest: str) -> Path:
-    """Where results on data of this digest are kept.
-
-    That is the run's folder for the data it was trained on, wherever they lie now, and for the first data it is
-    measured on; for any other data `on_DIGEST` in it, so that these never replace the run's own figures.
-
-    Args: known: digest of the data that the run's own results are of.
+    That is the run's folder for the data it was trained on, wherever they are now, and for the first data it is
+    measured on; for any other data `on_DIGEST` in it, so that these never replace the run's own results.
     """
-    if run.own_data or known in (None, digest):
-        return run.folder
-    print(
-        f"{run.config.data_dir} holds other data than {run.name} was measured on: results go to on_{digest[:8]}/."
-    )
-    return run.folder / f"on_{digest[:8]}"
-
-
-# --- encoded splits ---
+    if run.results is None:
+        known = read_metrics(run.folder / "metrics.json", show=False).get(split, {}).get("gallery")
+        run.results = run.folder
+        if not run.own_data and known not in (None, digest):
+            run.results = run.folder / f"on_{digest[:8]}"
+            print(
+                f"{run.config.data_dir} holds other data than {run.name} was measured on: "
+                f"results go to {run.results.name}/."
+            )
+    return run.results
 
 
 def open_split(run: Run, split: str, *, show: bool = True) -> Any:
@@ -226,35 +221,46 @@ def encode_split(run: Run, dataset: Any, *, show: bool = True) -> Gallery:
 
 
 def load_or_encode(run: Run, dataset: Any, *, again: bool = False, show: bool = True) -> Gallery:
-    """A data set's features under a run's best model, kept as `features_SPLIT.safetensors` with the run's results.
+    """A data set's features under a run's best model, saved as `features_SPLIT.safetensors` with the run's results.
 
-    They are encoded again where the weights or the data have changed, or the file is damaged.
+    They are encoded again if the weights or the data have changed, or the file is damaged.
     Args: again: encode again in any case.
     Raises: LabError if the run has no weights yet.
     """
     digest = data_digest(dataset)
-    run.results = run.results or results_folder(run, known_gallery(run, dataset.split), digest)
-    features = None if again else kept_features(run, dataset.split, run.weights, digest)
+    path = results_folder(run, dataset.split, digest) / f"features_{dataset.split}.safetensors"
+    features = None if again else _saved_features(path, run.weights, digest)
     if features is not None:
         return Gallery(run, dataset, **features)
     gallery = encode_split(run, dataset, show=show)
-    save_tensors(
-        _features_file(run, dataset.split), gallery.features, {"weights": run.weights, "data": digest}
-    )
+    save_tensors(path, gallery.features, {"weights": run.weights, "data": digest})
     return gallery
 
 
-def kept_features(run: Run, split: str, weights: str, data: str) -> dict[str, Any] | None:
-    """Features and ids of a split as `load_or_encode` wrote them; None if they are of other weights or data."""
+def _saved_features(path: Path, weights: str, data: str) -> dict[str, Tensor] | None:
+    """Features and ids as `load_or_encode` wrote them; None if there are none of these weights and data."""
     try:
-        features, origin = load_tensors(_features_file(run, split), "it is encoded again")
+        features, metadata = load_tensors(path, "it is encoded again")
     except FileNotFoundError:
         return None
     except DamagedFileError as damaged:
         print(damaged)
         return None
-    return features if (origin.get("weights"), origin.get("data")) == (weights, data) else None
+    return features if (metadata.get("weights"), metadata.get("data")) == (weights, data) else None
 
 
-def _features_file(run: Run, split: str) -> Path:
-    return results_of(run) / f"features_{split}.safetensors"
+def ranks_of(run: Run, split: str, *, show: bool = True) -> Ranks:
+    """The ranks behind a split's metrics, from its saved features; encoded again only if these are missing."""
+    path = results_of(run) / f"features_{split}.safetensors"
+    metrics = run.metrics.get(split, {})
+    if path.is_file():
+        ranks = _saved_ranks(path, stamp(path), metrics.get("weights", ""), metrics.get("gallery", ""))
+        if ranks is not None:
+            return ranks
+    return load_or_encode(run, open_split(run, split, show=show), show=show).ranks
+
+
+@functools.lru_cache(maxsize=16)  # a comparison asks for the baseline's ranks again and again
+def _saved_ranks(path: Path, stamp: tuple[int, int], weights: str, data: str) -> Ranks | None:
+    features = _saved_features(path, weights, data)
+    return None if features is None else match_ranks(**features)

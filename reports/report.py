@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from core.files import csv_text, write_text
 from metrics import metrics_table
 from plots.figures import comparison_bars, learning_curves
 from reports.compare import Setting, differing_fields, judged_figures
-from reports.gallery import results_of
+from reports.gallery import INTERVALS, results_of
 from reports.sections import Exhibit
+from retrieval.statistics import TEST_IMAGES_ONLY
 from utils import Run
 
-INTERVAL = "95 % bootstrap interval over test images; variation between training seeds is not included"
 FOLD_ROWS = 20
 NUMBER = re.compile(r"-?[\d.,]+( %)?( ± [\d.,]+)?( \[.*\])?")  # with its spread or interval
 MAX_LEFT_OUT = 50
@@ -102,7 +103,8 @@ def free_name(folder: Path, taken: Collection[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _save_tables(exhibits: Sequence[Exhibit], folder: Path, where: str) -> None:
+def save_sections(exhibits: Sequence[Exhibit], folder: Path, where: str) -> None:
+    """Write the tables of a split's sections, each as `NAME_WHERE`."""
     for exhibit in exhibits:
         if exhibit.table is not None:
             name = re.sub(r"\W+", "_", exhibit.name).strip("_")
@@ -123,7 +125,7 @@ def run_page(run: Run, exhibits: Mapping[str, Sequence[Exhibit]]) -> Page:
         )
     page.table(
         metrics_table(run.metrics),
-        f"Recalls in percent; i2t: image-to-text, t2i: text-to-image; brackets: {INTERVAL}.",
+        f"Recalls in percent; i2t: image-to-text, t2i: text-to-image; brackets: {INTERVALS}.",
     )
     page.text(
         "Every image of the split is in the gallery once. Each of its captions counts as a correct match."
@@ -140,50 +142,51 @@ def run_page(run: Run, exhibits: Mapping[str, Sequence[Exhibit]]) -> Page:
     for part, sections in exhibits.items():
         page.heading(f"Details: {part}")
         for exhibit in sections:
-            _show(page, exhibit)
+            if exhibit.table is not None:
+                page.table(exhibit.table, exhibit.caption)
+            elif exhibit.figure is not None:
+                page.figure(exhibit.figure, exhibit.caption)
+            else:
+                page.text(exhibit.caption)
     page.heading("Files left out")
-    _show_left_out(page, run)
+    _add_left_out(page, run)
     page.heading("Configuration")
-    _show_configuration(page, run)
+    config = run.config
+    configs = {run.name: config, f"preset {config.preset}": make_config(config.preset)}
+    differing = differing_fields({**configs, "documented lab": DEFAULT_CONFIG})
+    page.table(differing, "Fields that differ between this run, its preset and the documented lab.")
+    others = pd.DataFrame({"value": {name: str(config[name]) for name in sorted(NOT_IN_NAME)}})
+    page.table(others.rename_axis("field"), "Fields that are not part of the run's name.")
     return page
-
-
-def _show(page: Page, exhibit: Exhibit) -> None:
-    if exhibit.table is not None:
-        page.table(exhibit.table, exhibit.caption)
-    elif exhibit.figure is not None:
-        page.figure(exhibit.figure, exhibit.caption)
-    else:
-        page.text(exhibit.caption)
 
 
 def facts(run: Run) -> pd.DataFrame:
     """What was trained, on which data, for how long and on which machine."""
     config, training = run.config, dict(run.training)
-    data = {part: f"{sizes['splits']}: {sizes['images']:,} images, {sizes['captions']:,} captions"
-            for part, sizes in training.pop("data", {}).items()}  # fmt: skip
-    split_source = run.training.get("data", {}).get("train", {}).get("split_source", "")
-    described = {
+    data = training.pop("data", {})
+    sizes = {
+        part: f"{about['splits']}: {about['images']:,} images, {about['captions']:,} captions"
+        for part, about in data.items()
+    }
+    split_source = data.get("train", {}).get("split_source", "")
+    epochs = training.pop("epochs", len(run.history))
+    finished = training.pop("finished", False)
+    rows = {
         "preset, seed": f"{config.preset}, {config.seed}",
         "data": f"{config.data_dir.resolve().name}, reader {config.reader}",
         **({"split": split_source} if split_source else {}),
-        "trained on": data.get("train", "+".join(config.train_splits)),
-        "best epoch chosen on": f"{data.get('val', '+'.join(config.val_splits))}, by {config.best_metric}",
+        "trained on": sizes.get("train", "+".join(config.train_splits)),
+        "best epoch chosen on": f"{sizes.get('val', '+'.join(config.val_splits))}, by {config.best_metric}",
         "image tower": f"{config.image_tower} ({config.image_tower_mode}), head {config.image_head}",
         "text tower": f"{config.text_tower} ({config.text_tower_mode}), head {config.text_head}",
         "loss": f"{config.loss}, batches of {config.batch_size} images",
-        "epochs": f"{training.pop('epochs', len(run.history))} of {config.num_epochs}, epoch {run.best_epoch} kept",
+        "epochs": f"{epochs} of {config.num_epochs}, epoch {run.best_epoch} kept",
         "training time": duration(training.pop("train_seconds", 0.0)),
-        "training finished": "yes"
-        if training.pop("finished", False)
-        else "no: these are the results of its best epoch so far",
+        "training finished": "yes" if finished else "no: these are the results of its best epoch so far",
     }
-    others = {
-        key.replace("_", " "): value
-        for key, value in training.items()
-        if isinstance(value, (str, int, float))
-    }
-    return pd.DataFrame({"value": {**described, **others}}).rename_axis("fact")
+    plain = {name: value for name, value in training.items() if isinstance(value, (str, int, float))}
+    rows.update({name.replace("_", " "): value for name, value in plain.items()})
+    return pd.DataFrame({"value": rows}).rename_axis("fact")
 
 
 def duration(seconds: float) -> str:
@@ -195,7 +198,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
 
 
-def _show_left_out(page: Page, run: Run) -> None:
+def _add_left_out(page: Page, run: Run) -> None:
     """Files of training, validation and test that were left out, with the reasons; also saved as tables/left_out."""
     of_training = {part: data.get("left_out", {}) for part, data in run.training.get("data", {}).items()}
     of_tests = {split: metrics.get("left_out_files", {}) for split, metrics in run.metrics.items()}
@@ -209,71 +212,89 @@ def _show_left_out(page: Page, run: Run) -> None:
         return
     table = pd.DataFrame(rows).set_index("split")
     save_table(table, results_of(run) / "tables" / "left_out")
-    more = (
-        f"; the first {MAX_LEFT_OUT} of them, all in tables/left_out.csv" if len(rows) > MAX_LEFT_OUT else ""
+    number = f"{len(rows):,} images were" if len(rows) > 1 else "1 image was"
+    more = f" The first {MAX_LEFT_OUT}; all are in tables/left_out.csv." if len(rows) > MAX_LEFT_OUT else ""
+    page.table(table[:MAX_LEFT_OUT], f"{number} left out and not replaced by others.{more}")
+
+
+COPIES: Mapping[str, Callable[[Run], str]] = {
+    ".html": lambda run: (results_of(run) / "report.html").read_text(encoding="utf-8"),
+    ".json": lambda run: json.dumps(run.metrics, indent=1, default=str),
+    ".csv": lambda run: csv_text(metrics_table(run.metrics)),
+    ".md": lambda run: markdown_table(metrics_table(run.metrics)),
+}
+"""Ending of a copy of a run's report -> its content."""
+
+
+# --- the page of a comparison ---
+
+
+def comparison_page(
+    settings: Sequence[Setting],
+    table: pd.DataFrame,
+    texts: pd.DataFrame,
+    folder: Path,
+    baseline: str | None = None,
+) -> Page:
+    """The report of a comparison; its figures are written to `folder`.
+
+    Args: table: by `evaluate.compare_runs`; texts: the same by `evaluate.readable`.
+    """
+    page = Page("Comparison of runs")
+    shared = [name for name in ("split", "protocol", "images", "captions") if texts[name].nunique() == 1]
+    caption = "; ".join(
+        [
+            f"Mean ± standard deviation over seeds, recalls in percent; baseline: {baseline or table.index[0]}",
+            *(f"{name}: {texts[name].iloc[0]}" for name in shared),
+        ]
     )
-    page.table(
-        table[:MAX_LEFT_OUT], f"{len(rows):,} images were left out; they are not replaced by others{more}."
+    page.table(texts.drop(columns=shared), f"{caption}.")
+    page.text(
+        "A setting is called higher or lower only if both have at least three seeds and Welch's 95 % interval of "
+        "the difference excludes zero. Two single runs are compared by a paired test over the test images, marked "
+        f"{TEST_IMAGES_ONLY}: variation between training seeds is not included."
     )
-
-
-def _show_configuration(page: Page, run: Run) -> None:
-    config = run.config
-    ours = {run.name: config, f"preset {config.preset}": make_config(config.preset)}
-    table = differing_fields({**ours, "documented lab": DEFAULT_CONFIG}).rename_axis("field")
-    page.table(table, "Fields that differ between this run, its preset and the documented lab.")
-    machine = pd.DataFrame({"value": {name: str(config[name]) for name in sorted(NOT_IN_NAME)}})
-    page.table(machine.rename_axis("field"), "Fields that are not part of the run's name.")
-
-
-def without_constants(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The table without the gallery columns that are equal in all rows, and these as text: `; split: test`."""
-    shared = [name for name in ("split", "protocol", "images", "captions") if table[name].nunique() == 1]
-    words = "".join(f"; {name}: {table[name].iloc[0]}" for name in shared)
-    return table.drop(columns=shared), words
-
-
-def _comparison_figures(settings: Sequence[Setting], table: pd.DataFrame, folder: Path) -> dict[Path, str]:
+    page.heading("Figures")
     judged = judged_figures(settings)
-    bars, whiskers = with_intervals(settings, table, judged)
+    bars, whiskers = _with_intervals(settings, table, judged)
     comparison_bars(bars, folder / "comparison.png", metrics=judged, whiskers=whiskers)
-    first = settings[:MAX_CURVES]
-    histories = {setting.label: setting.runs[0].history for setting in first}
-    best = {setting.label: setting.runs[0].best_epoch for setting in first}
-    learning_curves(histories, folder / "learning_curves.png", best_epoch=best)
-    of_how_many = "" if len(first) == len(settings) else f"; {len(first)} of {len(settings)} settings"
-    return {
-        folder / "comparison.png": f"{' and '.join(judged)}; whiskers: {whiskers}.",
-        folder
-        / "learning_curves.png": f"Training and validation, the first seed of each setting{of_how_many}.",
+    page.figure(folder / "comparison.png", f"{' and '.join(judged)}; whiskers: {whiskers}.")
+    drawn = {setting.label: setting.runs[0] for setting in settings[:MAX_CURVES]}
+    histories = {label: run.history for label, run in drawn.items()}
+    best_epochs = {label: run.best_epoch for label, run in drawn.items()}
+    learning_curves(histories, folder / "learning_curves.png", best_epoch=best_epochs)
+    of_how_many = "" if len(drawn) == len(settings) else f"; {len(drawn)} of {len(settings)} settings"
+    page.figure(
+        folder / "learning_curves.png",
+        f"Training and validation, the first seed of each setting{of_how_many}.",
+    )
+    page.heading("Configuration")
+    configs = {setting.label: setting.runs[0].config for setting in settings}
+    page.table(differing_fields(configs), "Fields in which the settings differ.")
+    page.heading("Runs")
+    rows = {
+        run.name: {
+            "setting": setting.label,
+            "seed": run.config.seed,
+            "training time": duration(run.training.get("train_seconds", 0.0)),
+            "machine": run.training.get("machine", ""),
+        }
+        for setting in settings
+        for run in setting.runs
     }
+    runs = pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+    page.table(runs, "Every run, its seed, time and machine.")
+    return page
 
 
-def with_intervals(
+def _with_intervals(
     settings: Sequence[Setting], table: pd.DataFrame, metrics: Sequence[str]
 ) -> tuple[pd.DataFrame, str]:
     """The table with the intervals of single runs as whiskers, and what the whiskers are."""
-    single = [len(setting.runs) == 1 for setting in settings]
     table = table.copy()
-    for metric in metrics:
-        for end in ("low", "high"):
-            ends = [setting.runs[0].metrics[setting.split].get(f"{metric}_{end}") for setting in settings]
-            table[f"{metric}_{end}"] = [
-                value if alone else None for value, alone in zip(ends, single, strict=True)
-            ]
-            table[f"{metric}_{end}"] = table[f"{metric}_{end}"].astype(float)
-    kinds = {
-        False: "several seeds: ± 1 standard deviation",
-        True: f"one seed: {INTERVAL}",
-    }
+    single = [len(setting.runs) == 1 for setting in settings]
+    for name in [f"{metric}_{end}" for metric in metrics for end in ("low", "high")]:
+        ends = [setting.runs[0].metrics[setting.split].get(name) for setting in settings]
+        table[name] = pd.Series(ends, table.index, dtype=float).where(single)
+    kinds = {False: "several seeds: ± 1 standard deviation", True: f"one seed: {INTERVALS}"}
     return table, "; ".join(kinds[alone] for alone in sorted(set(single)))
-
-
-def _runs_table(settings: Sequence[Setting]) -> pd.DataFrame:
-    rows = []
-    for setting in settings:
-        for run in setting.runs:
-            seconds = duration(run.training.get("train_seconds", 0.0))
-            columns = {"setting": setting.label, "seed": run.config.seed, "training time": seconds}
-            rows.append({"run": run.name, **columns, "machine": run.training.get("machine", "")})
-    return pd.DataFrame(rows).set_index("run")

@@ -73,9 +73,8 @@ def _file(folder: Path, name: str, gallery: Gallery) -> Path:
 def protocols(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
     """Recalls under every protocol that fits, beside chance."""
     rows = []
-    ks = [k for k in gallery.run.config.recall_ks if k <= gallery.ranks.num_images]
     for name in fitting_protocols(gallery):
-        found: dict[str, Any] = evaluate_protocol(name, **gallery.features, ks=ks)
+        found: dict[str, Any] = evaluate_protocol(name, **gallery.features, ks=gallery.recall_ks)
         about = {"protocol": name, "images": found["num_images"], "captions": found["num_texts"]}
         what = {"what it is": found["protocol_description"]}
         for row, figures in {"model": recalls_of(found), "chance": chance(found)}.items():
@@ -217,7 +216,7 @@ def geometry(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
 def maps(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
     """Both modalities in one plane."""
     joined, thumbnails = None, None
-    if gallery.has_pictures:
+    if gallery.has_images:
         items = evenly_spread(len(gallery.image_id), THUMBNAILS).tolist()
         thumbnails = dict(zip(items, gallery.dataset.pictures(items), strict=True))
         joined = [(n, row) for n in items for row in np.flatnonzero(gallery.text_id == gallery.image_id[n])]
@@ -289,7 +288,7 @@ def zero_shot_exhibits(results: Sequence[ZeroShot], folder: Path, where: str) ->
 
 
 def _need_pictures(gallery: Gallery) -> None:
-    if not gallery.has_pictures:
+    if not gallery.has_images:
         raise LabError(
             f"no image files in {gallery.dataset.table.root}; set image_root to the folder that holds them."
             if hasattr(gallery.dataset, "table")

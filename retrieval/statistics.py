@@ -18,7 +18,7 @@ from core.errors import LabError
 from retrieval.figures import query_values
 from retrieval.ranks import QueryRanks, Ranks
 
-TEST_SAMPLE_ONLY = "test sample only"
+TEST_IMAGES_ONLY = "test images only"
 MIN_SEEDS = 3
 CHUNK_BYTES = 64 << 20
 RSUM = tuple(f"{way}_recall@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))
@@ -32,7 +32,7 @@ class Interval:
     low: float
     high: float
     level: float = 0.95
-    label: str = TEST_SAMPLE_ONLY
+    label: str = TEST_IMAGES_ONLY
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PairedTest:
     p_value: float
     is_difference: bool
     level: float = 0.95
-    label: str = TEST_SAMPLE_ONLY
+    label: str = TEST_IMAGES_ONLY
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from config import Config, make_config
 from core.errors import LabError
 from core.files import read_json, write_json
 from core.tensor_files import load_archive, load_tensors
-from evaluate import evaluate_run, open_search, ranks_of
+from evaluate import evaluate_run, open_search
+from reports.gallery import ranks_of
 from train import fit
 from utils import Run, load_run
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 import evaluate
 from config import make_config
 from core.errors import LabError
-from evaluate import keep_measured, measured, ranks_of
+from evaluate import measure_run, save_metrics
 from interface import cli
 from metrics import metrics_table, recalls_of, retrieval_metrics
 from reports import compare, search, sections, zero_shot
-from reports.gallery import fitting_protocols, protocol_of
+from reports.gallery import INTERVALS, fitting_protocols, protocol_of, ranks_of
 from retrieval.statistics import compare_settings, paired_test
 from sources.drawing import write_scenes
 from utils import load_run
@@ -52,7 +52,7 @@ def test_metrics_state_their_protocol_and_are_read_once(run):
     assert sizes == {"split": "test", "protocol": "full", "num_images": 20, "num_texts": 100, "left_out": 0}
     low, high = found["test"]["t2i_recall@5_low"], found["test"]["t2i_recall@5_high"]
     assert low < found["test"]["t2i_recall@5"] < high
-    assert found["test"]["intervals"] == "95 %, bootstrap over images, test sample only"
+    assert found["test"]["intervals"] == INTERVALS
     kept = load_run(run.folder)
     assert kept.metrics == found
     kept.metrics["test"]["i2t_recall@1"] = -1.0  # a second call takes what is kept
@@ -62,7 +62,7 @@ def test_metrics_state_their_protocol_and_are_read_once(run):
 
 
 def test_the_table_names_protocol_gallery_and_chance(run):
-    table = metrics_table(measured(run))
+    table = metrics_table(measure_run(run))
     assert table.index.names == ["split", "protocol", "images", "captions", ""]
     assert table.index[0] == ("test", "full", 20, 100, "model")
     found = run.metrics["test"]
@@ -195,7 +195,7 @@ def own_metrics(model, features, config, *, intervals):
 def test_a_data_set_may_bring_its_own_metrics(tmp_path):
     gallery = made_gallery(30, metrics=own_metrics)
     gallery.run.folder = tmp_path
-    keep_measured(gallery)
+    save_metrics(gallery)
     found = json.loads((tmp_path / "metrics.json").read_text())["test"]
     assert (found["protocol"], found["top1"], found["num_images"]) == ("the data set's own", 0.5, 30)
     table = metrics_table({"test": found})
@@ -219,18 +219,18 @@ def test_a_gallery_differs_with_its_data():
 
 
 def test_ranks_need_no_second_encoding(run, gallery, monkeypatch):
-    measured(run)
+    measure_run(run)
     monkeypatch.setattr("reports.gallery.encode_loader", lambda *_, **__: pytest.fail("encoded again"))
     assert same(ranks_of(run, "test"), gallery.ranks)
     again = evaluate.open_gallery(load_run(run.folder), "test", show=False)
     assert all(torch.equal(value, gallery.features[name]) for name, value in again.features.items())
     with pytest.raises(pytest.fail.Exception, match="encoded again"):
-        measured(run, again=True)
+        measure_run(run, again=True)
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"nothing")])
 def test_lost_features_are_encoded_again(run, damage):
-    measured(run)
+    measure_run(run)
     path = run.folder / "features_novel.safetensors"
     before = {name: value.clone() for name, value in load_file(path).items()}
     damage(path)
@@ -247,7 +247,7 @@ def copied(home, tmp_path):
     shutil.copytree(home / "scenes", tmp_path / "scenes")
     config = config_of(home, test_splits=("test",), data_dir=tmp_path / "scenes", runs_dir=tmp_path / "runs")
     made = write_run(config)
-    measured(made, show=False)
+    measure_run(made, show=False)
     return made
 
 
@@ -263,7 +263,7 @@ def test_figures_of_other_weights_are_measured_again(copied):
     weights["image_head.0.weight"] = torch.randn(weights["image_head.0.weight"].shape, generator=generator)
     save_file(weights, later.folder / "best.safetensors")
     later = load_run(later.folder)
-    found = measured(later, show=False)
+    found = measure_run(later, show=False)
     assert found["test"]["weights"] != before["test"]["weights"]
     expected = evaluate.open_gallery(load_run(later.folder), "test", show=False).metrics()
     assert mean_rank(found) == expected["t2i_mean_rank"] != mean_rank(before)
@@ -277,18 +277,18 @@ def test_figures_follow_images_replaced_under_their_names(copied):
     first = [file.read_bytes() for file in files]
     for file, data in zip(files, [*first[7:], *first[:7]], strict=True):  # each caption has another image now
         file.write_bytes(data)
-    found = measured(load_run(copied.folder), show=False)
+    found = measure_run(load_run(copied.folder), show=False)
     assert found["test"]["gallery"] != before["test"]["gallery"]
     assert mean_rank(found) != mean_rank(before)
 
 
 def test_changed_evaluation_settings_have_an_effect(copied):
-    found = measured(load_run(copied.folder, recall_ks=(1, 3), test_splits=("novel", "test")), show=False)
+    found = measure_run(load_run(copied.folder, recall_ks=(1, 3), test_splits=("novel", "test")), show=False)
     assert [list(recalls_of(of)) for of in found.values()] == [
         [f"{way}_recall@{k}" for way in ("i2t", "t2i") for k in (1, 3)]
     ] * 2
     assert list(found) == ["novel", "test"]
-    assert list(measured(load_run(copied.folder), show=False)) == ["test"]
+    assert list(measure_run(load_run(copied.folder), show=False)) == ["test"]
 
 
 def test_other_data_are_measured_apart_and_a_moved_folder_is_the_same_data(copied, tmp_path, capsys):
@@ -310,12 +310,12 @@ def test_other_data_are_measured_apart_and_a_moved_folder_is_the_same_data(copie
 
     moved = copied.config.data_dir.rename(tmp_path / "moved")
     run = load_run(copied.folder, data_dir=moved)
-    assert measured(run, show=False) == copied.metrics
+    assert measure_run(run, show=False) == copied.metrics
     assert run.results == copied.folder
     with pytest.raises(LabError, match="nowhere' does not exist"):
-        measured(load_run(copied.folder, data_dir=tmp_path / "nowhere"))
+        measure_run(load_run(copied.folder, data_dir=tmp_path / "nowhere"))
     capsys.readouterr()
-    assert measured(load_run(copied.folder)) == copied.metrics  # its own folder is gone
+    assert measure_run(load_run(copied.folder)) == copied.metrics  # its own folder is gone
     assert "is gone: split 'test'" in capsys.readouterr().out
 
 
@@ -338,7 +338,9 @@ BETTER, WORSE, LIKE = (0.6, 0.62, 0.61), (0.4, 0.41, 0.42), (0.6, 0.4, 0.5)
 def settings(tmp_path, monkeypatch):
     """Three seeds each of three settings, one of a single seed, one on another gallery."""
     home = tmp_path
-    monkeypatch.setattr(evaluate, "measured", lambda run, **_: run.metrics)  # as told, not as the weights are
+    monkeypatch.setattr(
+        evaluate, "measure_run", lambda run, **_: run.metrics
+    )  # as told, not as the weights are
     named = {
         "plain": (WORSE, {}),
         "bn": (BETTER, {"use_batch_norm": True}),
@@ -354,7 +356,7 @@ def settings(tmp_path, monkeypatch):
 
 
 def test_settings_stand_side_by_side_and_seeds_are_averaged(settings):
-    table = evaluate.comparison_table(settings)
+    table = compare.comparison_table(settings)
     assert table["seeds"].tolist() == [3, 3, 3, 1, 1]
     assert table["i2t_recall@1"].iloc[0] == pytest.approx(np.mean(WORSE))
     assert table["i2t_recall@1_std"].iloc[0] == pytest.approx(np.std(WORSE, ddof=1))
@@ -365,7 +367,7 @@ def test_settings_stand_side_by_side_and_seeds_are_averaged(settings):
 
 
 def test_a_difference_is_claimed_only_over_seeds(settings):
-    verdicts = evaluate.comparison_table(settings)["i2t_recall@1_verdict"].tolist()
+    verdicts = compare.comparison_table(settings)["i2t_recall@1_verdict"].tolist()
     assert compare_settings(BETTER, WORSE).is_difference
     assert not compare_settings(LIKE, WORSE).is_difference
     expected = [
@@ -376,10 +378,10 @@ def test_a_difference_is_claimed_only_over_seeds(settings):
         "not compared: another gallery",
     ]
     assert verdicts == expected
-    flipped = evaluate.comparison_table(settings, settings[1].runs[0].name)["i2t_recall@1_verdict"]
+    flipped = compare.comparison_table(settings, settings[1].runs[0].name)["i2t_recall@1_verdict"]
     assert flipped.tolist()[:2] == ["lower", "baseline"]
     with pytest.raises(LabError, match="baseline 'nobody' does not exist"):
-        evaluate.comparison_table(settings, "nobody")
+        compare.comparison_table(settings, "nobody")
 
 
 def test_two_single_runs_have_the_paired_test_of_their_kept_ranks(home, run):
@@ -391,12 +393,12 @@ def test_two_single_runs_have_the_paired_test_of_their_kept_ranks(home, run):
         if test.is_difference
         else "no significant difference"
     )
-    assert table["t2i_recall@1_verdict"].iloc[1] == f"{word} (test sample only, p = {test.p_value:.3f})"
-    found = evaluate.paired_test_of(other, run, "t2i_recall@1")
+    assert table["t2i_recall@1_verdict"].iloc[1] == f"{word} (test images only, p = {test.p_value:.3f})"
+    found = compare.paired_test_of(other, run, "t2i_recall@1")
     assert found == test
     other.metrics["test"]["gallery"] = "another"
     with pytest.raises(LabError, match="different galleries"):
-        evaluate.paired_test_of(other, run)
+        compare.paired_test_of(other, run)
 
 
 def test_finished_runs_are_found_by_preset(home, run):

@@ -15,7 +15,7 @@ from PIL import Image
 
 import evaluate
 from core.errors import LabError
-from evaluate import measured
+from evaluate import measure_run
 from interface import cli
 from reports import report
 from reports.report import FOLD_ROWS, Page, markdown_table, save_table
@@ -199,13 +199,13 @@ def test_a_comparison_has_its_own_page(home, run, tmp_path, capsys):
     cli.evaluate(["compare", *folders, "--folder", str(tmp_path / "all"), "--baseline", other.name])
     shown = capsys.readouterr().out
     assert f"{unfinished.folder} is left out: its training is not finished." in shown
-    assert "test sample only" in shown
+    assert "test images only" in shown
     page = parsed(tmp_path / "all" / "report.html")
     assert len(page.images) == 2
     assert "use_batch_norm" in " ".join(page.texts)
     table = pd.read_csv(tmp_path / "all" / "comparison.csv", index_col=0)
     assert table["i2t_recall@1_verdict"].iloc[1] == "baseline"
-    assert table["i2t_recall@1"].iloc[0] == pytest.approx(measured(run)["test"]["i2t_recall@1"])
+    assert table["i2t_recall@1"].iloc[0] == pytest.approx(measure_run(run)["test"]["i2t_recall@1"])
 
 
 def test_one_broken_run_does_not_stop_a_comparison(home, run, tmp_path, capsys):

@@ -47,7 +47,7 @@ def test_an_interval_of_a_proportion_is_the_normal_one():
     error = (value * (1 - value) / 300) ** 0.5
     assert found.value == pytest.approx(value)
     assert (found.low, found.high) == pytest.approx((value - 1.96 * error, value + 1.96 * error), abs=0.006)
-    assert found.label == "test sample only"
+    assert found.label == "test images only"
 
 
 def test_captions_are_drawn_with_their_image():
@@ -132,7 +132,7 @@ def test_a_run_does_not_differ_from_itself():
     ranks = make_ranks()
     found = paired_test(ranks, ranks)
     assert (found.difference, found.p_value, found.is_difference) == (0, 1, False)
-    assert found.label == "test sample only"
+    assert found.label == "test images only"
 
 
 @pytest.mark.parametrize("name", ["i2t_recall@1", "t2i_map", "rsum"])
