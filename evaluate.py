@@ -143,7 +143,7 @@ def search_command(
     text: str = "",
     image: str | Path | None = None,
     minus: str = "",
-    k: int = 10,
+    k: int | None = None,
     folder: str | Path | None = None,
 ) -> Path:
     """Search a run's first test split and write the images found as PNG, and a table as CSV beside it.
@@ -151,6 +151,7 @@ def search_command(
     Args:
         text, image: what the images should show; both together are added.
         minus: what they should not show.
+        k: number of images; None: 10, or all if there are fewer.
         folder: None: `search/` in the run's folder.
     Returns: the path of the PNG.
     Raises: LabError if neither text nor image is given; see `GallerySearch`.
@@ -164,6 +165,7 @@ def search_command(
     terms += [(minus, -1.0)] if minus.strip() else []
     run = run if isinstance(run, Run) else load_run(run)
     search = open_search(run)
+    k = max(1, min(10, len(search.images) - (image is not None))) if k is None else k
     if len(terms) > 1:
         found = search.combined(terms, k)
     else:

@@ -236,12 +236,12 @@ def seal_of(content: dict[str, Any]) -> str | None:
     return str(values[0]) if len(values) == 1 else None if not values else ""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, advice: str = "delete it and run again") -> dict[str, Any]:
     """A JSON object, or {} where there is no file.
 
+    Args: advice: what to do if the file is damaged, for the message.
     Raises: DamagedFileError if it is not a JSON object or does not match its checksum.
     """
-    advice = "delete it and run again"
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:

@@ -88,8 +88,13 @@ def order_table(margins: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
     Args: margins: model -> its `order_margins` of the same pictures.
     Returns: by model and `kind` the `pairs`, `accuracy` and `difference`, these with their `_low` and `_high`.
+    Raises: LabError if there is no model, or no pair of captions.
     """
-    base = next(iter(margins.values()))
+    base = next(iter(margins.values()), pd.DataFrame())
+    if base.empty:
+        raise LabError(
+            "there is no pair of captions to compare models on; measure order_margins of each first."
+        )
     rows: list[dict[str, Any]] = []
     for name, found in margins.items():
         for kind, part in found.groupby("kind", sort=False):

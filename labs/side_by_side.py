@@ -67,7 +67,12 @@ def evaluate_pairs(
 
 
 def pairs_table(results: dict[str, PairResult]) -> pd.DataFrame:
-    """One row per split, in percent with 95 % intervals over pairs, and one row of chance levels."""
+    """One row per split, in percent with 95 % intervals over pairs, and one row of chance levels.
+
+    Raises: LabError if there is no split.
+    """
+    if not results:
+        raise LabError("there is no evaluated split to show; name one of the run's splits.")
     rows = []
     for split, result in results.items():
         metrics = result.metrics
@@ -85,7 +90,10 @@ def settings_table(results: Sequence[tuple[Run, dict[str, Any]]]) -> pd.DataFram
     """One row per preset and setting, in percent as mean ± standard deviation over seeds.
 
     Args: results: each run with its metrics of one split, see `PairResult.metrics`.
+    Raises: LabError if there is no run.
     """
+    if not results:
+        raise LabError("there is no finished run to compare; train one first.")
     rows = []
     for run, metrics in results:
         label = f"{run.config.preset}: {settings_label(run.config)}"

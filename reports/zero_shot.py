@@ -187,13 +187,16 @@ def measure_gallery(gallery: Gallery, templates: Sequence[str] = DEFAULT_TEMPLAT
 
 def summary_table(results: Sequence[ZeroShot]) -> pd.DataFrame:
     """A row a labelled set, accuracies and calibration error in percent."""
-    rows = []
-    for result in results:
-        shares = ("top1", "top5", "chance", "calibration_error")
-        percent = {f"{name} (%)": round(100 * result.summary[name], 1) for name in shares}
-        counts = {name: result.summary[name] for name in ("pictures", "labels", "left_out", "rule")}
-        rows.append({"set": result.name, **percent, **counts})
-    return pd.DataFrame(rows).set_index("set")
+    shares, counts = (
+        ("top1", "top5", "chance", "calibration_error"),
+        ("pictures", "labels", "left_out", "rule"),
+    )
+    rows = [
+        [round(100 * result.summary[name], 1) for name in shares] + [result.summary[name] for name in counts]
+        for result in results
+    ]
+    names = pd.Index([result.name for result in results], name="set")
+    return pd.DataFrame(rows, names, [*(f"{name} (%)" for name in shares), *counts])
 
 
 # --- Pictures whose labels are known ---

@@ -18,7 +18,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from core.errors import LabError
-from core.files import atomic_path, fingerprint, read_bytes, write_text
+from core.files import (
+    DamagedFileError,
+    atomic_path,
+    fingerprint,
+    read_bytes,
+    read_json,
+    write_json,
+    write_text,
+)
 from sources.table import CaptionTable, is_below, safe_relative, stamp
 
 
@@ -482,8 +490,7 @@ def split_pairs(
             "sources": {source: _ids_digest(folder, source) for source in sources},
             **divide(pairs.table, same_rows(pairs.images), sizes),
         }
-        with atomic_path(folder / SPLITS_FILE) as beside:
-            beside.write_text(json.dumps(division), encoding="utf-8")
+        write_json(folder / SPLITS_FILE, division, seal=True)
     return division["pairs"]
 
 
@@ -507,11 +514,11 @@ def read_division(folder: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=4)
 def _division_once(folder: Path, stamps: tuple[tuple[int, int], ...]) -> dict[str, Any]:
     path = folder / SPLITS_FILE
-    try:
-        division = json.loads(path.read_text(encoding="utf-8"))
-        known = division["sources"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise LabError(f"{path} is damaged ({error}); delete it and divide the folder again.") from error
+    advice = "delete it and divide the folder again"
+    division = read_json(path, advice)
+    known = division.get("sources")
+    if not isinstance(known, dict):
+        raise DamagedFileError(path, "it has no 'sources'", advice)
     if {source: _ids_digest(folder, source) for source in known} != known:
         raise LabError(f"{path} divides other pairs than {folder} has; delete it and divide again.")
     return division

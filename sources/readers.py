@@ -263,6 +263,7 @@ def read_class_folders(
 
     Args:
         template: the caption, with {} for the class.
+    Raises: LabError if a class folder is an ImageFolder of Hugging Face with a caption for each file.
     """
     if template.count("{}") != 1:
         raise LabError(f"template {template!r} must have {{}} once, where the class's name goes")
@@ -281,12 +282,23 @@ def read_class_folders(
     for top, split in splits.items() if has_splits else [("", UNUSED)]:
         for class_folder in folder.folders(top):
             name = class_folder.replace("_", " ")
+            _refuse_captions_by_file(folder, join(top, class_folder))
             for path in folder.images(join(top, class_folder)):
                 table.add_image(path, split, category=name)
                 table.add_caption(path, template.replace("{}", name), join(top, class_folder), "")
     if not has_splits:
         table.split_by_seed(split_seed)
     return table
+
+
+def _refuse_captions_by_file(folder: DataFolder, place: str) -> None:
+    names = folder.listing(place).keys() & {"metadata.jsonl", "metadata.csv", "metadata.parquet"}
+    if names:
+        raise LabError(
+            f"{folder.root / place} is a Hugging Face ImageFolder with {min(names)}, not a class: its captions are by "
+            'file. Write them to annotations.json, a list of {"image_path": ..., "caption": ...}, and choose '
+            "reader 'json'"
+        )
 
 
 # --- Layouts of captioned sets ---

@@ -220,3 +220,10 @@ def test_the_documented_tower_reads_two_pictures_side_by_side():
     assert tower.picture_shape == (32, 64)
     assert tower.grid == (4, 8)
     assert 42e6 < sum(p.numel() for p in tower.parameters()) < 43e6  # 6 * 12 * 768^2 + patches
+
+
+def test_tables_of_nothing_are_one_sentence():
+    with pytest.raises(LabError, match="there is no finished run to compare; train one first"):
+        settings_table([])
+    with pytest.raises(LabError, match="there is no evaluated split to show"):
+        pairs_table({})

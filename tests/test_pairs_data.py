@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_data import DAMAGES, damage
 
 from config import make_config
 from core.errors import LabError
@@ -92,6 +93,30 @@ def test_another_division_is_refused(coco2017):
     write_split(coco2017, "val2017", list(range(160, 201)), seed=1)
     with pytest.raises(LabError, match="divides other pairs than .* has; delete it and divide again"):
         read_pairs(coco2017, "train")
+
+
+@pytest.mark.parametrize("number", range(DAMAGES))
+def test_a_damaged_division_is_refused_and_made_again(coco2017, number):
+    split_pairs(coco2017)
+    path = coco2017 / "splits.json"
+    before = path.read_bytes()
+    damage(path, number)
+    with pytest.raises(
+        LabError, match=r"splits.json is damaged \(.*\); delete it and divide the folder again"
+    ):
+        read_pairs(coco2017, "train")
+    path.unlink()
+    split_pairs(coco2017)
+    assert path.read_bytes() == before
+
+
+def test_a_division_without_a_checksum_still_opens(coco2017):
+    split_pairs(coco2017)
+    path = coco2017 / "splits.json"
+    division = json.loads(path.read_text())
+    del division["checksum"]
+    path.write_text(json.dumps(division))
+    assert len(read_pairs(coco2017, "val").table) == 20
 
 
 def test_the_seed_draws_and_the_sizes_hold(coco2017):

@@ -214,6 +214,17 @@ def test_the_command_adds_and_subtracts(run, search, gallery, tmp_path):
     assert pd.read_csv(alone.with_suffix(".csv"))["query"][0] == file.name
 
 
+def test_the_command_shows_all_images_of_a_small_gallery(run, gallery, tmp_path):
+    small = load_run(run.folder, max_samples=4)
+    by_text = search_command(small, "red", folder=tmp_path)
+    by_image = search_command(
+        small, image=open_search(small).gallery.dataset.pictures([0])[0], folder=tmp_path
+    )
+    assert [len(pd.read_csv(path.with_suffix(".csv"))) for path in (by_text, by_image)] == [4, 3]
+    with pytest.raises(LabError, match="k is 10 but the gallery has 4 rows; choose k from 1 to 4"):
+        search_command(small, "red", k=10, folder=tmp_path)
+
+
 def test_a_grid_shows_the_queries_pictures_first(search):
     figure = reports_search.search_grid([search.combined([("red", 1), (4, 1)], 7)])
     captions = [axes.get_xlabel() for axes in figure.axes if axes.images]
@@ -255,6 +266,7 @@ def test_long_queries_get_file_names_of_their_own():
         (lambda s: s.combined([("a", 1), ("a", -1)]), "cancel out"),
         (lambda s: s.combined([(1, 1), (2, 1)], k=11), "k is 11 but the gallery holds 10 pictures that can"),
         (lambda s: s.combined([(1, 1)], k=0), "k is 0"),
+        (lambda s: s.by_text(["a \udcff dog"]), r"the text 'a \\udcff dog' is not valid Unicode; correct it"),
         (lambda s: search_command(s.gallery.run, minus="grass"), "nothing to search for; give a text"),
     ],
 )

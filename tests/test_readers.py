@@ -254,6 +254,16 @@ def test_flickr30k_reports_its_broken_row(tmp_path):
     assert kinds(table) == [("malformed row", "results.csv: line 5")]
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_hugging_face_image_folder_is_not_a_class_called_train(tmp_path, name):
+    touch(tmp_path, "train/0.jpg", "train/1.jpg")
+    (tmp_path / "train" / name).write_text('{"file_name": "0.jpg", "text": "a dog"}\n')
+    with pytest.raises(
+        LabError, match=rf"train is a Hugging Face ImageFolder with {name}, not a class.* 'json'"
+    ):
+        read_captions("class_folders", tmp_path)
+
+
 def test_seeded_split_by_image(tmp_path):
     touch(tmp_path, *(f"Images/{n:03d}.jpg" for n in range(50)))
     rows = [f"{n:03d}.jpg,caption {k}" for n in range(50) for k in range(2)]

@@ -207,3 +207,9 @@ def test_a_saved_clip_goes_through_the_notebook(home, tiny_clip, tmp_path):
     for word in ("i2t_recall@10", "with mining (%)", "colour", "mining"):
         assert word in shown
     assert len(list((tmp_path / "runs").glob("retrieval_finetune_*/best.safetensors"))) == 2
+
+
+def test_an_order_table_of_nothing_is_one_sentence():
+    for margins in ({}, {"before": pd.DataFrame(columns=["image_id", "kind", "margin"])}):
+        with pytest.raises(LabError, match="no pair of captions to compare models on"):
+            finetune.order_table(margins)

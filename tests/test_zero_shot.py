@@ -348,3 +348,11 @@ def test_cifar_files_run_no_code_and_damage_is_named(tmp_path, capsys):
         side_by_side.read_cifar(tmp_path, "val")
     with pytest.raises(LabError, match="has no cifar-10-batches-py or cifar-100-python"):
         side_by_side.read_cifar(folder / "nowhere")
+
+
+def test_the_summary_of_nothing_has_its_columns():
+    table = zero_shot.summary_table([])
+    assert (len(table), table.index.name) == (0, "set")
+    assert list(table) == [
+        "top1 (%)", "top5 (%)", "chance (%)", "calibration_error (%)", "pictures", "labels", "left_out", "rule",
+    ]  # fmt: skip
