@@ -22,14 +22,14 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.data._utils.collate import default_collate_fn_map
 from tqdm.auto import tqdm
 
 from config import Config
 from core.errors import LabError, choose
 from core.files import fingerprint
-from core.ids import SWAPPED
+from core.ids import SWAPPED, ImageTextDataset
 from models import CLIPModel
 from retrieval.mining import NONE, check_negatives, mine_random, mine_semantic
 from sources.check import check, report_table, save_report
@@ -63,6 +63,7 @@ from towers.features import cached_image_features, cached_text_features, encode_
 from towers.image import build_image_tower
 from towers.text import TEXT_SETTINGS, build_text_tower, text_tokenizer
 from training.augment import speaks_of_sides, swap_sides, uniforms, variation_number, vary
+from training.identity import identity
 from training.optim import autocast
 from training.order import (
     Balance,
@@ -87,7 +88,7 @@ class WholeBatch(dict[str, Any]):
 default_collate_fn_map[WholeBatch] = lambda batch, **options: batch
 
 
-class COCOClipDataset(Dataset):
+class COCOClipDataset(ImageTextDataset):
     """Images with all their captions, from decoded images or cached features.
 
     An item is `{"image", "text", "image_id": (1,), "text_id": (T,)}`, with categories also `image_match` and
@@ -138,7 +139,7 @@ class COCOClipDataset(Dataset):
         self.captions_per_image, self.seed, self.epoch = captions_per_image, seed, 0
         self.decoded = images if isinstance(images, ImageCache) else decoded
         bad = self.decoded.bad if self.decoded is not None else {}
-        self.left_out = {table.paths[row]: cause for row, cause in bad.items()}
+        self.left_out: dict[str, str] = {table.paths[row]: cause for row, cause in bad.items()}
         silent = np.flatnonzero(np.diff(table.offsets) == 0)
         self.left_out.update({table.paths[row]: "no caption" for row in silent.tolist()})
         dropped = np.union1d(np.fromiter(bad, dtype=np.int64, count=len(bad)), silent)
@@ -157,13 +158,8 @@ class COCOClipDataset(Dataset):
         return int(np.diff(self.table.offsets)[self.rows].sum())
 
     @property
-    def items_per_epoch(self) -> int:
-        """Items that training sees in an epoch."""
-        return len(self)
-
-    def epoch_order(self, epoch: int, seed: int) -> np.ndarray:
-        """(items_per_epoch,) item numbers in the order that training sees them in an epoch."""
-        return np.random.default_rng((seed, epoch)).permutation(len(self))
+    def caption_match_ids(self) -> np.ndarray:
+        return self.table.caption_match_ids
 
     def describe(self) -> dict[str, Any]:
         """Sizes, what was left out, and a digest of the content.
@@ -430,6 +426,9 @@ class TrainingSet(COCOClipDataset):
         """The captions mined for an item, nearest first."""
         return [self.table.captions[row] for row in self.mined[item].tolist() if row != NONE]
 
+    def log(self) -> dict[str, float]:
+        return {"mining_seconds": self.seconds}
+
     def state_dict(self) -> dict[str, Any]:
         """The mined captions and their epoch, for a resumed run."""
         return {
@@ -440,7 +439,7 @@ class TrainingSet(COCOClipDataset):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`. Raises: LabError if it has another number of images."""
+        """Raises: LabError if it has another number of images."""
         if len(state["mined"]) != len(self):
             raise LabError(
                 f"the checkpoint's mined captions are for {len(state['mined'])} images, not {len(self)}; "
@@ -471,7 +470,7 @@ def _mining_features(
 CAPTIONS_AT_ONCE = 4096
 
 
-class PairedPictures(Dataset):
+class PairedPictures(ImageTextDataset):
     """Two images side by side (3, S, 2S) with a caption that names both; batches as those of COCOClipDataset.
 
     Pair `i` has its own image on the left; the image on the right is drawn by (seed, epoch, i). A pair's id is
@@ -542,7 +541,7 @@ class PairedPictures(Dataset):
         return [pair_caption(left, right, self.template) for left in names for right in names]
 
     @property
-    def caption_image_ids(self) -> np.ndarray:
+    def caption_match_ids(self) -> np.ndarray:
         """(C * C,) ids of all captions, as rows of `text_features`."""
         return np.arange(self.num_classes**2)
 
@@ -565,15 +564,6 @@ class PairedPictures(Dataset):
     def image_digests(self) -> np.ndarray:
         """(N,) uint64 digest of each image's pixels."""
         return row_digests(self.pictures.images.flatten(1), np.arange(len(self.pictures.images)))
-
-    @property
-    def items_per_epoch(self) -> int:
-        """Items that training sees in an epoch."""
-        return len(self)
-
-    def epoch_order(self, epoch: int, seed: int) -> np.ndarray:
-        """(items_per_epoch,) item numbers in the order that training sees them in an epoch."""
-        return np.random.default_rng((seed, epoch)).permutation(len(self))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the draws; has no effect where pairs are fixed."""
@@ -691,6 +681,38 @@ def collate(items: Any) -> Batch:
     }
 
 
+class PlainDataset(ImageTextDataset):
+    """Any of torch's data sets whose items are as `collate` takes them."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, item: int) -> Any:
+        return self.items[item]
+
+    def __getitems__(self, items: list[int]) -> Any:
+        fetch = getattr(self.items, "__getitems__", None)
+        return [self.items[item] for item in items] if fetch is None else fetch(items)
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.items, "set_epoch"):
+            self.items.set_epoch(epoch)
+
+    def describe(self) -> dict[str, Any]:
+        """Its class, length and identity."""
+        sha256 = identity(self.items) or f"{len(self)}"
+        sizes = {"images": len(self), "captions": len(self)}
+        return {"splits": type(self.items).__name__, **sizes, "sha256": sha256, "form": "own"}
+
+
+def with_defaults(dataset: Any) -> ImageTextDataset:
+    """A data set that answers all that training and evaluation ask; one of ours is returned unchanged."""
+    return dataset if isinstance(dataset, ImageTextDataset) else PlainDataset(dataset)
+
+
 def make_loader(
     dataset: Any,
     batch_size: int = 128,
@@ -706,18 +728,15 @@ def make_loader(
 
     Args: dataset: ours, or any of torch's whose items are as `collate` takes them.
     """
-    items = getattr(dataset, "items_per_epoch", len(dataset)) if shuffle else len(dataset)
+    dataset = with_defaults(dataset)
+    count = dataset.items_per_epoch if shuffle else len(dataset)
 
     def order(epoch: int) -> np.ndarray:
-        if not shuffle:
-            return np.arange(items)
-        if hasattr(dataset, "epoch_order"):
-            return dataset.epoch_order(epoch, seed)
-        return np.random.default_rng((seed, epoch)).permutation(items)
+        return dataset.epoch_order(epoch, seed) if shuffle else np.arange(count)
 
     return DataLoader(
         dataset,
-        batch_sampler=EpochBatches(items, batch_size, order, rank=rank, world_size=world_size),
+        batch_sampler=EpochBatches(count, batch_size, order, rank=rank, world_size=world_size),
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -32,7 +32,7 @@ from config import Config, make_config, run_name
 from core.errors import LabError, StoppedAtOnceError, choose, nearest
 from core.files import atomic_path, file_digest, write_json, write_text
 from core.tensor_files import load_tensors, save_tensors
-from dataset import make_loader, open_dataset, prepare_data
+from dataset import make_loader, open_dataset, prepare_data, with_defaults
 from evaluate import report_run
 from losses import build_loss
 from models import build_model
@@ -110,11 +110,15 @@ class RunPlan:
             barrier()
         if self.train_set is None or self.val_set is None:
             prepare_data(config)
-        self.train_set = self.train_set or open_dataset(config, config.train_splits, progress=self.show)
-        self.val_set = self.val_set or open_dataset(config, config.val_splits, progress=self.show)
+        self.train_set = with_defaults(
+            self.train_set or open_dataset(config, config.train_splits, progress=self.show)
+        )
+        self.val_set = with_defaults(
+            self.val_set or open_dataset(config, config.val_splits, progress=self.show)
+        )
         if is_main():
             barrier()
-        self.data = {"train": _described(self.train_set), "val": _described(self.val_set)}
+        self.data = {"train": self.train_set.describe(), "val": self.val_set.describe()}
 
     def finished(self) -> bool:
         """Whether this run is finished; one that cannot be opened is finished again from its checkpoint.
@@ -252,7 +256,7 @@ class Trainer:
             "ema": self.engine.ema,
             "dataset": self.train_set,
         }
-        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -270,6 +274,7 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Put a checkpoint's state into the parts."""
+        state = {"dataset": {}, **state}  # which earlier checkpoints lack
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
         self.engine.micro_batch_size = state["micro_batch_size"]
@@ -289,7 +294,7 @@ class Trainer:
         """(N,) uint64 digests of the images that the weights have seen: this run's, and those of its start."""
         start = self.config.start_from
         earlier = None if start is None else _read_trained_on(start)
-        own = _image_digests(self.train_set)
+        own = self.train_set.image_digests
         return np.unique(own if earlier is None else np.concatenate([own, earlier]))
 
     def _write_history(self) -> None:
@@ -349,7 +354,7 @@ class Trainer:
     def _epoch(self, epoch: int, stop: threading.Event, bar: tqdm) -> None:
         bar.set_description(f"{self.folder.name}, epoch {epoch + 1} of {self.config.num_epochs}")
         self.model.hold_towers(epoch < self.config.freeze_tower_epochs)
-        if hasattr(self.train_set, "refresh") and self.progress.step == 0:
+        if self.progress.step == 0:
             self.train_set.refresh(self.model, epoch, self.config)
 
         meter = EpochMeter(epoch, self.device, self.progress, bar)
@@ -367,9 +372,7 @@ class Trainer:
         chance = self.progress.uniform_sum / self.progress.images
         self.monitor.after_epoch(self.model, trained["train_loss"], chance, self.steps)
         row = {"epoch": epoch + 1, **trained, **self._validated(epoch)}
-        row["peak_memory_gb"] = peak_memory_gb(self.device)
-        if hasattr(self.train_set, "seconds"):
-            row["mining_seconds"] = self.train_set.seconds
+        row |= {"peak_memory_gb": peak_memory_gb(self.device), **self.train_set.log()}
         self.history.append({name: float(value) for name, value in row.items()})
         self.progress = EpochProgress()
         if is_main():
@@ -533,22 +536,14 @@ def _check_start(plan: RunPlan, start: Path) -> None:
         with contextlib.suppress(LabError):  # its evaluation will say so
             if split not in held:
                 held[split] = open_dataset(plan.config, (split,), evaluation=True, progress=plan.show)
-    own = _image_digests(plan.train_set)
+    own = plan.train_set.image_digests
     for split, dataset in held.items():
-        shared = np.setdiff1d(np.intersect1d(seen, _image_digests(dataset)), own)
+        shared = np.setdiff1d(np.intersect1d(seen, dataset.image_digests), own)
         if len(shared):
             raise LabError(
                 f"start_from {start} was trained on {len(shared):,} of the {len(dataset):,} images of split "
                 f"{split!r} here; start from a run on the same split, or choose other val_splits and test_splits."
             )
-
-
-def _described(dataset: Any) -> dict[str, Any]:
-    """What a data set describes of itself; of your own without `describe`, its class, length and identity."""
-    if hasattr(dataset, "describe"):
-        return {"form": "own", **dataset.describe()}
-    about = {"splits": type(dataset).__name__, "images": len(dataset), "form": "own"}
-    return {**about, "captions": len(dataset), "sha256": identity(dataset) or f"{len(dataset)}"}
 
 
 def _named(part: Any) -> str:
@@ -566,11 +561,6 @@ def _starts(config: Config) -> dict[str, str]:
         "image_weights": Path(config.image_weights),
     }
     return {name: file_digest(path) for name, path in files.items() if path is not None and path.is_file()}
-
-
-def _image_digests(dataset: Any) -> np.ndarray:
-    """(N,) uint64 of a data set's images, none for a user's own that does not say."""
-    return getattr(dataset, "image_digests", np.empty(0, dtype="<u8"))
 
 
 def _read_trained_on(folder: Path) -> np.ndarray | None:

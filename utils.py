@@ -23,7 +23,7 @@ from config import Config, load_config, run_file
 from core.errors import LabError
 from core.files import file_digest
 from core.ids import match_ids
-from dataset import make_loader
+from dataset import make_loader, with_defaults
 from losses import build_loss, chance_level
 from metrics import retrieval_metrics
 from models import CLIPModel, build_model
@@ -320,8 +320,7 @@ def _start_at(loader: DataLoader, epoch: int, step: int) -> None:
     sampler: Any = getattr(loader, "batch_sampler", None)
     if hasattr(sampler, "start"):
         sampler.epoch, sampler.start = epoch, step
-    if hasattr(loader.dataset, "set_epoch"):
-        loader.dataset.set_epoch(epoch)
+    with_defaults(loader.dataset).set_epoch(epoch)
 
 
 def augmented(batch: dict[str, Any], config: Config, epoch: int) -> Tensor:
@@ -421,8 +420,9 @@ def split_metrics(
     model: CLIPModel, dataset: Any, features: dict[str, Tensor], config: Config
 ) -> dict[str, float]:
     """A split's figures: the data set's own `metrics`, else those of retrieval."""
-    if hasattr(dataset, "metrics"):
-        return dataset.metrics(model, features, config)
+    measure = with_defaults(dataset).metrics
+    if measure is not None:
+        return measure(model, features, config)
     ks = tuple(k for k in config.recall_ks if k <= len(features["image_id"]))
     spread = {f"{kind}_spread": feature_spread(features[f"{kind}_features"]) for kind in ("image", "text")}
     return {**retrieval_metrics(**features, ks=ks), **spread, **feature_geometry(**features, most=MOST_ROWS)}

@@ -59,7 +59,7 @@ class Gallery:
     @property
     def measures_itself(self) -> bool:
         """Whether its data set has metrics of its own instead of retrieval's."""
-        return hasattr(self.dataset, "metrics")
+        return self.dataset.metrics is not None
 
     @functools.cached_property
     def ranks(self) -> Ranks:
@@ -74,7 +74,7 @@ class Gallery:
     @property
     def has_images(self) -> bool:
         """Whether its items have image files and captions to show."""
-        return hasattr(self.dataset, "table") and self.dataset.pictures([0])[0].is_file()
+        return self.dataset.table is not None and self.dataset.pictures([0])[0].is_file()
 
     @functools.cached_property
     def captions(self) -> list[str]:
@@ -97,7 +97,7 @@ class Gallery:
             intervals = bootstrap_intervals(self.ranks, [name for name in figures if "_recall@" in name])
             for name, interval in intervals.items():
                 figures |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
-        left_out = getattr(self.dataset, "left_out", {})
+        left_out = self.dataset.left_out
         return {
             "split": self.split,
             "protocol": protocol_of(self),
@@ -155,7 +155,7 @@ def _fits(gallery: Gallery, name: str) -> bool:
 
 
 def _split_source(gallery: Gallery) -> str:
-    table = getattr(gallery.dataset, "table", None)
+    table = gallery.dataset.table
     return "" if table is None else table.split_source
 
 

@@ -209,7 +209,7 @@ class GallerySearch:
 
 
 def check_captioned(dataset: Any) -> None:
-    if not hasattr(dataset, "table"):
+    if dataset.table is None:
         raise LabError(f"split {dataset.split!r} holds no captioned pictures, so there is nothing to search.")
 
 

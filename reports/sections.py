@@ -103,7 +103,7 @@ def by_gallery_size(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
     count = gallery.ranks.num_images
     sizes = np.unique(np.geomspace(min(10, count), count, 24).round().astype(int)).tolist()
     curves = recall_by_gallery_size(gallery.ranks, sizes)
-    drawn = hasattr(gallery.dataset, "table") and (gallery.dataset.table.root / "scenes.json").is_file()
+    drawn = gallery.dataset.table is not None and (gallery.dataset.table.root / "scenes.json").is_file()
     note = "" if drawn else " Diamonds: published systems on their own test sets, at those sets' sizes."
     for way, told in WAYS.items():
         path = _file(folder, f"recall_by_gallery_size_{way}", gallery)
@@ -291,6 +291,6 @@ def _need_pictures(gallery: Gallery) -> None:
     if not gallery.has_images:
         raise LabError(
             f"no image files in {gallery.dataset.table.root}; set image_root to the folder that holds them."
-            if hasattr(gallery.dataset, "table")
+            if gallery.dataset.table is not None
             else "this data set has no image files."
         )

@@ -247,7 +247,7 @@ def known_labels(gallery: Gallery) -> dict[int, str]:
 
 def shown_labels(gallery: Gallery) -> dict[str, list[set[str]]]:
     """Labelling -> what each picture shows: generated scenes' objects, the table's categories, or COCO's."""
-    table = getattr(gallery.dataset, "table", None)
+    table = gallery.dataset.table
     if table is None:
         return {}
     if (table.root / "scenes.json").is_file():

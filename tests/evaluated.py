@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from config import Config, make_config, run_name
 from core.files import write_json
+from core.ids import ImageTextDataset
 from models import build_model
 from reports.gallery import Gallery
 from sources.drawing import write_scenes
@@ -79,7 +80,8 @@ def made_gallery(
     describe = lambda: {"sha256": f"{num_images} {captions}"}  # noqa: E731
     if split_source:
         dataset["table"] = SimpleNamespace(split_source=split_source)
-    data = SimpleNamespace(split=split, describe=describe, **dataset)
+    data: Any = ImageTextDataset()
+    vars(data).update(split=split, describe=describe, **dataset)
     normalise = torch.nn.functional.normalize
     return Gallery(run, data, normalise(images), normalise(texts), ids, ids.repeat_interleave(captions))
 

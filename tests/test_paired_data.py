@@ -51,7 +51,7 @@ def test_a_pair_shows_what_its_caption_says(pictures):
         assert batch["text"][item] == f"a photo of {articles[0]} {names[0]} and {articles[1]} {names[1]}"
     assert torch.equal(batch["image_id"], batch["text_id"])
     assert [pairs.captions[ident] for ident in batch["image_id"].tolist()] == batch["text"]
-    assert len(set(pairs.captions)) == len(pairs.caption_image_ids) == 9
+    assert len(set(pairs.captions)) == len(pairs.caption_match_ids) == 9
     assert torch.equal(pairs[5]["image"], batch["image"][5])
 
 

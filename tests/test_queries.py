@@ -292,7 +292,7 @@ def test_a_missing_and_a_cut_off_picture_are_named(search, gallery, tmp_path):
 
 
 def test_what_is_no_gallery_of_captioned_pictures_is_named(gallery):
-    other = SimpleNamespace(dataset=SimpleNamespace(split="test"))
+    other = SimpleNamespace(dataset=SimpleNamespace(split="test", table=None))
     with pytest.raises(LabError, match="'test' holds no captioned pictures"):
         GallerySearch(other)
 

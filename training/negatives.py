@@ -11,6 +11,7 @@ from torch import Tensor
 
 from config import Config
 from core.errors import LabError, choose
+from core.ids import ImageTextDataset
 from models import CLIPModel
 
 Features = dict[str, Tensor]
@@ -156,23 +157,22 @@ def in_eval_mode(model: CLIPModel) -> Iterator[None]:
         model.train(training)
 
 
-def _bank(config: Config, model: CLIPModel, dataset: Any) -> BatchNegatives:
-    if getattr(dataset, "text_features", None) is None:
+def _bank(config: Config, model: CLIPModel, dataset: ImageTextDataset) -> BatchNegatives:
+    if dataset.text_features is None:
         raise LabError(
             "negatives 'bank' needs cached captions; set text_tower_mode to 'cached', or negatives to 'queue'."
         )
-    table = getattr(dataset, "table", None)
-    ids = torch.from_numpy(dataset.caption_image_ids if table is None else table.caption_match_ids)
+    ids = torch.from_numpy(dataset.caption_match_ids)
     return BankNegatives(model, dataset.text_features, ids, config.bank_refresh_steps)
 
 
-NEGATIVES: dict[str, Callable[[Config, CLIPModel, Any], BatchNegatives]] = {
+NEGATIVES: dict[str, Callable[[Config, CLIPModel, ImageTextDataset], BatchNegatives]] = {
     "batch": lambda config, model, dataset: BatchNegatives(),
     "queue": lambda config, model, dataset: QueueNegatives(config.queue_size),
     "bank": _bank,
 }
 
 
-def build_negatives(config: Config, model: CLIPModel, dataset: Any) -> BatchNegatives:
+def build_negatives(config: Config, model: CLIPModel, dataset: ImageTextDataset) -> BatchNegatives:
     """What `config.negatives` names. Raises: LabError for a bank without cached captions."""
     return choose(NEGATIVES, config.negatives, "negatives")(config, model, dataset)
