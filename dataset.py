@@ -16,23 +16,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import core.devices  # noqa: F401  before torchvision
+from core.devices import encode_in_batches  # before torchvision
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.data._utils.collate import default_collate_fn_map
 from tqdm.auto import tqdm
 
 from config import Config
 from core.errors import LabError, choose
 from core.files import fingerprint
-from core.ids import SWAPPED, ImageTextDataset
+from core.ids import Batch, ImageTextDataset, WholeBatch
 from models import CLIPModel
 from retrieval.mining import NONE, check_negatives, mine_random, mine_semantic
 from sources.check import check, report_table, save_report
+from sources.cifar import open_labeled_images, subset
 from sources.drawing import write_scenes, write_shapes
 from sources.embeddings import (
     Pairs,
@@ -48,18 +48,9 @@ from sources.embeddings import (
 from sources.fetch import fetch, is_interrupted, is_linked
 from sources.image_cache import ImageCache, open_images
 from sources.readers import READERS, read_captions
-from sources.side_by_side import (
-    TEMPLATE,
-    LabeledImages,
-    PairRanks,
-    open_labeled_images,
-    pair_caption,
-    rank_pairs,
-    subset,
-    swapped,
-)
+from sources.side_by_side import PairedImages
 from sources.table import CaptionTable
-from towers.features import cached_image_features, cached_text_features, encode_in_batches
+from towers.features import cached_image_features, cached_text_features
 from towers.image import build_image_tower
 from towers.text import TEXT_SETTINGS, build_text_tower, text_tokenizer
 from training.augment import speaks_of_sides, swap_sides, uniforms, variation_number, vary
@@ -73,19 +64,6 @@ from training.order import (
     neighbour_order,
     small_categories,
 )
-
-Batch = dict[str, Any]
-"""`image`, `text`, `image_id` (I,), `text_id` (T,); see `COCOClipDataset`."""
-
-
-class WholeBatch(dict[str, Any]):
-    """A complete batch: torch's own collate function looks at the first of its items, which is the batch itself."""
-
-    def __getitem__(self, name: Any) -> Any:
-        return self if isinstance(name, int) else super().__getitem__(name)
-
-
-default_collate_fn_map[WholeBatch] = lambda batch, **options: batch
 
 
 class COCOClipDataset(ImageTextDataset):
@@ -467,177 +445,6 @@ def _mining_features(
     return features
 
 
-CAPTIONS_AT_ONCE = 4096
-
-
-class PairedPictures(ImageTextDataset):
-    """Two images side by side (3, S, 2S) with a caption that names both; batches as those of COCOClipDataset.
-
-    Pair `i` has its own image on the left; the image on the right is drawn by (seed, epoch, i). A pair's id is
-    left class * C + right class, so every caption that is true of a pair matches it. A batch also has `view_id`
-    (B, 2), a number for each half that is unique within the epoch, for augmenting the halves separately.
-
-    Args:
-        pictures: the single images and their classes.
-        split: its name.
-        num_pairs: pairs per epoch; None: as many as images.
-        different_class_prob: probability that the two images are of different classes.
-        seed: of the draws.
-        fixed: the same pairs in every epoch, for evaluation.
-        swapped_captions: add the captions with left and right swapped to each batch, with the ids that
-            losses.SwapMarginLoss looks for.
-        text_features: (C * C, width) of all captions in the order of ids; None: captions as text.
-        template: the caption, with {left} and {right}; "a" before them becomes "an" where needed.
-    Raises: LabError if a class has too few images for such pairs.
-    """
-
-    def __init__(
-        self,
-        pictures: LabeledImages,
-        *,
-        split: str = "train",
-        num_pairs: int | None = None,
-        different_class_prob: float = 0.5,
-        seed: int = 0,
-        fixed: bool = False,
-        swapped_captions: bool = False,
-        text_features: Tensor | None = None,
-        template: str = TEMPLATE,
-    ) -> None:
-        if not 0 <= different_class_prob <= 1:
-            raise LabError(f"different_class_prob must be between 0 and 1, not {different_class_prob}.")
-        if "{left}" not in template or "{right}" not in template:
-            raise LabError(f"template {template!r} must name {{left}} and {{right}}.")
-        self.pictures, self.template, self.split = pictures, template, split
-        self.seed, self.fixed, self.epoch = seed, fixed, 0
-        self.different_class_prob, self.swapped_captions = different_class_prob, swapped_captions
-        self.text_features = text_features
-        self.left_out = dict(pictures.left_out)
-        self.num_pairs = len(pictures.images) if num_pairs is None else num_pairs
-        self.counts = np.bincount(pictures.labels, minlength=len(pictures.names))  # (C,)
-        self.starts = np.cumsum(self.counts) - self.counts
-        self.by_class = np.argsort(pictures.labels, kind="stable")  # (N,) ordered by class
-        self.places = np.argsort(self.by_class)  # (N,) position of each image in by_class
-        self.lefts = np.random.default_rng(seed).permutation(len(pictures.images))
-        if (self.counts[self.counts > 0] < 2).any() and different_class_prob < 1:
-            raise LabError(
-                "a class with a single image cannot form a same-class pair; set different_class_prob to 1."
-            )
-        if (self.counts > 0).sum() < 2 and different_class_prob > 0:
-            raise LabError("pairs of different classes need two classes; set different_class_prob to 0.")
-
-    def __len__(self) -> int:
-        return self.num_pairs
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return len(self.pictures.names)
-
-    @property
-    def captions(self) -> list[str]:
-        """All C * C captions; a caption's position is its id."""
-        names = self.pictures.names
-        return [pair_caption(left, right, self.template) for left in names for right in names]
-
-    @property
-    def caption_match_ids(self) -> np.ndarray:
-        """(C * C,) ids of all captions, as rows of `text_features`."""
-        return np.arange(self.num_classes**2)
-
-    def describe(self) -> dict[str, Any]:
-        """Sizes, what was left out, and a digest of the content."""
-        pixels = hashlib.sha256(self.pictures.images.contiguous().numpy().tobytes()).hexdigest()
-        draws = [str(self.num_pairs), str(self.different_class_prob), str(self.fixed), str(self.seed)]
-        content = [*self.captions, *map(str, self.pictures.labels.tolist()), *draws, pixels]
-        return {
-            "splits": self.split,
-            "images": len(self),
-            "captions": self.num_classes**2,
-            "pictures": len(self.pictures.images),
-            "left_out": self.left_out,
-            "sha256": fingerprint(content),
-            "form": "raw",
-        }
-
-    @functools.cached_property
-    def image_digests(self) -> np.ndarray:
-        """(N,) uint64 digest of each image's pixels."""
-        return row_digests(self.pictures.images.flatten(1), np.arange(len(self.pictures.images)))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the draws; has no effect where pairs are fixed."""
-        self.epoch = 0 if self.fixed else epoch
-
-    def pair(self, item: int) -> tuple[int, int]:
-        """Rows of the left and the right image."""
-        left = int(self.lefts[(self.epoch * self.num_pairs + item) % len(self.lefts)])
-        label = self.pictures.labels[left]
-        rng = np.random.default_rng((self.seed, self.epoch, item))
-        start, count = self.starts[label], self.counts[label]
-        if rng.random() < self.different_class_prob:
-            place = rng.integers(len(self.lefts) - count)
-            place += count * (place >= start)  # past the left one's class
-        else:
-            place = start + rng.integers(count - 1)
-            place += place >= self.places[left]  # past the left one itself
-        return left, int(self.by_class[place])
-
-    def __getitem__(self, item: int) -> Batch:
-        batch = self.__getitems__([item])
-        return {**batch, "image": batch["image"][0]}
-
-    def __getitems__(self, items: list[int]) -> Batch:
-        pairs = np.array([self.pair(item) for item in items])  # (B, 2)
-        labels = self.pictures.labels[pairs]  # (B, 2)
-        ids = labels[:, 0] * self.num_classes + labels[:, 1]  # (B,)
-        rows, text_id = self._caption_rows(ids)
-        halves = [self.pictures.images[as_rows(side)] for side in pairs.T]
-        batch = {
-            "image": torch.cat(halves, dim=3),  # (B, 3, S, 2S)
-            "text": self._texts(rows),
-            "image_id": torch.from_numpy(ids),
-            "text_id": torch.from_numpy(text_id),
-            "view_id": 2 * torch.tensor(items)[:, None] + torch.arange(2),
-        }
-        return WholeBatch(batch)
-
-    def _caption_rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Captions of some pairs, as rows of all captions, and their ids in the batch."""
-        if not self.swapped_captions:
-            return ids, ids
-        mirrored = swapped(ids, self.num_classes)
-        ordered = mirrored != ids
-        rows = np.concatenate([ids, mirrored[ordered]])
-        return rows, np.concatenate([ids, SWAPPED - ids[ordered]])
-
-    def _texts(self, rows: np.ndarray) -> list[str] | Tensor:
-        if self.text_features is not None:
-            return self.text_features[as_rows(rows)]
-        names = self.pictures.names
-        sides = [divmod(row, self.num_classes) for row in rows.tolist()]
-        return [pair_caption(names[left], names[right], self.template) for left, right in sides]
-
-    def ranks(self, model: CLIPModel, features: dict[str, Tensor]) -> PairRanks:
-        """The rank of every pair's caption among all captions.
-
-        Args: features: image_features (P, D) and image_id (P,), as from `utils.encode_loader`.
-        """
-        captions: Any = self.captions if self.text_features is None else self.text_features
-        parts = (
-            captions[start : start + CAPTIONS_AT_ONCE] for start in range(0, len(captions), CAPTIONS_AT_ONCE)
-        )
-        caption_features = encode_in_batches(model.encode_text, parts, model.logit_scale.device)
-        return rank_pairs(features["image_features"], caption_features, features["image_id"])
-
-    def metrics(
-        self, model: CLIPModel, features: dict[str, Tensor], config: Config, *, intervals: bool = False
-    ) -> dict[str, float]:
-        """`PairRanks.figures`, or with intervals `PairRanks.summary`, in place of retrieval metrics."""
-        ranks = self.ranks(model, features)
-        return ranks.summary() if intervals else ranks.figures()
-
-
 def collate(items: Any) -> Batch:
     """Single items as one batch; a complete batch is returned unchanged.
 
@@ -747,7 +554,7 @@ def make_loader(
 def open_dataset(
     config: Config, splits: Sequence[str], *, evaluation: bool = False, progress: bool = True
 ) -> Any:
-    """The data set of some splits, a COCOClipDataset or PairedPictures, its images decoded and its features cached.
+    """The data set of some splits, a COCOClipDataset or PairedImages, its images decoded and its features cached.
 
     Args: evaluation: without the settings of training alone, even for a split that is trained on.
     Raises: LabError on an unknown reader, or if a split is both trained on and validated on.
@@ -812,18 +619,16 @@ def _captioned(config: Config, splits: tuple[str, ...], trains: bool, **parts: A
     return dataset
 
 
-def _open_side_by_side(
-    config: Config, splits: tuple[str, ...], trains: bool, progress: bool
-) -> PairedPictures:
+def _open_side_by_side(config: Config, splits: tuple[str, ...], trains: bool, progress: bool) -> PairedImages:
     """Pairs that are drawn in each epoch for training, else one fixed pair per image for every run and seed."""
     if len(splits) != 1:
         raise LabError(f"side-by-side images have one split at a time, not {', '.join(splits)}.")
-    pictures = open_labeled_images(
+    singles = open_labeled_images(
         config.data_dir, splits[0], size=config.image_size, cache_dir=config.cache_dir
     )
     draws: Any = {"num_pairs": config.pairs_per_epoch, "seed": config.seed} if trains else {"fixed": True}
-    pairs = PairedPictures(
-        pictures if config.max_samples is None else subset(pictures, config.max_samples),
+    pairs = PairedImages(
+        singles if config.max_samples is None else subset(singles, config.max_samples),
         split=splits[0],
         different_class_prob=config.different_class_prob,
         swapped_captions=config.swap_weight > 0,

@@ -7,12 +7,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from config import make_config
 from dataset import prepare_data
-from labs.side_by_side import FIGURES, PairResult, evaluate_pairs, settings_table
+from labs.side_by_side import FIGURES, PairResult, evaluate_pairs
+from metrics import as_text
+from reports.compare import settings_label
 from retrieval.statistics import compare_settings
 from train import fit
 from utils import Run
@@ -45,6 +50,22 @@ def measure(title: str, seeds: tuple[int, ...], **overrides: Any) -> None:
         print(f"\n{title}: {split} images against {captions} captions, %, mean ± std over seeds {seeds}")
         print(settings_table(rows).to_string())
     verdicts(measured["test"])
+
+
+def settings_table(results: Sequence[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
+    """One row per preset and setting, in percent as mean ± standard deviation over seeds.
+
+    Args: results: each run with its metrics of one split, see `PairResult.metrics`.
+    """
+    rows = []
+    for run, metrics in results:
+        label = f"{run.config.preset}: {settings_label(run.config)}"
+        rows.append({"setting": label, **{name: metrics[name] for name in FIGURES if name in metrics}})
+    table = {}
+    for label, group in pd.DataFrame(rows).groupby("setting", sort=False):
+        means = {name: as_text(name, group[name].mean(), std=group[name].std()) for name in group.columns[1:]}
+        table[label] = {"seeds": len(group), **means}
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("setting")
 
 
 def one_line(run: Run, result: PairResult) -> str:

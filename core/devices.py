@@ -1,4 +1,4 @@
-"""Differences between machines: torchvision's operators, the device, the memory allocator."""
+"""Differences between machines: torchvision's operators, the device, the memory allocator; a model run in batches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import functools
 import importlib.util
 import os
 import sys
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,3 +98,12 @@ def recover_memory(message: str) -> None:
 def full_precision(values: Tensor) -> Tensor:
     """Half precision as float32; float32 and float64 unchanged."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+@torch.inference_mode()
+def encode_in_batches(
+    encode: Callable[[Any], Tensor], batches: Iterable[Any], device: torch.device
+) -> Tensor:
+    """(N, D) float32 features of batches of inputs, tensors or lists of texts, on the CPU."""
+    parts = (encode(batch.to(device) if isinstance(batch, Tensor) else batch) for batch in batches)
+    return torch.cat([part.float().cpu() for part in parts])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 SWAPPED = -2
 """A text of id `SWAPPED - image_id` is the caption of that image with left and right swapped: it matches nothing."""
@@ -20,6 +21,20 @@ def match_ids(batch: dict[str, Any]) -> tuple[Any, Any]:
     """(I,) and (T,) ids that a loss compares: a batch's own, or those that images with equal captions share."""
     image, text = ("image_match", "text_match") if "image_match" in batch else ("image_id", "text_id")
     return batch[image], batch[text]
+
+
+Batch = dict[str, Any]
+"""Tensors by name: `image` (I, ...), `text`, `image_id` (I,), `text_id` (T,); the captions may be a list of texts."""
+
+
+class WholeBatch(dict[str, Any]):
+    """A complete batch: torch's own collate function looks at the first item, which is the batch itself."""
+
+    def __getitem__(self, name: Any) -> Any:
+        return self if isinstance(name, int) else super().__getitem__(name)
+
+
+default_collate_fn_map[WholeBatch] = lambda batch, **options: batch
 
 
 class ImageTextDataset(Dataset):

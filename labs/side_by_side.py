@@ -1,8 +1,4 @@
-"""Lab 2: a run on side-by-side images, each image against all C * C captions; wrong order is counted separately.
-
-`python -m labs.side_by_side RUN [RUN ...]` evaluates training, validation and test pairs of each run and writes tables,
-a figure of examples and the run's report; of several runs it prints one table by setting.
-"""
+"""Lab 2: a run on side-by-side images, each image against all C * C captions; wrong order is counted separately."""
 
 from __future__ import annotations
 
@@ -17,17 +13,15 @@ import torch.nn.functional as F
 
 from config import Config
 from core.errors import LabError
-from dataset import PairedPictures, open_dataset
+from dataset import open_dataset
 from evaluate import measure_split, report_run
-from interface.cli import Parser, one_sentence
-from metrics import as_text, with_interval
+from metrics import with_interval
 from plots.figures import captioned_images
-from reports.compare import settings_label
 from reports.gallery import load_or_encode, results_of
 from reports.report import save_table
-from sources.side_by_side import PairRanks
+from sources.side_by_side import PairedImages, PairRanks
 from training.augment import augment_parts
-from utils import Run, load_run
+from utils import Run
 
 TRAIN_PAIRS = 2000  # as many as the published figure was measured on
 FIGURES = ("top1", "top10", "top100", "top1_same", "top1_different", "swapped", "order")
@@ -37,7 +31,7 @@ FIGURES = ("top1", "top10", "top100", "top1_same", "top1_different", "swapped", 
 class PairResult:
     """A split's pairs, the ranks of their captions under a run's best model, and its metrics."""
 
-    pairs: PairedPictures
+    pairs: PairedImages
     ranks: PairRanks
     metrics: dict[str, Any]
 
@@ -86,34 +80,10 @@ def pairs_table(results: dict[str, PairResult]) -> pd.DataFrame:
     return pd.DataFrame(rows).fillna("").set_index("split")
 
 
-def settings_table(results: Sequence[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
-    """One row per preset and setting, in percent as mean ± standard deviation over seeds.
-
-    Args: results: each run with its metrics of one split, see `PairResult.metrics`.
-    Raises: LabError if there is no run.
-    """
-    if not results:
-        raise LabError("there is no finished run to compare; train one first.")
-    rows = []
-    for run, metrics in results:
-        label = f"{run.config.preset}: {settings_label(run.config)}"
-        rows.append({"setting": label, **{name: metrics[name] for name in FIGURES if name in metrics}})
-    table = {}
-    for label, group in pd.DataFrame(rows).groupby("setting", sort=False):
-        means = {name: as_text(name, group[name].mean(), std=group[name].std()) for name in group.columns[1:]}
-        table[label] = {"seeds": len(group), **means}
-    return pd.DataFrame.from_dict(table, orient="index").rename_axis("setting")
-
-
 # --- examples ---
 
 
-def compare_settings(runs: Sequence[Run], split: str) -> pd.DataFrame:
-    """`settings_table` of some runs, each evaluated on one split."""
-    return settings_table([(run, evaluate_pairs(run, (split,))[split].metrics) for run in runs])
-
-
-def caption_similarity(pairs: PairedPictures) -> pd.DataFrame:
+def caption_similarity(pairs: PairedImages) -> pd.DataFrame:
     """Mean cosine between text features: of any two captions, and of a caption and its swapped version."""
     if pairs.text_features is None:
         raise LabError("the captions' features are not cached; set text_tower_mode to 'cached'.")
@@ -174,28 +144,6 @@ def report_pairs(run: Run, *, show: bool = True) -> dict[str, PairResult]:
     report_run(run, show=show)
     last = results[list(splits)[-1]]
     save_table(pairs_table(results), results_of(run) / "tables" / "pairs")
-    save_table(last.ranks.by_class(last.pairs.pictures.names), results_of(run) / "tables" / "pairs_by_class")
+    save_table(last.ranks.by_class(last.pairs.names), results_of(run) / "tables" / "pairs_by_class")
     show_examples(last, results_of(run) / "figures" / "pair_examples.png")
     return results
-
-
-def main() -> None:
-    """Evaluate runs, print their tables and the output paths."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("folders", nargs="+", metavar="RUN", help="run folders, such as runs/paired_small_s0")
-    parser.add_argument("--data_dir", help="folder of the images (default: as trained)")
-    given = parser.parse_args()
-    with one_sentence():
-        rows = []
-        for folder in given.folders:
-            run = load_run(folder, **({"data_dir": given.data_dir} if given.data_dir else {}))
-            results = report_pairs(run)
-            print(f"\n{results_of(run)}: metrics.json, report.html, tables/, figures/")
-            print(pairs_table(results).to_string())
-            rows.append((run, list(results.values())[-1].metrics))
-        if len(rows) > 1:
-            print(f"\n{settings_table(rows).to_string()}")
-
-
-if __name__ == "__main__":
-    main()

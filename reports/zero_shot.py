@@ -19,12 +19,12 @@ from core.errors import LabError
 from plots.ranks import calibration_bins, calibration_error
 from reports.gallery import Gallery
 from reports.search import encoded
+from sources.cifar import find_cifar, read_cifar
 from sources.decode import decode_rgb
 from sources.drawing import load_scenes
 from sources.image_cache import open_images
 from sources.readers import read_captions
 from sources.scenes import Scene
-from sources.side_by_side import find_cifar, read_cifar
 from sources.table import CaptionTable, stamp
 from towers.features import PIXELS_PER_BATCH, image_features, text_features
 from training.order import evenly_spread

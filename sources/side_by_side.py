@@ -1,13 +1,14 @@
-"""Side-by-side images (lab 2): the labeled images they consist of, and the rank of the right caption among C * C."""
+"""Side-by-side images (lab 2): two labeled images in one, a caption of both, and its rank among all C * C captions."""
 
 from __future__ import annotations
 
-import pickletools
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
+
+from core.devices import encode_in_batches
 
 import numpy as np
 import pandas as pd
@@ -15,10 +16,166 @@ import torch
 from torch import Tensor
 
 from core.errors import LabError
-from core.files import read_bytes
+from core.files import fingerprint
+from core.ids import SWAPPED, Batch, ImageTextDataset, WholeBatch
 from retrieval.statistics import bootstrap_ends
-from sources.image_cache import ImageCache
-from sources.readers import read_captions
+from sources.cifar import LabeledImages
+from sources.embeddings import as_rows, row_digests
+
+CAPTIONS_AT_ONCE = 4096  # encoded together
+
+
+def pair_caption(left: str, right: str) -> str:
+    """The caption of two classes."""
+    left, right = (f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}" for name in (left, right))
+    return f"a photo of {left} and {right}"
+
+
+class PairedImages(ImageTextDataset):
+    """Two images side by side (3, S, 2S) with a caption that names both; batches as those of COCOClipDataset.
+
+    Pair `i` has its own image on the left; the image on the right is drawn by (seed, epoch, i). A pair's id is
+    left class * C + right class, so every caption that is true of a pair matches it. A batch also has `view_id`
+    (B, 2), a number for each half that is unique within the epoch, for augmenting the halves separately.
+
+    Args:
+        singles: the single images and their C classes.
+        split: its name.
+        num_pairs: pairs per epoch; None: as many as images.
+        different_class_prob: probability that the two images are of different classes.
+        seed: of the draws.
+        fixed: the same pairs in every epoch, for evaluation.
+        swapped_captions: add the captions with left and right swapped to each batch, with the ids that
+            losses.SwapMarginLoss looks for.
+        text_features: (C * C, width) of all captions in the order of ids; None: captions as text.
+    Raises: LabError if a class has too few images for such pairs.
+    """
+
+    def __init__(
+        self,
+        singles: LabeledImages,
+        *,
+        split: str = "train",
+        num_pairs: int | None = None,
+        different_class_prob: float = 0.5,
+        seed: int = 0,
+        fixed: bool = False,
+        swapped_captions: bool = False,
+        text_features: Tensor | None = None,
+    ) -> None:
+        if not 0 <= different_class_prob <= 1:
+            raise LabError(f"different_class_prob must be between 0 and 1, not {different_class_prob}.")
+        self.singles, self.names, self.split = singles, singles.names, split
+        self.num_classes = len(self.names)
+        self.captions = [pair_caption(left, right) for left in self.names for right in self.names]  # C * C
+        self.seed, self.fixed, self.epoch = seed, fixed, 0
+        self.different_class_prob, self.swapped_captions = different_class_prob, swapped_captions
+        self.text_features = text_features
+        self.left_out = dict(singles.left_out)
+        self.num_pairs = len(singles.images) if num_pairs is None else num_pairs
+        self.counts = np.bincount(singles.labels, minlength=self.num_classes)  # (C,)
+        self.starts = np.cumsum(self.counts) - self.counts
+        self.by_class = np.argsort(singles.labels, kind="stable")  # (N,) ordered by class
+        self.positions = np.argsort(self.by_class)  # (N,) of each image in by_class
+        self.lefts = np.random.default_rng(seed).permutation(len(singles.images))
+        if (self.counts[self.counts > 0] < 2).any() and different_class_prob < 1:
+            raise LabError(
+                "a class with a single image cannot form a same-class pair; set different_class_prob to 1."
+            )
+        if (self.counts > 0).sum() < 2 and different_class_prob > 0:
+            raise LabError("pairs of different classes need two classes; set different_class_prob to 0.")
+
+    def __len__(self) -> int:
+        return self.num_pairs
+
+    @property
+    def caption_match_ids(self) -> np.ndarray:
+        """(C * C,) ids of all captions, as rows of `text_features`."""
+        return np.arange(self.num_classes**2)
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes, what was left out, and a digest of the content."""
+        pixels = hashlib.sha256(self.singles.images.contiguous().numpy().tobytes()).hexdigest()
+        draws = [str(self.num_pairs), str(self.different_class_prob), str(self.fixed), str(self.seed)]
+        content = [*self.captions, *map(str, self.singles.labels.tolist()), *draws, pixels]
+        return {
+            "splits": self.split,
+            "images": len(self),
+            "captions": len(self.captions),
+            "single_images": len(self.singles.images),
+            "left_out": self.left_out,
+            "sha256": fingerprint(content),
+            "form": "raw",
+        }
+
+    @functools.cached_property
+    def image_digests(self) -> np.ndarray:
+        """(N,) uint64 digest of each single image's pixels."""
+        return row_digests(self.singles.images.flatten(1), np.arange(len(self.singles.images)))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the draws; has no effect where pairs are fixed."""
+        self.epoch = 0 if self.fixed else epoch
+
+    def pair(self, item: int) -> tuple[int, int]:
+        """Rows of the left and the right image."""
+        left = int(self.lefts[(self.epoch * self.num_pairs + item) % len(self.lefts)])
+        label = self.singles.labels[left]
+        rng = np.random.default_rng((self.seed, self.epoch, item))
+        start, count = self.starts[label], self.counts[label]
+        if rng.random() < self.different_class_prob:
+            position = rng.integers(len(self.lefts) - count)
+            position += count * (position >= start)  # past the left one's class
+        else:
+            position = start + rng.integers(count - 1)
+            position += position >= self.positions[left]  # past the left one itself
+        return left, int(self.by_class[position])
+
+    def __getitem__(self, item: int) -> Batch:
+        batch = self.__getitems__([item])
+        return {**batch, "image": batch["image"][0]}
+
+    def __getitems__(self, items: list[int]) -> Batch:
+        pairs = np.array([self.pair(item) for item in items])  # (B, 2)
+        labels = self.singles.labels[pairs]  # (B, 2)
+        ids = rows = text_id = labels[:, 0] * self.num_classes + labels[:, 1]  # (B,)
+        if self.swapped_captions:
+            mirrored = swapped(ids, self.num_classes)
+            ordered = mirrored != ids
+            rows = np.concatenate([ids, mirrored[ordered]])
+            text_id = np.concatenate([ids, SWAPPED - ids[ordered]])
+        halves = [self.singles.images[as_rows(side)] for side in pairs.T]
+        captions = [self.captions[row] for row in rows.tolist()]
+        batch = {
+            "image": torch.cat(halves, dim=3),  # (B, 3, S, 2S)
+            "text": captions if self.text_features is None else self.text_features[as_rows(rows)],
+            "image_id": torch.from_numpy(ids),
+            "text_id": torch.from_numpy(text_id),
+            "view_id": 2 * torch.tensor(items)[:, None] + torch.arange(2),
+        }
+        return WholeBatch(batch)
+
+    def ranks(self, model: Any, features: dict[str, Tensor]) -> PairRanks:
+        """The rank of every pair's caption among all captions.
+
+        Args: features: image_features (P, D) and image_id (P,), as from `utils.encode_loader`.
+        """
+        captions: Any = self.captions if self.text_features is None else self.text_features
+        starts = range(0, len(captions), CAPTIONS_AT_ONCE)
+        parts = (captions[start : start + CAPTIONS_AT_ONCE] for start in starts)
+        caption_features = encode_in_batches(model.encode_text, parts, model.logit_scale.device)
+        return rank_pairs(features["image_features"], caption_features, features["image_id"])
+
+    def metrics(
+        self, model: Any, features: dict[str, Tensor], config: Any, *, intervals: bool = False
+    ) -> dict[str, float]:
+        """`PairRanks.figures`, or with intervals `PairRanks.summary`, in place of retrieval metrics."""
+        ranks = self.ranks(model, features)
+        return ranks.summary() if intervals else ranks.figures()
+
+
+# --- Ranks and what follows from them ---
+
 
 KS = (1, 10, 100)
 ROWS_AT_ONCE = 1024  # images scored together: 40 MB against 10,000 captions
@@ -165,270 +322,3 @@ def _score(images: Tensor, captions: Tensor, own: Tensor, mirrored: Tensor) -> t
     rival = scores.scatter(1, own[:, None], -torch.inf).argmax(dim=1)
     first = torch.where(rank == 1, own, rival)
     return rank, first, (score > scores.gather(1, mirrored[:, None]))[:, 0]
-
-
-# --- CIFAR's own files, read without executing pickled code ---
-
-Read = TypeVar("Read")
-SIDE = 32
-MAX_BYTES = 2**30  # of one file; CIFAR-100's largest has 155 MB
-OBJECTS = {"_codecs encode", "numpy ndarray", "numpy dtype"} | {
-    f"numpy.{core}.multiarray _reconstruct" for core in ("core", "_core")
-}
-DAMAGE = (LookupError, ValueError, TypeError, AttributeError)
-
-
-class LabeledImages(NamedTuple):
-    """images: (N, 3, 32, 32) uint8. labels: (N,) class of each. names: the C classes. left_out: file -> cause."""
-
-    images: Tensor
-    labels: np.ndarray
-    names: list[str]
-    left_out: Mapping[str, str] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Names of a set's files by split, and of what they contain."""
-
-    folder: str
-    files: Mapping[str, tuple[str, ...]]
-    meta: str
-    labels_key: str
-    names_key: str
-
-
-LAYOUTS: Mapping[str, Layout] = {
-    "cifar10": Layout(
-        "cifar-10-batches-py",
-        {"train": tuple(f"data_batch_{n}" for n in range(1, 6)), "test": ("test_batch",)},
-        "batches.meta",
-        "labels",
-        "label_names",
-    ),
-    "cifar100": Layout(
-        "cifar-100-python",
-        {"train": ("train",), "test": ("test",)},
-        "meta",
-        "fine_labels",
-        "fine_label_names",
-    ),
-}
-
-
-def find_cifar(data_dir: str | Path) -> tuple[Path, Layout] | None:
-    """The folder of CIFAR's files, `data_dir` itself or the one torchvision makes in it; None without any."""
-    for layout in LAYOUTS.values():
-        for place in (Path(data_dir), Path(data_dir, layout.folder)):
-            if (place / layout.meta).is_file():
-                return place, layout
-    return None
-
-
-def read_cifar(data_dir: str | Path, split: str = "test") -> LabeledImages:
-    """The images of split `train` or `test`.
-
-    Raises: LabError if there are no such files, or one is damaged.
-    """
-    location = find_cifar(data_dir)
-    if location is None:
-        folders = " or ".join(layout.folder for layout in LAYOUTS.values())
-        raise LabError(f"{data_dir} has no {folders}; download CIFAR with torchvision, or fetch cifar100.")
-    folder, layout = location
-    if split not in layout.files:
-        raise LabError(f"split {split!r} does not exist; CIFAR's files have {', '.join(layout.files)}.")
-    names = _read_file(folder / layout.meta, lambda content: _names(content[layout.names_key]))
-    parts = [
-        _read_file(folder / file, lambda content: _part(content, layout.labels_key, len(names)))
-        for file in layout.files[split]
-    ]
-    images, labels = zip(*parts, strict=True)
-    return LabeledImages(torch.from_numpy(np.concatenate(images)), np.concatenate(labels), names)
-
-
-def _names(words: Any) -> list[str]:
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise ValueError("its class names are not a list of texts")
-    return [word.replace("_", " ") for word in words]
-
-
-def _part(content: Mapping[str, Any], labels_key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 3, 32, 32) pixels and (N,) labels of one file."""
-    images, labels = _pixels(content["data"]), content[labels_key]
-    known = isinstance(labels, list) and all(type(label) is int and 0 <= label < classes for label in labels)
-    if not known or len(labels) != len(images):
-        raise ValueError("it has labels without images or names")
-    return images, np.array(labels, dtype=np.int64)
-
-
-def _pixels(array: Any) -> np.ndarray:
-    """(N, 3, 32, 32) uint8 of a pickled NumPy array; its shape follows from its bytes, not from the file."""
-    _, _, dtype, fortran, data = array.state
-    if dtype.args[0] not in ("u1", "uint8"):
-        raise ValueError(f"its pixels are of type {dtype.args[0]!r}, not u1")
-    data = data.encode("latin1") if isinstance(data, str) else data
-    rows = np.frombuffer(data, dtype=np.uint8).reshape((-1, 3 * SIDE * SIDE), order="F" if fortran else "C")
-    return rows.reshape(-1, 3, SIDE, SIDE)
-
-
-def _read_file(path: Path, use: Callable[[Mapping[str, Any]], Read]) -> Read:
-    """What `use` makes of a file's content. Raises: LabError if it is not a file of CIFAR."""
-    data = read_bytes(path, MAX_BYTES)
-    try:
-        return use(_described(data))
-    except DAMAGE as error:
-        cause = str(error)[:120]
-        raise LabError(f"{path} is not one of CIFAR's files ({cause}); download the set again.") from error
-
-
-class _Object:
-    """An object in a pickle, as the file describes it; nothing is called to make it."""
-
-    def __init__(self, args: Any) -> None:
-        self.args, self.state = args, ()
-
-
-def _described(data: bytes) -> Any:
-    """What a pickle describes: dictionaries, lists, tuples, texts, numbers, and NumPy arrays as `_Object`.
-
-    pickle.Unpickler would call what the file names, reserve the sizes it states, and hash nested tuples
-    endlessly; here each of the file's operations makes at most one value of its own size.
-    """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-
-    def popped(start: int) -> list[Any]:
-        values = stack[start:]
-        del stack[start:]
-        return values
-
-    for operation, value, _ in pickletools.genops(data):
-        name = operation.name
-        if name in ("PROTO", "FRAME", "STOP"):
-            continue
-        if name == "MARK":
-            marks.append(len(stack))
-        elif name == "MEMOIZE" or name.endswith("PUT"):
-            memo[int(len(memo) if value is None else value)] = stack[-1]
-        elif name.endswith("GET"):
-            stack.append(memo[int(value or 0)])
-        elif name in CONSTANTS:
-            stack.append(CONSTANTS[name]())
-        elif name in COLLECTIONS:
-            start = len(stack) - int(name[-1]) if name[-1].isdigit() else marks.pop()
-            stack.append(COLLECTIONS[name](popped(start)))
-        elif name in ("APPEND", "APPENDS"):
-            values = popped(marks.pop() if name == "APPENDS" else len(stack) - 1)
-            stack[-1].extend(values)
-        elif name in ("SETITEM", "SETITEMS"):
-            values = popped(marks.pop() if name == "SETITEMS" else len(stack) - 2)
-            stack[-1].update(_dictionary(values))
-        elif name in ("GLOBAL", "STACK_GLOBAL"):
-            value = " ".join(popped(len(stack) - 2)) if value is None else value
-            if value not in OBJECTS:
-                raise ValueError(f"it asks for {value.replace(' ', '.')}")
-            stack.append(value)
-        elif name == "REDUCE":
-            function, args = popped(len(stack) - 2)
-            stack.append(args[0].encode("latin1") if function == "_codecs encode" else _Object(args))
-        elif name == "BUILD":
-            state = stack.pop()
-            stack[-1].state = state
-        elif isinstance(value, (str, bytes, int)):
-            stack.append(value)
-        else:
-            raise ValueError(f"it asks for the operation {name}")
-    return stack[-1]
-
-
-def _dictionary(values: list[Any]) -> dict[str, Any]:
-    if not all(isinstance(key, str) for key in values[::2]):
-        raise ValueError("a dictionary has a key that is not text")
-    return dict(zip(values[::2], values[1::2], strict=True))
-
-
-CONSTANTS: Mapping[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_DICT": dict,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-}
-COLLECTIONS: Mapping[str, Callable[[list[Any]], Any]] = {
-    "LIST": list,
-    "DICT": _dictionary,
-    **dict.fromkeys(("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"), tuple),
-}
-
-TEMPLATE = "a photo of a {left} and a {right}"
-VAL_EVERY = 10  # one in ten of each class's training images is held out if there is no val split
-
-
-def pair_caption(left: str, right: str, template: str = TEMPLATE) -> str:
-    """The caption of two classes; `a` before a name becomes `an` where English needs it."""
-    text = template
-    for side, name in (("left", left), ("right", right)):
-        article = "an" if name[0].lower() in "aeiou" else "a"
-        text = text.replace(f"a {{{side}}}", f"{article} {{{side}}}").replace(f"{{{side}}}", name)
-    return text
-
-
-def open_labeled_images(
-    data_dir: str | Path, split: str = "train", *, size: int = SIDE, cache_dir: str | Path = "cache"
-) -> LabeledImages:
-    """The images of a split; no two splits share one.
-
-    `data_dir` has CIFAR-100's or CIFAR-10's own files as torchvision stores them, or class folders as for the reader
-    `class_folders`. Without a val split, a tenth of each class's training images is used as one.
-
-    Args:
-        size: side that images of class folders are cropped and scaled to; CIFAR's are 32 x 32.
-        cache_dir: where decoded images of class folders are kept.
-    Raises: LabError if there is neither, the split does not exist, or the size is not CIFAR's.
-    """
-    if find_cifar(data_dir) is None:
-        return _read_class_folders(data_dir, split, size, cache_dir)
-    if split not in ("train", "val", "test"):
-        raise LabError(f"split {split!r} does not exist; CIFAR has train, val, test.")
-    if size != SIDE:
-        raise LabError(f"CIFAR's images are {SIDE} x {SIDE}; set image_size to {SIDE}, not {size}.")
-    return _hold_out(read_cifar(data_dir, "test" if split == "test" else "train"), split)
-
-
-def subset(images: LabeledImages, count: int) -> LabeledImages:
-    """At most `count` images, two from each class in turn, so that every remaining class can form a pair."""
-    within = np.empty(len(images.labels), dtype=np.int64)  # an image's number within its class
-    order = np.argsort(images.labels, kind="stable")
-    sizes = np.bincount(images.labels, minlength=len(images.names))
-    within[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    turns = np.lexsort([within % 2, images.labels, within // 2])
-    return _rows(images, np.sort(turns[: count - count % 2]))
-
-
-def _rows(images: LabeledImages, rows: np.ndarray) -> LabeledImages:
-    return images._replace(images=images.images[torch.from_numpy(rows)], labels=images.labels[rows])
-
-
-def _read_class_folders(data_dir: str | Path, split: str, size: int, cache_dir: str | Path) -> LabeledImages:
-    table = read_captions("class_folders", data_dir)
-    has_val = "val" in table.split_sizes()
-    part = table.split("train" if split == "val" and not has_val else split)
-    cache = ImageCache.open_or_build(part.root, part.paths, size=size, folder=Path(cache_dir) / "images")
-    good = np.setdiff1d(np.arange(len(part)), list(cache.bad))
-    names = np.unique(np.asarray(table.categories))
-    labels = np.searchsorted(names, np.asarray(part.categories)[good])
-    bad = {part.paths[row]: cause for row, cause in cache.bad.items()}
-    images = LabeledImages(cache.gather(good).contiguous(), labels, names.tolist(), bad)
-    return images if has_val else _hold_out(images, split)
-
-
-def _hold_out(images: LabeledImages, split: str) -> LabeledImages:
-    """Of training images those of `train`, or of `val`, which has the tenth, twentieth ... of each class."""
-    if split not in ("train", "val"):
-        return images
-    held = np.zeros(len(images.labels), dtype=bool)
-    for label in range(len(images.names)):
-        held[np.flatnonzero(images.labels == label)[VAL_EVERY - 1 :: VAL_EVERY]] = True
-    return _rows(images, np.flatnonzero(held == (split == "val")))

@@ -11,11 +11,11 @@ import hashlib
 import json
 import shutil
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.devices import get_device, reuse_freed_memory
+from core.devices import encode_in_batches, get_device, reuse_freed_memory
 
 import numpy as np
 import torch
@@ -144,15 +144,6 @@ WHOLE = (0, 1)
 PIXELS_PER_BATCH = {
     "cpu": 4 * 224**2
 }  # activations fit the processor's cache: 2.5 to 3.6 times as fast as 64 images
-
-
-@torch.inference_mode()
-def encode_in_batches(
-    encode: Callable[[Any], Tensor], batches: Iterable[Any], device: torch.device
-) -> Tensor:
-    """(N, D) float32 features of batches of inputs, tensors or lists of texts, on the CPU."""
-    parts = (encode(batch.to(device) if isinstance(batch, Tensor) else batch) for batch in batches)
-    return torch.cat([part.float().cpu() for part in parts])
 
 
 def encode_texts(tower: TextTower, texts: Sequence[str], bar: tqdm | None = None) -> Tensor:
