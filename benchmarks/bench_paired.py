@@ -62,9 +62,9 @@ def settings_table(results: Sequence[tuple[Run, dict[str, Any]]]) -> pd.DataFram
         label = f"{run.config.preset}: {settings_label(run.config)}"
         rows.append({"setting": label, **{name: metrics[name] for name in FIGURES if name in metrics}})
     table = {}
-    for label, group in pd.DataFrame(rows).groupby("setting", sort=False):
+    for setting, group in pd.DataFrame(rows).groupby("setting", sort=False):
         means = {name: as_text(name, group[name].mean(), std=group[name].std()) for name in group.columns[1:]}
-        table[label] = {"seeds": len(group), **means}
+        table[str(setting)] = {"seeds": len(group), **means}
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("setting")
 
 
@@ -85,8 +85,8 @@ def verdicts(rows: list[tuple[Run, dict[str, Any]]]) -> None:
     )
     for sides, names in (((plain, full), ("plain", "full")), ((full, margin), ("no margin", "margin"))):
         for name in ("top1", "swapped"):
-            values = [[metrics[name] for metrics in side] for side in sides]
-            print(f"{name}: {compare_settings(*values, names=names).verdict}")
+            first, second = ([metrics[name] for metrics in side] for side in sides)
+            print(f"{name}: {compare_settings(first, second, names).verdict}")
 
 
 def main() -> None:
