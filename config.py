@@ -95,6 +95,9 @@ class Config(BaseModel):
     # --- experiment ---
     preset: str = "coco_resnet50"
     """Preset that these settings started from; set by make_config."""
+    settings_file: str | None = Field(None, pattern=r"^[\w-]{1,60}:[0-9a-f]{6}$")
+    """Name of the settings file and a digest of its settings, which name a run instead of the preset; set by
+    load_config."""
     seed: int = Field(0, ge=0, lt=1 << 32)
     """Seed of initial weights, data order, dropout and augmentation."""
     split_seed: int = Field(0, ge=0, lt=1 << 32)
@@ -413,7 +416,8 @@ class Config(BaseModel):
     def changes(self) -> dict[str, Any]:
         """Fields that differ from the preset's, as JSON values."""
         values = self.model_dump(mode="json")
-        return {name: values[name] for name in self.differences(make_config(self.preset))}
+        changed = self.differences(make_config(self.preset)).keys() - {"settings_file"}
+        return {name: values[name] for name in values if name in changed}
 
     def split_groups(self) -> list[tuple[str, ...]]:
         """The splits in use: those for training together, those for validation together, each test split."""
@@ -517,8 +521,8 @@ FLAGS: dict[str, str] = {"use_batch_norm": "bn", "use_attention_pooling": "attn"
 """The flags that are part of a run's name, and their short forms."""
 
 NOT_IN_NAME = frozenset(
-    "preset seed source data_dir cache_dir runs_dir checkpoint_dir karpathy_file annotation_file image_root "
-    "test_splits device precision micro_batch_size deterministic gradient_checkpointing num_workers "
+    "preset settings_file seed source data_dir cache_dir runs_dir checkpoint_dir karpathy_file annotation_file "
+    "image_root test_splits device precision micro_batch_size deterministic gradient_checkpointing num_workers "
     "checkpoint_minutes keep_every_epochs trackers recall_ks".split()
 )
 """Fields that are not part of a run's name: folders, machine, and what is only reported."""
@@ -541,7 +545,7 @@ def make_config(
     return config
 
 
-NAMES_IN_FILES = (*Config.model_fields, "base_data_dir", "fast_run")
+NAMES_IN_FILES = (*Config.model_fields, *REMOVED, "base_data_dir", "fast_run")
 
 
 def run_file(folder: str | Path) -> Path:
@@ -557,20 +561,43 @@ def run_file(folder: str | Path) -> Path:
 def load_config(path: str | Path, **overrides: Any) -> Config:
     """Read a YAML or JSON file, flat or with one level of sections; it starts from its `preset`, or `quickstart`.
 
-    Files with the names of other labs are read too, see core/aliases.yaml.
+    Files with the names of other labs are read too, see core/aliases.yaml. A run of exactly these settings is named
+    after the file, unless that is called config or best_config.
 
     Raises: LabError if the file is missing, not a mapping, or contains an unknown field or one twice.
     """
-    return make_config(**{**read_settings(path, NAMES_IN_FILES), **overrides})
+    values = read_settings(path, NAMES_IN_FILES)
+    config = make_config(**{**values, **overrides})
+    name = re.sub(r"[^\w-]+", "_", Path(path).stem)[:60]
+    if "settings_file" not in values and name not in ("config", "best_config"):
+        config.settings_file = f"{name}:{settings_digest(make_config(**values))}"
+    return config
+
+
+def _changed(config: Config) -> dict[str, Any]:
+    """The fields that change results, other than flags, where they differ from the preset's."""
+    return {name: value for name, value in config.changes().items() if name not in {*NOT_IN_NAME, *FLAGS}}
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def settings_digest(config: Config) -> str:
+    """Digest of the preset and of everything else that changes results, flags and seed aside."""
+    return _digest([config.preset, _changed(config)])
 
 
 def run_name(config: Config) -> str:
-    """Name of the run's folder: `{preset}{flags}[_{hash of the other fields that change results}]_s{seed}`."""
+    """Name of the run's folder: `{preset}{flags}[_{hash of the other fields that change results}]_s{seed}`.
+
+    The name of a settings file stands in place of the preset, and without a hash where nothing else is changed.
+    """
     flags = "".join(f"_{short}" for field, short in FLAGS.items() if config[field])
-    excluded = {*NOT_IN_NAME, *FLAGS}
-    changed = {name: value for name, value in config.changes().items() if name not in excluded}
-    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6]
-    return f"{config.preset}{flags}{f'_{digest}' if changed else ''}_s{config.seed}"
+    changed = _changed(config)
+    file, _, digest = (config.settings_file or "").partition(":")
+    is_plain = digest == settings_digest(config) if file else not changed
+    return f"{file or config.preset}{flags}{'' if is_plain else f'_{_digest(changed)}'}_s{config.seed}"
 
 
 DEFAULT_CONFIG = make_config("coco_resnet50")

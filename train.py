@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from config import Config, make_config, run_name
+from config import Config, make_config, run_name, settings_digest
 from core.errors import LabError, StoppedAtOnceError, choose, nearest
 from core.files import atomic_path, file_digest, write_json, write_text
 from core.tensor_files import load_tensors, save_tensors
@@ -135,6 +135,7 @@ class RunPlan:
                 raise
             print(f"{error} It is written again from the last checkpoint.")
             return False
+        self._check_settings(run.config, self.folder)
         if not run.finished or self.config.data_dir.exists() or {"train_set", "val_set"} <= self.own.keys():
             self.open_data()
         self._check_origin(run.training, str(self.folder))
@@ -182,14 +183,26 @@ class RunPlan:
                 )
         return ""
 
+    def _check_settings(self, theirs: Config, what: Path) -> None:
+        """Raises: LabError if a run named after a settings file was started before the file was changed."""
+        if self.config.settings_file and settings_digest(theirs) != settings_digest(self.config):
+            raise LabError(
+                f"{what} was trained with other settings than its file has now: {self._differing(theirs)}; save the "
+                "file under another name, or set resume to 'never' to train again from the start."
+            )
+
+    def _differing(self, theirs: Config) -> str:
+        differences = self.config.differences(theirs).items()
+        return ", ".join(f"{n} ({b} there, {a} here)" for n, (a, b) in differences if n != "settings_file")
+
     def _check_same(self, state: dict[str, Any], path: Path) -> None:
         """Raises: LabError if a checkpoint is another configuration's, with the fields that differ."""
         if state["run"] != self.folder.name:
-            theirs = Config(**state["config"])
-            fields = [f"{n} ({b} there, {a} here)" for n, (a, b) in self.config.differences(theirs).items()]
             raise LabError(
-                f"{path} belongs to another configuration: {', '.join(fields)}; set resume to 'never'."
+                f"{path} belongs to another configuration: {self._differing(Config(**state['config']))}; set resume "
+                "to 'never'."
             )
+        self._check_settings(Config(**state["config"]), path)
         self._check_origin(state, str(path))
         if change := self._other_form(state["data"]):
             raise LabError(f"{path} {change}")

@@ -14,13 +14,14 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NoReturn
 
+import yaml
 from pydantic import create_model
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
-from config import GROUPS, NAMES_IN_FILES, Config, make_config, run_file
+from config import GROUPS, Config, load_config, make_config, run_file, run_name
 from core.errors import LabError, nearest
 from core.presets import NAMES, START
-from core.settings_files import read_settings
+from core.settings_files import names_of_flags, translate
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,8 +65,8 @@ def run_command(
 ) -> None:
     """Call `command(config, **options)` with the values of the command line; bad input ends in one sentence.
 
-    Every field of Config is a flag. Settings start from `--preset NAME` (`quickstart`), then a file, given by
-    `--config` or as the first word, and the flags last.
+    Every field of Config is a flag, and so are other labs' names of fields. Settings start from `--preset NAME`
+    (`quickstart`), then a file, given by `--config` or as the first word, and the flags last.
 
     Args:
         command: a function, or its `module.name`, imported only when the flags are read.
@@ -93,7 +94,12 @@ def parse_config(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple
     parser.add_argument(
         "--base_data_dir", help="folder that data_dir, cache_dir, runs_dir and image_root are relative to"
     )
-    fields: dict[str, Any] = {name: (field.annotation, field) for name, field in Config.model_fields.items()}
+    arguments, other_names = _take_other_names(parser, arguments)
+    fields: dict[str, Any] = {
+        name: (field.annotation, field)
+        for name, field in Config.model_fields.items()
+        if name != "settings_file"
+    }
     try:
         source: Any = CliSettingsSource(
             create_model("Flags", __base__=BaseSettings, **fields),
@@ -105,8 +111,32 @@ def parse_config(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple
         raise LabError(f"the command line cannot be read: {str(error)[:200]}.") from error
     given = vars(parser.parse_args(arguments))
     file = given["config_flag"] or given["config_file"]
-    base = {"base_data_dir": given["base_data_dir"]} if given["base_data_dir"] else {}
-    return make_config(**{**(read_settings(file, NAMES_IN_FILES) if file else {}), **source(), **base}), given
+    flags = {**source(), **other_names}
+    preset = flags.get("preset", load_config(file).preset if file else START)
+    values = translate({"model": flags}, Config.model_fields, "the command line", preset)
+    if values.get("preset", preset) != preset:
+        values = translate({"model": flags}, Config.model_fields, "the command line", values["preset"])
+    if "image_width" in values and "embed_dim" in flags:
+        print(
+            f"--embed_dim {flags['embed_dim']} is the width of the image tower; the joint space is --output_dim."
+        )
+    if given["base_data_dir"]:
+        values["base_data_dir"] = given["base_data_dir"]
+    return load_config(file, **values) if file else make_config(**values), given
+
+
+def _take_other_names(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[list[str], dict[str, Any]]:
+    """The arguments without flags that are other labs' names of settings, and these by name."""
+    taken = {flag.removeprefix("--") for flag in parser._option_string_actions} | Config.model_fields.keys()
+    others = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names_of_flags() - taken:
+        others.add_argument(
+            f"--{name}", nargs="?", const=True, default=argparse.SUPPRESS, type=yaml.safe_load
+        )
+    values, rest = others.parse_known_args(arguments)
+    return rest, vars(values)
 
 
 def _defaults(arguments: list[str]) -> Config:
@@ -267,12 +297,23 @@ def evaluate(arguments: list[str] | None = None) -> None:
     if words and words[0] not in (*verbs.choices, "-h", "--help"):
         words = ["run", *words]
     given = parser.parse_args(words)
-    if not hasattr(given, "folders"):
-        with one_sentence():
-            run_file(given.folder)
     values = {place: vars(given).pop(place) for place in places}
     given.places = {place: value for place, value in values.items() if value is not None}
+    with one_sentence():
+        if "folders" in given:
+            given.folders = [_run_folder(folder) for folder in given.folders]
+        else:
+            given.folder = _run_folder(given.folder)
+            run_file(given.folder)
     _call(given)
+
+
+def _run_folder(word: str) -> str:
+    """A run's folder; a settings file stands for the run that train.py makes of it."""
+    if not word.endswith((".yaml", ".yml", ".json")):
+        return word
+    config = load_config(word)
+    return str(config.runs_dir / run_name(config))
 
 
 def _verb(verbs: Any, name: str, function: str, text: str) -> argparse.ArgumentParser:

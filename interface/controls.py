@@ -152,12 +152,12 @@ NUMBERS: dict[Any, type[widgets.Widget]] = {int: widgets.IntText, float: widgets
 
 
 def field_groups() -> dict[str, str]:
-    """Every field but the preset, with the title of its group."""
+    """Every field that a person sets, with the title of its group."""
     groups, group = {}, ""
     for name in Config.model_fields:
         group = GROUPS.get(name, group)
         groups[name] = group
-    return {name: group for name, group in groups.items() if name != "preset"}
+    return {name: group for name, group in groups.items() if name not in ("preset", "settings_file")}
 
 
 def help_of(name: str) -> str:

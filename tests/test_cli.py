@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from config import GROUPS, Config, make_config
-from interface.cli import run_command
+from config import GROUPS, Config, load_config, make_config
+from interface.cli import evaluate, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,7 +44,7 @@ def test_all_places_move_together():
 
 @pytest.mark.parametrize("words", [("{}",), ("--config", "{}")])
 def test_a_file_comes_before_flags(tmp_path, words):
-    path = tmp_path / "my.yaml"
+    path = tmp_path / "config.yaml"
     path.write_text("preset: flickr8k\nbatch_size: 32\nseed: 5\n")
     config, _ = called(*(word.format(path) for word in words), "--seed", "6")
     assert config == make_config("flickr8k", batch_size=32, seed=6)
@@ -72,6 +72,61 @@ def test_mistakes_end_in_one_sentence(words, message, capsys):
     assert message in said
     assert "Traceback" not in said
     assert stop.value.code != 0
+
+
+@pytest.mark.parametrize(
+    ("words", "preset", "fields"),
+    [
+        (
+            "--config_type enhanced --embed_dim 512 --num_layers 4 --num_heads 8",
+            "paired_cifar",
+            {"image_width": 512, "image_num_layers": 4, "image_num_heads": 8, "embed_dim": 512},
+        ),
+        (
+            "--preset paired_small --embed_dim 64 --output_dim 32",
+            "paired_small",
+            {"image_width": 64, "embed_dim": 32},
+        ),
+        (
+            "--preset projection_heads --embed_dim 64 --num_heads=2",
+            "projection_heads",
+            {"embed_dim": 64, "head_num_heads": 2},
+        ),
+        (
+            "--preset paired_small --use_augmentation --different_class_prob 0.7",
+            "paired_small",
+            {"augment_flip": 0.5, "different_class_prob": 0.7},
+        ),
+        (
+            "--preset retrieval_finetune --epochs 3 --output_dir my_models --freeze_text_encoder true",
+            "retrieval_finetune",
+            {"num_epochs": 3, "runs_dir": Path("my_models"), "text_tower_mode": "frozen"},
+        ),
+        (
+            "--preset clip_from_scratch --text_depth 6 --depth 10 --mlp_ratio 2.0",
+            "clip_from_scratch",
+            {"text_num_layers": 6, "image_num_layers": 10, "image_mlp_ratio": 2, "text_mlp_ratio": 2},
+        ),
+    ],
+)
+def test_names_of_other_labs_are_flags(words, preset, fields, tmp_path):
+    config, _ = called(*words.split(), "--data_dir", str(tmp_path))
+    assert config.preset == preset
+    assert {name: config[name] for name in fields} == fields
+
+
+def test_a_settings_file_stands_for_its_run(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("interface.cli._function", lambda name: lambda **given: calls.append(given))
+    path = tmp_path / "my.yaml"
+    path.write_text(f"preset: flickr8k\nruns_dir: {tmp_path}\n")
+    with pytest.raises(SystemExit, match="my_s0 is not a run's folder"):
+        evaluate([str(path)])
+    load_config(path).save(tmp_path / "my_s0" / "config.yaml")
+    evaluate([str(path), "--comprehensive"])
+    evaluate(["compare", str(path), "runs/other_s0"])
+    assert calls[0]["folder"] == str(tmp_path / "my_s0")
+    assert calls[1]["folders"] == [str(tmp_path / "my_s0"), "runs/other_s0"]
 
 
 def test_a_redirected_stdout_of_another_encoding_stops_nothing(monkeypatch):

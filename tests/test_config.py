@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -81,11 +82,9 @@ def test_files_flat_and_sectioned_load_alike(tmp_path):
     sections.write_text(
         json.dumps({"preset": "flickr8k", "model": {"use_batch_norm": True}, "fit": {"batch_size": 64}})
     )
-    assert (
-        load_config(flat)
-        == load_config(sections)
-        == make_config("flickr8k", batch_size=64, use_batch_norm=True)
-    )
+    expected = make_config("flickr8k", batch_size=64, use_batch_norm=True)
+    assert load_config(flat).changes() == load_config(sections).changes() == expected.changes()
+    assert load_config(flat).preset == load_config(sections).preset == "flickr8k"
     saved = make_config("quickstart", seed=3).save(tmp_path / "saved.yaml")
     assert load_config(saved) == make_config("quickstart", seed=3)
 
@@ -144,7 +143,7 @@ def test_run_names_tell_settings_and_seeds_apart():
 
 
 def test_a_file_without_preset_means_the_same_everywhere(tmp_path):
-    path = tmp_path / "my.yaml"
+    path = tmp_path / "config.yaml"
     path.write_text("num_epochs: 3\n")
     assert load_config(path) == make_config(num_epochs=3) == make_config("quickstart", num_epochs=3)
     assert load_config(path, preset="flickr8k") == make_config("flickr8k", num_epochs=3)
@@ -272,3 +271,20 @@ def test_other_names_of_fields_in_files(tmp_path):
     config = load_config(path)
     assert (config.head_hidden_dim, config.head_num_layers) == (64, 1)
     assert (config.image_tower_mode, config.text_tower_mode) == ("frozen", "trainable")
+
+
+def test_a_run_of_a_settings_file_is_named_after_it(tmp_path):
+    path = tmp_path / "my heads.yaml"
+    path.write_text("preset: flickr8k\nimage_head: clip\ntext_head: clip\n")
+    config = load_config(path)
+    assert run_name(config) == "my_heads_s0"
+    assert run_name(load_config(path, seed=2, data_dir="elsewhere", use_batch_norm=True)) == "my_heads_bn_s2"
+    changed = run_name(config.updated(num_epochs=3))
+    assert changed == run_name(load_config(path, num_epochs=3))
+    assert re.fullmatch(r"my_heads_[0-9a-f]{6}_s0", changed)
+    saved = config.save(tmp_path / "config.yaml")
+    assert load_config(saved) == config
+    plain = tmp_path / "best_config.yaml"
+    plain.write_text("preset: flickr8k\n")
+    assert run_name(load_config(plain)) == "flickr8k_s0"
+    assert run_name(load_config(path, preset="quickstart")) != "my_heads_s0"

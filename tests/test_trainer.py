@@ -152,7 +152,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_training(tmp_path, mo
 
 
 def test_fields_of_earlier_versions_are_read_or_refused(tmp_path):
-    path = tmp_path / "old.yaml"
+    path = tmp_path / "config.yaml"
     path.write_text("tensorboard: true\ncompile: false\nallow_tf32: true\nschedule_cycles: 3\n")
     assert load_config(path) == make_config("quickstart", trackers=("tensorboard",))
     assert make_config(tensorboard=False) == make_config(trackers="none")
@@ -484,3 +484,18 @@ def test_collapsed_features_warn():
     ) as told:
         monitor.after_validation(found, 50)
     assert (told[0].filename, told[0].lineno) == ("quickstart_s0", 50)
+
+
+def test_a_settings_file_that_changed_is_not_the_run_it_made(small, tmp_path):
+    path = small.updated(num_epochs=1).save(tmp_path / "mine.yaml")
+    text = path.read_text().replace("settings_file: null\n", "")
+    path.write_text(text)
+    run = fit(load_config(path), show=False)
+    assert run.name == "mine_s0"
+    assert fit(load_config(path), show=False).finished
+    path.write_text(text.replace("learning_rate: 0.001", "learning_rate: 0.01"))
+    with pytest.raises(
+        LabError, match=r"mine_s0 was trained with other settings .*learning_rate \(0.001 there, 0.01"
+    ):
+        fit(load_config(path), show=False)
+    assert fit(load_config(path), show=False, resume="never").config.learning_rate == 0.01
