@@ -173,10 +173,10 @@ def lay_out_cache(root: Path, paths: tuple[str, ...], folder: Path) -> None:
     cache_folder = folder / f"images_{SIZE}px_crop_{source.key[:16]}_raw"
     cache_folder.mkdir(parents=True)
     store = source.store(cache_folder, "raw")
-    finished = np.ones(len(paths), dtype=bool)
-    store.prepare(finished)
-    digests = np.tile(np.array([1, zlib.crc32(bytes(SIZE * SIZE * 3))], dtype="<u8"), (len(paths), 1))
-    image_cache.write_finished(store, digests, finished)
+    store.prepare()
+    store.digests[:] = 1, zlib.crc32(bytes(SIZE * SIZE * 3))
+    store.finished[:] = True
+    store.checkpoint()
     image_cache.write_header(cache_folder, source, "raw", {})
 
 

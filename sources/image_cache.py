@@ -11,7 +11,7 @@ import shutil
 import time
 import zlib
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -37,15 +37,16 @@ from sources.table import CaptionTable, stamp
 
 
 JPEG_QUALITY = 90
+HEADER, BITMAP, CONTENTS, SPANS = "header.json", "finished.bits", "rows.u64", "table.i64"
 
 
 class RawStore:
-    """N square images in one file, as pixels by row: written by several processes, flushed by one, then read."""
+    """The files of a cache: N square images as pixels by row, which rows are finished, and their digests."""
 
     file_name = "pictures.u8"
 
     def __init__(self, folder: Path, count: int, size: int) -> None:
-        self.path = folder / self.file_name
+        self.folder, self.path = folder, folder / self.file_name
         self.shape = (count, size, size, 3)
 
     @staticmethod
@@ -53,43 +54,71 @@ class RawStore:
         """Disk space that an image of this side takes."""
         return size * size * 3
 
-    def present(self) -> np.ndarray:
-        """(N,) bool: rows that are inside the file."""
-        return np.arange(self.shape[0]) < file_length(self.path) // self.bytes_per_image(self.shape[1])
-
-    def prepare(self, done: np.ndarray) -> None:
-        """Make the file ready for the rows that are not `done`."""
-        with open(self.path, "ab") as file:
-            file.truncate(math.prod(self.shape))  # sparse until rows are written
-
-    def span(self, row: int) -> tuple[int, int]:
-        """Start and length of a row's bytes."""
-        length = math.prod(self.shape[1:])
-        return row * length, length
-
-    def stored(self, row: int) -> memoryview:
-        """A row's bytes as they are on disk."""
-        start, length = self.span(row)
-        return memoryview(self.map)[start : start + length]
-
-    @cached_property
-    def map(self) -> mmap.mmap:
-        """The finished file."""
-        with open(self.path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
     @staticmethod
     def encode(image: np.ndarray) -> bytes:
         """The bytes that are stored of an image."""
         return image.tobytes()
 
-    def write_in_worker(self, row: int, data: bytes) -> bytes:
-        """Write a row where several processes can; returns the bytes that are left to the parent."""
-        self.write(self.span(row)[0], data)
-        return b""
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """(N, 2) uint64: the digest of each image's file, and the CRC-32 of its stored bytes."""
+        return self._read_numbers(CONTENTS, "<u8")
 
-    def write_in_parent(self, row: int, data: bytes) -> None:
-        """Write the bytes that `write_in_worker` returned."""
+    @cached_property
+    def spans(self) -> np.ndarray:
+        """(N, 2) int64: start and length of each row's bytes."""
+        length = math.prod(self.shape[1:])
+        return np.stack([np.arange(self.shape[0]) * length, np.full(self.shape[0], length)], axis=1)
+
+    @cached_property
+    def finished(self) -> np.ndarray:
+        """(N,) bool: rows that the bitmap says are on disk, and that are inside the files there."""
+        path, count = self.folder / BITMAP, self.shape[0]
+        if file_length(path) != (count + 7) // 8 or file_length(self.folder / CONTENTS) != 16 * count:
+            return np.zeros(count, dtype=bool)
+        bits = np.unpackbits(np.fromfile(path, dtype=np.uint8), count=count).astype(bool)
+        return bits & (self.spans[:, 1] > 0) & (self.spans.sum(axis=1) <= file_length(self.path))
+
+    def _read_numbers(self, name: str, dtype: str) -> np.ndarray:
+        """(N, 2) of a file of 8-byte numbers; zeros where it does not have as many."""
+        if file_length(self.folder / name) != 16 * self.shape[0]:
+            return np.zeros((self.shape[0], 2), dtype=dtype)
+        return np.fromfile(self.folder / name, dtype=dtype).reshape(-1, 2)
+
+    def _write_array(self, name: str, array: np.ndarray) -> None:
+        with atomic_path(self.folder / name) as beside:
+            beside.write_bytes(array.tobytes())  # tofile ignores a full disk
+
+    @cached_property
+    def map(self) -> mmap.mmap:
+        """The file of the images."""
+        with open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def stored(self, row: int) -> memoryview:
+        """A row's bytes as they are on disk."""
+        start, length = self.spans[row].tolist()
+        return memoryview(self.map)[start : start + length]
+
+    def is_whole(self, row: int) -> bool:
+        """Whether a row's bytes are those that were written."""
+        return zlib.crc32(self.stored(row)) == self.digests[row, 1]
+
+    def prepare(self) -> None:
+        """Keep the finished rows that are whole, and make the file ready for the others."""
+        for row in np.flatnonzero(self.finished).tolist():
+            self.finished[row] = self.is_whole(row)
+        self.write_index()  # before a file that was cut gets its full length again
+        with open(self.path, "ab") as file:
+            file.truncate(self._length())
+
+    def _length(self) -> int:
+        return math.prod(self.shape)  # sparse until rows are written
+
+    def put(self, row: int, data: bytes, digests: tuple[int, int]) -> None:
+        """Write a row, which `checkpoint` then marks as finished on disk."""
+        self.write(self.spans[row, 0], data)
+        self.digests[row], self.finished[row] = digests, True
 
     def write(self, start: int, data: bytes) -> None:
         # no memory map: on a full disk writing to one is a SIGBUS, here it is an OSError
@@ -97,67 +126,56 @@ class RawStore:
             file.seek(start)
             file.write(data)
 
-    def flush(self) -> None:
-        """Everything written so far reaches the disk, whichever process wrote it."""
+    def checkpoint(self) -> None:
+        """The rows reach the disk before the bitmap that names them."""
         with open(self.path, "r+b") as file:
             os.fsync(file.fileno())
+        self.write_index()
+
+    def write_index(self) -> None:
+        self._write_array(CONTENTS, self.digests)
+        self._write_array(BITMAP, np.packbits(self.finished))
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """(B, S, S, 3) uint8."""
         if hasattr(mmap, "MADV_WILLNEED"):  # ask for all rows at once: 5 times as fast from a cold SSD
-            for row in rows.tolist():
-                start, length = self.span(row)
+            for start, length in self.spans[rows].tolist():
                 before = start % mmap.PAGESIZE
                 self.map.madvise(mmap.MADV_WILLNEED, start - before, length + before)
         return np.frombuffer(self.map, dtype=np.uint8).reshape(self.shape)[rows]
 
 
 class JpegStore(RawStore):
-    """One JPEG per image, in the order they were finished, and a table (N, 2) of starts and lengths."""
+    """One JPEG per image, in the order they were finished."""
 
     file_name = "pictures.jpegs"
-
-    @property
-    def table_path(self) -> Path:
-        return self.path.with_name("table.i64")
-
-    @cached_property
-    def table(self) -> np.ndarray:
-        return _read_numbers(self.table_path, "<i8", self.shape[0])
 
     @staticmethod
     def bytes_per_image(size: int) -> int:
         # generous: Flickr8k at 224 px took 0.35 bytes per pixel, tables included
         return size * size // 2 + 700
 
-    def present(self) -> np.ndarray:
-        return (self.table[:, 1] > 0) & (self.table.sum(axis=1) <= file_length(self.path))
-
-    def prepare(self, done: np.ndarray) -> None:
-        self.table[~done] = 0
-        self.end = int(self.table.sum(axis=1).max())
-        with open(self.path, "ab") as file:
-            file.truncate(self.end)  # rows behind it are not marked as finished
-
-    def span(self, row: int) -> tuple[int, int]:
-        start, length = self.table[row].tolist()
-        return start, length
-
     @staticmethod
     def encode(image: np.ndarray) -> bytes:
         return simplejpeg.encode_jpeg(image, quality=JPEG_QUALITY, colorsubsampling="420")
 
-    def write_in_worker(self, row: int, data: bytes) -> bytes:
-        return data
+    @cached_property
+    def spans(self) -> np.ndarray:
+        return self._read_numbers(SPANS, "<i8")
 
-    def write_in_parent(self, row: int, data: bytes) -> None:
-        self.write(self.end, data)
-        self.table[row] = self.end, len(data)
+    def _length(self) -> int:
+        self.spans[~self.finished] = 0
+        self.end = int(self.spans.sum(axis=1).max())
+        return self.end
+
+    def put(self, row: int, data: bytes, digests: tuple[int, int]) -> None:
+        self.spans[row] = self.end, len(data)
         self.end += len(data)
+        super().put(row, data, digests)
 
-    def flush(self) -> None:
-        super().flush()
-        _write_array(self.table_path, self.table)
+    def write_index(self) -> None:
+        self._write_array(SPANS, self.spans)
+        super().write_index()
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         images = np.empty((len(rows), *self.shape[1:]), dtype=np.uint8)  # (B, S, S, 3)
@@ -171,25 +189,11 @@ class JpegStore(RawStore):
             try:
                 simplejpeg.decode_jpeg(self.stored(row), buffer=image)
             except ValueError as error:
-                raise LabError(
-                    f"{self.path} is damaged ({error}); delete its folder and run again."
-                ) from error
+                raise DamagedFileError(self.path, str(error), "delete its folder and run again") from error
 
 
 def file_length(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _read_numbers(path: Path, dtype: str, count: int) -> np.ndarray:
-    """(count, 2) of a file of 8-byte numbers; zeros where it does not have as many."""
-    if file_length(path) != 16 * count:
-        return np.zeros((count, 2), dtype=dtype)
-    return np.fromfile(path, dtype=dtype).reshape(count, 2)
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    with atomic_path(path) as beside:
-        beside.write_bytes(array.tobytes())  # tofile ignores a full disk
 
 
 FORMS: dict[str, type[RawStore]] = {"raw": RawStore, "jpeg": JpegStore}
@@ -204,8 +208,7 @@ VERSIONS = {
     "simplejpeg": simplejpeg.__version__,
     "reads": " ".join(FORMATS),
 }
-HEADER, BITMAP, CONTENTS = "header.json", "finished.bits", "rows.u64"
-INDEX_FILES = (BITMAP, CONTENTS, "table.i64")
+INDEX_FILES = (BITMAP, CONTENTS, SPANS)
 CHECKPOINT_SECONDS = 5.0  # a kill loses at most this much work
 ROWS_PER_TASK = 16
 DISK_MARGIN = 1.05  # free space that a build needs, as a multiple of what is still to be written
@@ -245,13 +248,9 @@ class ImageCache:
         self._checked = np.zeros(header["count"], dtype=bool)
 
     @cached_property
-    def _digests(self) -> np.ndarray:
-        return _read_numbers(self.folder / CONTENTS, "<u8", len(self))
-
-    @cached_property
     def contents(self) -> np.ndarray:
         """(N,) uint64 digest of each image file's bytes: equal for equal files, whatever their path; 0 for bad ones."""
-        return self._digests[:, 0].copy()
+        return self._store.digests[:, 0].copy()
 
     @property
     def identity(self) -> str:
@@ -293,21 +292,17 @@ class ImageCache:
         source = Source(str(root), tuple(paths), size, resize)
         if not source.paths:
             raise LabError("an image cache needs at least one image; the list of paths is empty.")
-        forms = [form for form in FORMS if jpeg is None or jpeg == (form == "jpeg")]
         name = f"images_{size}px_{resize}_{source.key[:16]}"
-        folders = {form: Path(folder) / f"{name}_{form}" for form in forms}
-        finished = _find_usable(folders, source)
-        if finished is None:
+        forms = [form for form in FORMS if jpeg is None or jpeg == (form == "jpeg")]
+        folders = {form: make_folder(folder) / f"{name}_{form}" for form in forms}
+        form, finished, message = _choose_form(folders, source)
+        if not finished:
             waiting = "Another process is building this image cache; waiting for it." if progress else ""
             with locked(Path(folder) / f"{name}.lock", waiting=waiting):
-                finished = _find_usable(folders, source)  # by the process that was waited for
-                if finished is None:
-                    form = _choose_form(folders, source, progress)
-                    finished = folders.pop(form)
-                    _build(source, finished, form, num_workers, progress)
-                    for other in folders.values():
-                        shutil.rmtree(other, ignore_errors=True)
-        cache = cls(finished, source)
+                form, finished, message = _choose_form(folders, source)
+                if not finished:
+                    _build(source, folders, form, message, num_workers, progress)
+        cache = cls(folders[form], source)
         if cache.bad and progress:
             causes = ", ".join(f"{cause}: {n:,}" for cause, n in Counter(cache.bad.values()).most_common())
             print(
@@ -335,7 +330,7 @@ class ImageCache:
             row = int(index[~self._good[index]][0])
             raise LabError(f"row {row} has no image ({self.bad[row]}); leave out the rows in `bad`.")
         for row in index[~self._checked[index]].tolist():
-            if zlib.crc32(self._store.stored(row)) != self._digests[row, 1]:
+            if not self._store.is_whole(row):
                 self._repair(row)
             self._checked[row] = True
         return torch.from_numpy(self._store.read(index)).permute(0, 3, 1, 2)  # (B, 3, S, S)
@@ -349,10 +344,9 @@ class ImageCache:
         try:
             image = decode_rgb(os.path.join(source.root, source.paths[row]), source.size, source.resize)
             data = store.encode(np.ascontiguousarray(image))
-            if zlib.crc32(data) != self._digests[row, 1]:
+            if zlib.crc32(data) != store.digests[row, 1]:
                 raise DamagedFileError(store.path, f"{source.paths[row]}, whose file has changed", advice)
-            store.write(store.span(row)[0], data)
-            store.flush()
+            store.write(store.spans[row, 0], data)
         except (UndecodableImage, OSError) as error:
             raise DamagedFileError(store.path, f"{source.paths[row]}: {error}", advice) from error
         print(f"{store.path} was damaged at {source.paths[row]}; that image is decoded again.")
@@ -378,7 +372,7 @@ class Source:
         return FORMS[form](folder, len(self.paths), self.size)
 
 
-# --- Header and bitmap ---
+# --- Building ---
 
 
 def _read_header(folder: Path, source: Source | None = None) -> dict[str, Any] | None:
@@ -386,7 +380,7 @@ def _read_header(folder: Path, source: Source | None = None) -> dict[str, Any] |
     try:
         header = read_json(folder / HEADER)
         store = FORMS[header["form"]](folder, header["count"], header["size"])
-        absent = np.flatnonzero(~read_finished(store)).tolist()
+        absent = np.flatnonzero(~store.finished).tolist()
         complete = absent == sorted(int(row) for row in header["bad"]) and all(
             file_checksum(folder / name) == code for name, code in header["files"].items()
         )
@@ -410,152 +404,119 @@ def write_header(folder: Path, source: Source, form: str, bad: dict[int, str]) -
     write_json(folder / HEADER, header, seal=True)
 
 
-def read_finished(store: RawStore) -> np.ndarray:
-    """(N,) bool: rows that the bitmap says are on disk, and that are inside the files there."""
-    path, count = store.path.with_name(BITMAP), store.shape[0]
-    if file_length(path) != (count + 7) // 8 or file_length(path.with_name(CONTENTS)) != 16 * count:
-        return np.zeros(count, dtype=bool)
-    return np.unpackbits(np.fromfile(path, dtype=np.uint8), count=count).astype(bool) & store.present()
+def _choose_form(folders: dict[str, Path], source: Source) -> tuple[str, bool, str]:
+    """The first form that is finished or that the disk has room for, whether it is finished, and what it needs.
 
-
-def write_finished(store: RawStore, digests: np.ndarray, finished: np.ndarray) -> None:
-    """Write the bitmap, after the digests of the rows that it names."""
-    _write_array(store.path.with_name(CONTENTS), digests)
-    _write_array(store.path.with_name(BITMAP), np.packbits(finished))
-
-
-def _find_usable(folders: dict[str, Path], source: Source) -> Path | None:
-    """The finished cache of the first form that is finished or has room on the disk; None if it must be built."""
+    Rows of an unfinished form that are on disk already give their room to the next form. The form is "" if none fits.
+    """
+    parent = next(iter(folders.values())).parent
+    free = room = shutil.disk_usage(parent).free
+    too_big: list[str] = []
     for form, folder in folders.items():
         if _read_header(folder, source):
-            return folder
-        missing, each = _missing(folder, source, form)
-        if folder.parent.is_dir() and missing * each * DISK_MARGIN <= shutil.disk_usage(folder.parent).free:
-            return None
-    return None
-
-
-# --- Building ---
-
-
-def _missing(folder: Path, source: Source, form: str) -> tuple[int, int]:
-    """Number of images that a cache lacks, and the bytes that each takes."""
-    finished = read_finished(source.store(folder, form))
-    return int((~finished).sum()), FORMS[form].bytes_per_image(source.size)
-
-
-def _choose_form(folders: dict[str, Path], source: Source, progress: bool) -> str:
-    """The first form the disk has room for; unfinished builds of a larger form are then deleted."""
-    count, parent = len(source.paths), next(iter(folders.values())).parent
-    free = room = shutil.disk_usage(parent).free
-    too_big: dict[str, str] = {}
-    for form, folder in folders.items():
-        missing, each = _missing(folder, source, form)
+            return form, True, ""
+        store = source.store(folder, form)
+        each, done = store.bytes_per_image(source.size), int(store.finished.sum())
+        missing = len(source.paths) - done
         need = f"{missing * each / 1e9:.2f} GB as {form}"
         if missing * each * DISK_MARGIN <= room:
-            for other in too_big:
-                shutil.rmtree(folders[other], ignore_errors=True)
-            if progress:
-                note = f", too little for {', '.join(too_big.values())}" if too_big else ""
-                print(
-                    f"Image cache: {missing:,} images to decode take {need}; {free / 1e9:.1f} GB are free{note}."
-                )
-            return form
-        room += (count - missing) * each
-        too_big[form] = need
-    raise LabError(
-        f"the image cache needs {' or '.join(too_big.values())}, and {parent} has {free / 1e9:.2f} GB free; "
+            note = f", too little for {', '.join(too_big)}" if too_big else ""
+            message = (
+                f"Image cache: {missing:,} images to decode take {need}; {free / 1e9:.1f} GB are free{note}."
+            )
+            return form, False, message
+        room += done * each
+        too_big.append(need)
+    message = (
+        f"the image cache needs {' or '.join(too_big)}, and {parent} has {free / 1e9:.2f} GB free; "
         "free some space, set cache_dir to another disk, or choose a smaller image_size."
     )
+    return "", False, message
 
 
-def _build(source: Source, folder: Path, form: str, num_workers: int | None, progress: bool) -> None:
-    """Decode what the bitmap lacks, then write the header. Raises: LabError if it cannot be finished."""
-    make_folder(folder)
+def _build(
+    source: Source,
+    folders: dict[str, Path],
+    form: str,
+    message: str,
+    num_workers: int | None,
+    progress: bool,
+) -> None:
+    """Decode what the form lacks, write its header and delete the other forms.
+
+    Raises: LabError if the form is "", or it cannot be finished.
+    """
+    if not form:
+        raise LabError(message)
+    if progress:
+        print(message)
+    order, folder = list(folders), make_folder(folders[form])
+    for larger in order[: order.index(form)]:  # unfinished; their room is needed
+        shutil.rmtree(folders[larger], ignore_errors=True)
     for leftover in (folder / HEADER, *folder.glob(".*.tmp")):
         leftover.unlink(missing_ok=True)
-    earlier, store = source.store(folder, form), source.store(folder, form)
-    finished, digests = read_finished(earlier), _read_numbers(folder / CONTENTS, "<u8", len(source.paths))
-    for row in np.flatnonzero(finished).tolist():  # what an earlier build wrote may have been damaged since
-        finished[row] = zlib.crc32(earlier.stored(row)) == digests[row, 1]
-    write_finished(store, digests, finished)  # before a file that was cut gets its full length again
+    store = source.store(folder, form)
     try:
-        store.prepare(finished)
-        results = _decode_missing(source, store, np.flatnonzero(~finished), num_workers)
-        bar = tqdm(
-            total=len(finished),
-            initial=int(finished.sum()),
-            desc="image cache",
-            unit="img",
-            disable=not progress,
-        )
-        with bar, closing(results):
-            bad = _collect(results, store, digests, finished, bar)
+        store.prepare()
+        bad = _decode_missing(source, store, num_workers, progress)
     except OSError as error:
         raise LabError(
             f"the image cache {folder} cannot be written ({error.strerror or error}); free some disk space and run "
             "again, images that are finished are kept."
         ) from error
-    if len(bad) == len(finished):
+    if len(bad) == len(source.paths):
         raise LabError(f"no image can be decoded ({source.paths[0]}: {bad[0]}, ...); see data_dir.")
     write_header(folder, source, form, bad)
-
-
-class _Decoded(NamedTuple):
-    """A row's outcome: why it cannot be decoded or "", the digests of its file and of what is stored, and the bytes
-    that are left to the parent process."""
-
-    row: int
-    cause: str
-    digests: tuple[int, int] = (0, 0)
-    data: bytes = b""
+    for smaller in order[order.index(form) + 1 :]:
+        shutil.rmtree(folders[smaller], ignore_errors=True)
 
 
 def _decode_missing(
-    source: Source, store: RawStore, rows: np.ndarray, num_workers: int | None
-) -> Generator[_Decoded, None, None]:
-    files = [(row, os.path.join(source.root, source.paths[row])) for row in rows.tolist()]
-    blank = type(store)(store.path.parent, *store.shape[:2])  # without the tables that the parent fills
-    decode = partial(_decode_row, blank, source.size, source.resize)
-    return in_processes(decode, files, num_workers, chunk_size=ROWS_PER_TASK)
+    source: Source, store: RawStore, num_workers: int | None, progress: bool
+) -> dict[int, str]:
+    """Decode and store the rows that are not finished; returns row -> cause of those that cannot be decoded."""
+    rows = np.flatnonzero(~store.finished).tolist()
+    files = [(row, os.path.join(source.root, source.paths[row])) for row in rows]
+    decode = partial(_decode_row, store.encode, source.size, source.resize)
+    results = in_processes(decode, files, num_workers, chunk_size=ROWS_PER_TASK)
+    count = len(source.paths)
+    bar = tqdm(results, "image cache", count, initial=count - len(rows), unit="img", disable=not progress)
+    bad: dict[int, str] = {}
+    saved = time.monotonic()
+    with closing(results), bar:
+        try:
+            for row, cause, data, digests in bar:
+                if cause:
+                    bad[row] = cause
+                    continue
+                store.put(row, data, digests)
+                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    store.checkpoint()
+                    saved = time.monotonic()
+        finally:
+            store.checkpoint()
+    return bad
 
 
-def _decode_row(store: RawStore, size: int, resize: str, file: tuple[int, str]) -> _Decoded:
+class _Decoded(NamedTuple):
+    """A row's outcome: why it cannot be decoded or "", the bytes to store, digests of the file and of these bytes."""
+
+    row: int
+    cause: str
+    data: bytes = b""
+    digests: tuple[int, int] = (0, 0)
+
+
+def _decode_row(
+    encode: Callable[[np.ndarray], bytes], size: int, resize: str, file: tuple[int, str]
+) -> _Decoded:
     row, path = file
     try:
         image = decode_rgb(path, size, resize)  # (S, S, 3)
     except UndecodableImage as error:
         return _Decoded(row, error.cause)
-    data = store.encode(np.ascontiguousarray(image))
-    return _Decoded(row, "", (content_digest(path), zlib.crc32(data)), store.write_in_worker(row, data))
-
-
-def _collect(
-    results: Generator[_Decoded, None, None],
-    store: RawStore,
-    digests: np.ndarray,
-    finished: np.ndarray,
-    bar: tqdm,
-) -> dict[int, str]:
-    """Write what workers left to this process, and mark rows as finished; returns row -> cause of the undecodable."""
-    bad: dict[int, str] = {}
-    saved = time.monotonic()
-    try:
-        for row, cause, row_digests, data in results:
-            if cause:
-                bad[row] = cause
-            else:
-                store.write_in_parent(row, data)
-                digests[row], finished[row] = row_digests, True
-            bar.update()
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                store.flush()
-                write_finished(store, digests, finished)
-                saved = time.monotonic()
-    finally:
-        store.flush()
-        write_finished(store, digests, finished)
-    return bad
+    data = encode(np.ascontiguousarray(image))
+    return _Decoded(row, "", data, (content_digest(path), zlib.crc32(data)))
 
 
 def content_digest(path: str | os.PathLike[str]) -> int:

@@ -304,27 +304,6 @@ def test_an_interrupted_build_continues(build, data, monkeypatch, decoded, jpeg)
     assert (cache.gather(range(40)).int() - as_batch(data[2]).int()).abs().max() <= 12 * jpeg
 
 
-def test_rows_reach_the_disk_before_their_bits(build, monkeypatch):
-    events: list[str] = []
-    counts: list[int] = []
-
-    def flush(self, original=image_cache.RawStore.flush):
-        events.append("rows")
-        original(self)
-
-    def write_finished(store, digests, finished, original=image_cache.write_finished):
-        events.append("bits")
-        counts.append(int(finished.sum()))
-        original(store, digests, finished)
-
-    monkeypatch.setattr(image_cache, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(image_cache.RawStore, "flush", flush)
-    monkeypatch.setattr(image_cache, "write_finished", write_finished)
-    build()
-    assert events == ["bits"] + ["rows", "bits"] * 41  # an empty bitmap first; the last checkpoint at the end
-    assert counts == [0, *range(1, 41), 40]
-
-
 SLOW_BUILD = """
 import os, sys, time
 sys.path.insert(0, {root!r})
