@@ -1,8 +1,9 @@
-"""Heads: what maps a tower's width to the joint space, chosen by name."""
+"""The model: projection heads and pooling, chosen by name, and the two towers with one temperature."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,17 +20,18 @@ from losses import even_bias, has_bias
 from towers.base import CachedTower
 from towers.image import build_image_tower, pretrained_temperature, resnet50
 from towers.text import as_text_tower, build_text_tower
+from towers.transformer import VisionTransformer
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What a head may need beside its widths; each reads what concerns it.
+    """Options of the heads; each head reads those that concern it.
 
     Args:
-        hidden_dim: width of hidden layers; of all tokens of `attention` together.
+        hidden_dim: width of the hidden layer; of all tokens of `attention` together.
         dropout: probability.
-        batch_norm: BatchNorm after each linear layer of `mlp` and `linear`.
-        layer_norm: LayerNorm at the end of `mlp`.
+        batch_norm: BatchNorm after each linear layer (`mlp` and `linear` only).
+        layer_norm: LayerNorm at the end (`mlp` only).
         num_heads, num_layers, num_tokens: of `attention`.
     """
 
@@ -40,6 +42,146 @@ class HeadOptions:
     num_heads: int = 8
     num_layers: int = 2
     num_tokens: int = 8
+
+
+def mlp_head(width: int, embed_dim: int, options: HeadOptions) -> nn.Module:
+    """Linear, GELU, dropout, linear; BatchNorm after each linear layer, or LayerNorm at the end, if asked for."""
+    hidden = options.hidden_dim
+    return nn.Sequential(
+        nn.Linear(width, hidden),
+        *([nn.BatchNorm1d(hidden)] if options.batch_norm else []),
+        nn.GELU(),
+        nn.Dropout(options.dropout),
+        nn.Linear(hidden, embed_dim),
+        *([nn.BatchNorm1d(embed_dim)] if options.batch_norm else []),
+        *([nn.LayerNorm(embed_dim)] if options.layer_norm else []),
+    )
+
+
+def linear_head(width: int, embed_dim: int, options: HeadOptions) -> nn.Module:
+    """Dropout and one linear layer, followed by BatchNorm if asked for."""
+    norm = [nn.BatchNorm1d(embed_dim)] if options.batch_norm else []
+    return nn.Sequential(nn.Dropout(options.dropout), nn.Linear(width, embed_dim), *norm)
+
+
+def standardised_head(width: int, embed_dim: int, options: HeadOptions) -> nn.Module:
+    """Standardizes each feature over the batch (mean 0, deviation 1), then one linear layer.
+
+    Captions made from one template have nearly equal embeddings (a cosine of 0.99 between two that differ in the order
+    of two words): what distinguishes them is small beside what they share.
+    """
+    return nn.Sequential(
+        nn.BatchNorm1d(width, affine=False), nn.Dropout(options.dropout), nn.Linear(width, embed_dim)
+    )
+
+
+def identity_head(width: int, embed_dim: int, options: HeadOptions) -> nn.Module:
+    """The tower's space is the joint space. Raises: LabError if their widths differ."""
+    if width != embed_dim:
+        raise LabError(
+            f"head 'identity' keeps the tower's {width} numbers but embed_dim is {embed_dim}; "
+            f"set embed_dim to {width} or the head to 'linear'."
+        )
+    return nn.Identity()
+
+
+def projection_head(width: int, embed_dim: int, options: HeadOptions) -> nn.Module:
+    """Dropout and one linear layer without bias, as in CLIP.
+
+    Source: Radford et al. 2021, figure 3; initialized as in openai/CLIP model.py.
+    """
+    layer = nn.Linear(width, embed_dim, bias=False)
+    nn.init.normal_(layer.weight, std=width**-0.5)
+    return nn.Sequential(nn.Dropout(options.dropout), layer)
+
+
+def siglip_head(width: int, embed_dim: int, options: HeadOptions) -> nn.Module:
+    """LayerNorm, dropout, and one linear layer without bias."""
+    return nn.Sequential(
+        nn.LayerNorm(width), nn.Dropout(options.dropout), nn.Linear(width, embed_dim, bias=False)
+    )
+
+
+def clip_head(width: int, embed_dim: int, options: HeadOptions) -> nn.Module:
+    """LayerNorm, then an MLP without a last bias, for a temperature that is trained.
+
+    CLIP's towers end in a LayerNorm and a linear projection without bias; frozen features cannot adapt to
+    that projection, so an MLP takes its place. Source: Radford et al. 2021, section 2.4.
+    """
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Linear(width, options.hidden_dim),
+        nn.GELU(),
+        nn.Dropout(options.dropout),
+        nn.Linear(options.hidden_dim, embed_dim, bias=False),
+    )
+
+
+class AttentionHead(nn.Module):
+    """Multi-head self-attention over tokens that the embedding is split into, then one linear layer.
+
+    Attention over a single vector is only a linear map: its one softmax weight is always 1. So a linear layer
+    maps the embedding to `hidden_dim` numbers, which are split into `num_tokens` tokens with learned
+    positions; they pass through transformer layers (LayerNorm first, an MLP of four times the token's width), are
+    joined, and projected. Tokens share the width, so a layer costs about as much as an MLP's.
+
+    Raises: LabError if `hidden_dim` is not a multiple of tokens times heads.
+    """
+
+    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
+        super().__init__()
+        self.num_tokens, parts = options.num_tokens, options.num_tokens * options.num_heads
+        if options.hidden_dim % parts:
+            raise LabError(
+                f"head 'attention' splits head_hidden_dim {options.hidden_dim} into {options.num_tokens} tokens "
+                f"of {options.num_heads} heads; make it a multiple of {parts}."
+            )
+        token_width = options.hidden_dim // options.num_tokens
+        self.split = nn.Linear(width, options.hidden_dim)
+        self.positions = nn.Parameter(torch.randn(self.num_tokens, token_width) * token_width**-0.5)
+        layers = [
+            nn.TransformerEncoderLayer(
+                token_width,
+                options.num_heads,
+                dim_feedforward=4 * token_width,
+                dropout=options.dropout,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(options.num_layers)
+        ]
+        self.layers = nn.Sequential(*layers)
+        self.norm = nn.LayerNorm(options.hidden_dim)
+        self.project = nn.Linear(options.hidden_dim, embed_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, width) -> (B, embed_dim)."""
+        tokens = self.split(features).unflatten(1, (self.num_tokens, -1)) + self.positions  # (B, N, w)
+        return self.project(self.norm(self.layers(tokens).flatten(1)))
+
+
+HEADS: dict[str, Callable[[int, int, HeadOptions], nn.Module]] = {
+    "mlp": mlp_head,
+    "linear": linear_head,
+    "standardised": standardised_head,
+    "identity": identity_head,
+    "projection": projection_head,
+    "siglip": siglip_head,
+    "clip": clip_head,
+    "attention": AttentionHead,
+}
+NO_BATCH_NORM = ("standardised", "identity", "projection", "siglip", "clip", "attention")
+
+
+def build_head(field: str, name: str, width: int, embed_dim: int, options: HeadOptions) -> nn.Module:
+    """The head of a name in HEADS. Raises: LabError if it does not exist, or has no BatchNorm that is asked for."""
+    make = choose(HEADS, name, field)
+    if options.batch_norm and name in NO_BATCH_NORM:
+        raise LabError(
+            f"head {name!r} takes no BatchNorm; set use_batch_norm to False, or the head to 'mlp' or 'linear'."
+        )
+    return make(width, embed_dim, options)
 
 
 class AttentionPooling(nn.Module):
@@ -55,7 +197,7 @@ class AttentionPooling(nn.Module):
         nn.init.zeros_(self.score[2].weight)  # type: ignore[arg-type]
 
     def weights(self, feature_map: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, h, w), each picture's weights summing to 1."""
+        """(B, C, h, w) -> (B, h, w), each image's weights summing to 1."""
         positions = feature_map.flatten(2).transpose(1, 2)  # (B, hw, C)
         weights = self.score(positions).squeeze(2).softmax(dim=1)  # (B, hw)
         return weights.view(len(weights), *feature_map.shape[2:])
@@ -65,166 +207,7 @@ class AttentionPooling(nn.Module):
         return torch.einsum("bchw,bhw->bc", feature_map, self.weights(feature_map))
 
 
-class MLPHead(nn.Sequential):
-    """Linear, GELU, dropout, Linear; with BatchNorm after each linear layer, or LayerNorm at the end, if asked."""
-
-    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
-        hidden = options.hidden_dim
-        norms = [nn.BatchNorm1d(hidden)] if options.batch_norm else []
-        last: list[nn.Module] = [nn.BatchNorm1d(embed_dim)] if options.batch_norm else []
-        if options.layer_norm:
-            last.append(nn.LayerNorm(embed_dim))
-        super().__init__(
-            nn.Linear(width, hidden),
-            *norms,
-            nn.GELU(),
-            nn.Dropout(options.dropout),
-            nn.Linear(hidden, embed_dim),
-            *last,
-        )
-
-
-class LinearHead(nn.Sequential):
-    """Dropout and one linear layer; with BatchNorm behind it if asked."""
-
-    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
-        norm = [nn.BatchNorm1d(embed_dim)] if options.batch_norm else []
-        super().__init__(nn.Dropout(options.dropout), nn.Linear(width, embed_dim), *norm)
-
-
-class StandardisedHead(nn.Sequential):
-    """Each number of the tower's output brought to mean 0 and deviation 1 over captions, then one linear layer.
-
-    Captions of one template lie close together (two that differ in the order of two words at a cosine of 0.99), so
-    that what tells them apart is small beside what they share. Raises: LabError where BatchNorm is asked for.
-    """
-
-    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
-        _refuse_batch_norm("standardised", options)
-        super().__init__(
-            nn.BatchNorm1d(width, affine=False), nn.Dropout(options.dropout), nn.Linear(width, embed_dim)
-        )
-
-
-class IdentityHead(nn.Identity):
-    """Keeps a tower's space as the joint space. Raises: LabError where their widths differ."""
-
-    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
-        if width != embed_dim:
-            raise LabError(
-                f"head 'identity' keeps the tower's {width} numbers but embed_dim is {embed_dim}; "
-                f"set embed_dim to {width} or the head to 'linear'."
-            )
-        super().__init__()
-
-
-class ProjectionHead(nn.Sequential):
-    """Dropout and one linear layer without bias, as CLIP's. Raises: LabError where BatchNorm is asked for.
-
-    Source: Radford et al. 2021, figure 3; the start as in openai/CLIP model.py.
-    """
-
-    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
-        _refuse_batch_norm("projection", options)
-        linear = nn.Linear(width, embed_dim, bias=False)
-        nn.init.normal_(linear.weight, std=width**-0.5)
-        super().__init__(nn.Dropout(options.dropout), linear)
-
-
-class SiglipHead(nn.Sequential):
-    """LayerNorm, dropout, and one linear layer without bias. Raises: LabError where BatchNorm is asked for."""
-
-    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
-        _refuse_batch_norm("siglip", options)
-        super().__init__(
-            nn.LayerNorm(width), nn.Dropout(options.dropout), nn.Linear(width, embed_dim, bias=False)
-        )
-
-
-class ClipHead(nn.Sequential):
-    """LayerNorm, then an MLP without a last bias; made for a temperature that is learned.
-
-    CLIP's towers end in a LayerNorm and a linear projection without bias; frozen features cannot adapt to
-    that projection, so an MLP stands in its place. Raises: LabError where BatchNorm is asked for.
-    Source: Radford et al. 2021, section 2.4.
-    """
-
-    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
-        _refuse_batch_norm("clip", options)
-        super().__init__(
-            nn.LayerNorm(width),
-            nn.Linear(width, options.hidden_dim),
-            nn.GELU(),
-            nn.Dropout(options.dropout),
-            nn.Linear(options.hidden_dim, embed_dim, bias=False),
-        )
-
-
-class AttentionHead(nn.Module):
-    """Multi-head self-attention over tokens that the embedding is split into, then one linear layer.
-
-    Attention over a single vector is only a linear map: its one softmax weight is always 1. So a linear layer
-    maps the embedding to `hidden_dim` numbers, which are split into `num_tokens` tokens with learned
-    positions; transformer layers (LayerNorm first, an MLP of four times the token's width) let them look at
-    one another, and the tokens side by side are projected. Tokens share the width, so a layer costs about as
-    much as an MLP's.
-
-    Raises: LabError where `hidden_dim` is no multiple of tokens times heads, or BatchNorm is asked for.
-    """
-
-    def __init__(self, width: int, embed_dim: int, options: HeadOptions) -> None:
-        super().__init__()
-        _refuse_batch_norm("attention", options)
-        self.num_tokens, parts = options.num_tokens, options.num_tokens * options.num_heads
-        if options.hidden_dim % parts:
-            raise LabError(
-                f"head 'attention' splits head_hidden_dim {options.hidden_dim} into {options.num_tokens} tokens "
-                f"of {options.num_heads} heads; make it a multiple of {parts}."
-            )
-        token_width = options.hidden_dim // options.num_tokens
-        self.split = nn.Linear(width, options.hidden_dim)
-        self.positions = nn.Parameter(torch.randn(self.num_tokens, token_width) * token_width**-0.5)
-        layers = [_attention_layer(token_width, options) for _ in range(options.num_layers)]
-        self.layers = nn.Sequential(*layers)
-        self.norm = nn.LayerNorm(options.hidden_dim)
-        self.project = nn.Linear(options.hidden_dim, embed_dim)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, width) -> (B, embed_dim)."""
-        tokens = self.split(features).unflatten(1, (self.num_tokens, -1)) + self.positions  # (B, N, w)
-        return self.project(self.norm(self.layers(tokens).flatten(1)))
-
-
-def _attention_layer(token_width: int, options: HeadOptions) -> nn.Module:
-    return nn.TransformerEncoderLayer(
-        token_width,
-        options.num_heads,
-        dim_feedforward=4 * token_width,
-        dropout=options.dropout,
-        activation="gelu",
-        batch_first=True,
-        norm_first=True,
-    )
-
-
-def _refuse_batch_norm(name: str, options: HeadOptions) -> None:
-    if options.batch_norm:
-        raise LabError(
-            f"head {name!r} has LayerNorm and takes no BatchNorm; set use_batch_norm to False, or the head to "
-            "'mlp' or 'linear'."
-        )
-
-
-HEADS: dict[str, type[nn.Module]] = {
-    "mlp": MLPHead,
-    "linear": LinearHead,
-    "standardised": StandardisedHead,
-    "identity": IdentityHead,
-    "projection": ProjectionHead,
-    "siglip": SiglipHead,
-    "clip": ClipHead,
-    "attention": AttentionHead,
-}
+# --- The model ---
 
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp, Radford et al. 2021, section 2.5
@@ -238,8 +221,7 @@ class CLIPModel(nn.Module):
         image_encoder: an image tower with `.width`; None: ResNet50 with ImageNet weights.
         image_head, text_head: names in HEADS.
         embed_dim: width D of the joint space.
-        head_hidden_dim, head_dropout: of the heads.
-        head_options: more of both heads; None: what the other arguments say.
+        head_options: of both heads.
         use_batch_norm: BatchNorm after each linear layer of the image head.
         use_attention_pooling: pool the image tower's feature map by learned weights.
         frozen: which of "image", "text", "heads" get no gradients and stay in eval mode.
@@ -256,9 +238,7 @@ class CLIPModel(nn.Module):
         image_head: str = "mlp",
         text_head: str = "identity",
         embed_dim: int = 512,
-        head_hidden_dim: int = 1024,
-        head_dropout: float = 0.0,
-        head_options: HeadOptions | None = None,
+        head_options: HeadOptions = HeadOptions(),
         use_batch_norm: bool = False,
         use_attention_pooling: bool = False,
         frozen: tuple[str, ...] = ("text",),
@@ -270,15 +250,16 @@ class CLIPModel(nn.Module):
         super().__init__()
         self.image_encoder: Any = resnet50() if image_encoder is None else image_encoder
         self.text_encoder: Any = as_text_tower(text_encoder)
+        image_width, text_width = self.image_encoder.width, self.text_encoder.width
         if use_attention_pooling and isinstance(self.image_encoder, CachedTower):
-            self.image_encoder.feature_map(torch.empty(0))  # raises the one explanation
-        self.image_pooling = AttentionPooling(self.image_encoder.width) if use_attention_pooling else None
-        options = head_options or HeadOptions(hidden_dim=head_hidden_dim, dropout=head_dropout)
-        make_image_head = choose(HEADS, image_head, "image_head")
-        make_text_head = choose(HEADS, text_head, "text_head")
-        normed = replace(options, batch_norm=use_batch_norm)
-        self.image_head = make_image_head(self.image_encoder.width, embed_dim, normed)
-        self.text_head = make_text_head(self.text_encoder.width, embed_dim, options)
+            raise LabError(
+                "attention pooling needs a feature map, which a cached image tower does not have; "
+                "set image_tower_mode to 'frozen' or 'trainable', or use_attention_pooling to False."
+            )
+        self.image_pooling = AttentionPooling(image_width) if use_attention_pooling else None
+        normed = replace(head_options, batch_norm=use_batch_norm)
+        self.image_head = build_head("image_head", image_head, image_width, embed_dim, normed)
+        self.text_head = build_head("text_head", text_head, text_width, embed_dim, head_options)
         self.logit_scale = nn.Parameter(
             torch.tensor(math.log(1 / temperature)), requires_grad=learn_temperature
         )
@@ -295,7 +276,7 @@ class CLIPModel(nn.Module):
         return [part for name in self.frozen for part in parts[name]]
 
     def train(self, mode: bool = True) -> CLIPModel:
-        """As usual, but frozen parts stay in eval mode, so that BatchNorm statistics stay."""
+        """As in torch, but frozen parts stay in eval mode, so that their BatchNorm statistics do not change."""
         super().train(mode)
         norms = batch_norms(self.image_encoder) if self.freeze_batch_norm else []
         held = [self.image_encoder, self.text_encoder] if self.held else []
@@ -304,33 +285,30 @@ class CLIPModel(nn.Module):
         return self
 
     def hold_towers(self, held: bool) -> None:
-        """Keep trainable towers as they are for a while, or let them learn again."""
+        """Freeze the trainable towers for a while, or train them again."""
+        if held and not self.held:
+            towers = (self.image_encoder, self.text_encoder)
+            self._held_parameters = [p for tower in towers for p in tower.parameters() if p.requires_grad]
         if held != self.held:
             self.held = held
-            trainable = [p for tower in (self.image_encoder, self.text_encoder) for p in tower.parameters()]
-            if held:
-                self._let_go = [p for p in trainable if p.requires_grad]
-            for parameter in self._let_go:
+            for parameter in self._held_parameters:
                 parameter.requires_grad_(not held)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(I, 3, H, W) images, or (I, width) cached features -> (I, D), L2-normalized."""
-        return F.normalize(full_precision(self.image_head(self.pool_image(image))), dim=-1)
+        return _normalized(self.image_head(self.pool_image(image)))
 
     def encode_text(self, text: Tensor | list[str] | dict[str, Tensor]) -> Tensor:
         """Captions, their tokens, or (T, width) cached features -> (T, D), L2-normalized."""
-        return F.normalize(full_precision(self.text_head(self.pool_text(text))), dim=-1)
+        return _normalized(self.text_head(self.pool_text(text)))
 
     def pool_image(self, image: Tensor) -> Tensor:
         """The image tower alone, pooled: (I, 3, H, W) -> (I, width)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and "image" not in self.frozen):
             if self.image_pooling is None:
-                pooled = self.image_encoder(image)  # (I, width)
-            else:
-                feature_map = self.image_encoder.feature_map(image)  # (I, width, h, w)
-        if self.image_pooling is not None:
-            pooled = self.image_pooling(feature_map)
-        return pooled
+                return self.image_encoder(image)  # (I, width)
+            feature_map = self.image_encoder.feature_map(image)  # (I, width, h, w)
+        return self.image_pooling(feature_map)
 
     def pool_text(self, text: Tensor | list[str] | dict[str, Tensor]) -> Tensor:
         """The text tower alone: captions or tokens -> (T, width)."""
@@ -340,23 +318,21 @@ class CLIPModel(nn.Module):
     def project(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         """The heads alone: what `pool_image` and `pool_text` gave -> named features, as `forward` returns them."""
         return {
-            "image_features": F.normalize(full_precision(self.image_head(image)), dim=-1),
-            "text_features": F.normalize(full_precision(self.text_head(text)), dim=-1),
+            "image_features": _normalized(self.image_head(image)),
+            "text_features": _normalized(self.text_head(text)),
             **self.logit_parts(),
         }
 
     def attention(self, image: Tensor) -> Tensor:
-        """(I, 3, H, W) -> (I, h, w) pooling weights, or what the built-in vision transformer looks at.
+        """(I, 3, H, W) -> (I, h, w) pooling weights, or the attention maps of the built-in vision transformer.
 
-        Raises: LabError where the model has neither.
+        Raises: LabError if the model has neither.
         """
-        if self.image_pooling is None:
-            if hasattr(self.image_encoder, "attention_maps"):
-                return self.image_encoder.attention_maps(image)
-            raise LabError(
-                "this model averages over positions; train with use_attention_pooling to see weights."
-            )
-        return self.image_pooling.weights(self.image_encoder.feature_map(image))
+        if self.image_pooling is not None:
+            return self.image_pooling.weights(self.image_encoder.feature_map(image))
+        if isinstance(self.image_encoder, VisionTransformer):
+            return self.image_encoder.attention_maps(image)
+        raise LabError("this model averages over positions; train with use_attention_pooling to see weights.")
 
     def forward(self, image: Tensor, text: Tensor | list[str] | dict[str, Tensor]) -> dict[str, Tensor]:
         """Named features: image_features (I, D), text_features (T, D), logit_scale (), logit_bias () if any."""
@@ -384,6 +360,10 @@ class CLIPModel(nn.Module):
         return {name: part for name, part in parts.items() if part is not None}
 
 
+def _normalized(features: Tensor) -> Tensor:
+    return F.normalize(full_precision(features), dim=-1)
+
+
 def parameter_table(model: CLIPModel) -> pd.DataFrame:
     """Trainable and frozen parameters in thousands, one row per part of the model."""
     counts = {
@@ -402,7 +382,7 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
 
 
 def _start_temperature(config: Config) -> float:
-    """The configured temperature; a pretrained CLIP whose space is kept by heads `identity` brings its own."""
+    """The configured temperature; a pretrained CLIP with heads `identity`, which keep its space, has its own."""
     if config.image_head == config.text_head == "identity":
         own = pretrained_temperature(config.image_tower, config.image_weights)
         return own or config.temperature
@@ -410,7 +390,7 @@ def _start_temperature(config: Config) -> float:
 
 
 def build_model(config: Config) -> CLIPModel:
-    """The model of a configuration, initialised by its seed."""
+    """The model of a configuration, initialized by its seed."""
     torch.manual_seed(config.seed)
     modes = {"image": config.image_tower_mode, "text": config.text_tower_mode}
     frozen = [name for name, mode in modes.items() if mode == "frozen"]

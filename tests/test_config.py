@@ -180,7 +180,7 @@ def test_names_are_those_of_the_tables(field, names):
 
 
 def test_a_name_added_to_a_table_counts(monkeypatch):
-    monkeypatch.setitem(models.HEADS, "deep", models.MLPHead)
+    monkeypatch.setitem(models.HEADS, "deep", models.mlp_head)
     assert make_config("quickstart", image_head="deep").image_head == "deep"
     assert "deep" in choices("image_head")
 

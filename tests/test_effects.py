@@ -5,7 +5,7 @@ import pytest
 from config import FLAGS, NOT_IN_NAME, Config, make_config, run_name
 from core.errors import LabError
 from core.presets import PRESETS
-from models import HEADS, MLPHead
+from models import HEADS, mlp_head
 from training.effects import ALWAYS, NEEDS, check, check_metric
 
 CONDITIONAL = {field for fields, _, _ in NEEDS for field in fields.split()}
@@ -112,7 +112,7 @@ def test_a_setting_with_its_condition_is_taken(preset, settings):
 
 
 def test_what_a_user_adds_may_read_any_setting(monkeypatch):
-    monkeypatch.setitem(HEADS, "deep", MLPHead)
+    monkeypatch.setitem(HEADS, "deep", mlp_head)
     check(make_config("quickstart", image_head="deep", head_num_tokens=4, use_batch_norm=True))
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from config import make_config
 from core.errors import LabError
 from losses import InfoNCELoss, SigmoidLoss
-from models import CLIPModel
+from models import CLIPModel, HeadOptions
 from towers import base
 from train import fit
 from training.engine import Engine, encode_batch, is_out_of_memory, split_batch
@@ -53,7 +53,7 @@ def make_model(norm: bool = False, **options) -> CLIPModel:
     torch.manual_seed(0)
     return CLIPModel(
         base.CachedTower(7), ConvTower(norm), text_head="mlp", image_head="mlp", embed_dim=4, frozen=(),
-        head_hidden_dim=8, head_dropout=0.1, learn_temperature=True, **options,
+        head_options=HeadOptions(hidden_dim=8, dropout=0.1), learn_temperature=True, **options,
     ).double()  # fmt: skip
 
 

@@ -147,13 +147,3 @@ def test_it_has_nothing_to_cache():
         towers_text.text_width("transformer")
     with pytest.raises(LabError, match="leave text_model empty"):
         towers_text.transformer("some/model")
-
-
-def test_the_projection_head_and_its_refusal():
-    from models import HEADS, HeadOptions
-
-    head = HEADS["projection"](6, 4, HeadOptions(dropout=0.5)).eval()
-    x = torch.randn(3, 6)
-    torch.testing.assert_close(head(x), x @ head[1].weight.T)
-    with pytest.raises(LabError, match="takes no BatchNorm"):
-        HEADS["projection"](6, 4, HeadOptions(batch_norm=True))

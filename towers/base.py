@@ -44,12 +44,6 @@ class CachedTower(nn.Module):
             )
         return full_precision(features)
 
-    def feature_map(self, features: Tensor) -> Tensor:
-        raise LabError(
-            "attention pooling needs a feature map, which a cached image tower does not have; "
-            "set image_tower_mode to 'frozen' or 'trainable', or use_attention_pooling to False."
-        )
-
 
 class PictureTower(nn.Module):
     """Normalizes uint8 images on the device.
