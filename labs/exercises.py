@@ -25,7 +25,7 @@ from core.errors import LabError, choose
 from labs import solutions
 from losses import InfoNCELoss
 from metrics import retrieval_metrics
-from models import AttentionPooling, HeadOptions, MLPHead
+from models import AttentionPooling, HeadOptions, mlp_head
 from retrieval.index import nearest_rows
 
 SECONDS = 20.0  # until a function counts as one that does not end; the slowest solution takes 0.1 s
@@ -195,7 +195,7 @@ def _attention(feature_map: Tensor, score: nn.Module) -> Tensor:
 
 
 def _own_head(width: int, hidden_dim: int, embed_dim: int) -> nn.Module:
-    return MLPHead(width, embed_dim, HeadOptions(hidden_dim=hidden_dim, batch_norm=True))
+    return mlp_head(width, embed_dim, HeadOptions(hidden_dim=hidden_dim, batch_norm=True))
 
 
 def _run_head(build: Callable[..., Any], *widths: int) -> Tensor:
