@@ -9,15 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
-import papermill.translators
 import pytest
 from small_data import ROOT, SHARED
 
 from core.errors import LabError
-from interface.run_notebook import _listed, run_notebook, tables, widgets_as_shown, without_network
-
-VIEW = "application/vnd.jupyter.widget-view+json"
-STATE = "application/vnd.jupyter.widget-state+json"
+from interface.run_notebook import WIDGET, run_notebook, tables, without_network, without_widgets
 
 
 @contextmanager
@@ -38,7 +34,15 @@ def git(*words: str, cwd: Path) -> None:
 def bare_repository(folder: Path) -> str:
     """A repository of the lab as it stands here; its address."""
     tree = folder / "tree"
-    for pattern in ("*.py", "[!.]*/*.py", "*.ipynb", "requirements*.txt", "configs/**/*.*"):
+    for pattern in (
+        "*.py",
+        "[!.]*/*.py",
+        "[!.]*/*.yaml",
+        "[!.]*/*.html",
+        "*.ipynb",
+        "requirements*.txt",
+        "configs/**/*.*",
+    ):
         for path in ROOT.glob(pattern):
             target = tree / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,9 +105,8 @@ def test_the_page_is_whole_without_a_network(made):
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=[\"']https?://", html)
     assert html.count("data:image/png;base64") >= 7
     assert len(list(made["figures"].glob("*.png"))) >= 7
-    assert VIEW not in html
+    assert WIDGET not in html
     assert "model not found" not in html
-    assert "labels: " in html  # the playground's inputs, above its picture
     assert "text-embedding cache" in html.lower()
 
 
@@ -123,77 +126,35 @@ def test_photographs_take_the_same_cells(lab, tmp_path):
     assert "i2t_recall@1" in tables(found["notebook"])
 
 
-def test_a_failing_cell_is_named(tmp_path):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
+def test_a_failing_cell_is_named_and_tuples_arrive_as_lists(tmp_path):
+    cell = nbformat.v4.new_code_cell("SPLITS = ()", metadata={"tags": ["parameters"]})
+    notebook = nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_code_cell("raise ValueError(SPLITS)")])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, tmp_path / "bad.ipynb")
-    with pytest.raises(LabError, match="ZeroDivisionError: division by zero; see"):
-        run_notebook(tmp_path / "bad.ipynb", {}, tmp_path / "out")
+    with pytest.raises(LabError, match=r"failed: ValueError: \['val', 'test'\]; see .*bad.ipynb"):
+        run_notebook(tmp_path / "bad.ipynb", {"SPLITS": ("val", "test")}, tmp_path / "out")
 
 
-# --- widgets as what they last showed ---
-
-
-def shown(state: dict, *outputs: dict) -> list:
-    """What is left of a cell's outputs."""
+def test_controls_become_their_image_and_table_and_progress_bars_nothing():
     cell = nbformat.v4.new_code_cell("x")
-    cell.outputs = [nbformat.v4.new_output("display_data", data=dict(data)) for data in outputs]
+    view, plain = {WIDGET: {"model_id": "any"}}, {"text/plain": "a control"}
+    bundles = [
+        {**view, **plain, "image/png": "iVBORw==", "text/html": "<table></table>"},
+        {**view, "text/plain": "0%|"},
+        {**plain, "text/html": "<table></table>"},
+    ]
+    cell.outputs = [nbformat.v4.new_output("display_data", data=data) for data in bundles]
     notebook = nbformat.v4.new_notebook(cells=[cell])
-    notebook.metadata["widgets"] = {STATE: {"state": state}}
-    return widgets_as_shown(notebook).cells[0].outputs
-
-
-def widget(kind: str, **values) -> dict:
-    return {"state": {"_model_name": f"{kind}Model", **values}}
-
-
-def test_progress_bars_become_text():
-    state = {
-        "box": widget("HBox", children=["IPY_MODEL_a", "IPY_MODEL_b", "IPY_MODEL_c"]),
-        "a": widget("HTML", value="captions:&nbsp;<b>100%</b>"),
-        "b": widget("FloatProgress", value=5, max=10),
-        "c": widget("HTML", value=" 5/10"),
-        "gone": widget("HBox", children=[], layout="IPY_MODEL_hidden"),
-        "hidden": widget("Layout", display="none"),
-    }
-    (output,) = shown(
-        state, {VIEW: {"model_id": "box"}}, {VIEW: {"model_id": "gone"}}, {VIEW: {"model_id": "?"}}
-    )
-    assert output.text == "captions:\xa0100% |██████████          | 5/10\n"
-
-
-def test_a_control_becomes_its_inputs_its_picture_and_its_table():
-    state = {
-        "all": widget("VBox", children=[f"IPY_MODEL_{name}" for name in ("row", "say", "png", "empty", "table")]),
-        "row": widget("HBox", children=["IPY_MODEL_text", "IPY_MODEL_menu", "IPY_MODEL_several", "IPY_MODEL_file"]),
-        "text": widget("Text", description="search", value="a dog & a cat"),
-        "menu": widget("Dropdown", description="show", _options_labels=["one", "two"], index=1),
-        "several": widget("SelectMultiple", description="runs", _options_labels=["x", "y", "z"], index=[0, 2]),
-        "file": widget("FileUpload", description="upload", value=[]),
-        "say": widget("HTML", value="<b>write something.</b>"),
-        "png": {**widget("Image"), "buffers": [{"path": ["value"], "data": "iVBORw==", "encoding": "base64"}]},
-        "empty": widget("Image"),
-        "table": widget("HTML", value="<table><tr><td>1</td></tr></table>"),
-    }  # fmt: skip
-    words, picture, table = shown(state, {VIEW: {"model_id": "all"}, "image/png": "older"})
-    assert words.text == "search: a dog & a cat show: two runs: x, z\nwrite something.\n"
-    assert picture.data == {"image/png": "iVBORw=="}
-    assert table.data == {"text/html": "<table><tr><td>1</td></tr></table>"}
-
-
-def test_without_a_saved_state_the_fallback_stays():
-    (output,) = shown({}, {VIEW: {"model_id": "gone"}, "image/png": "iVBORw==", "text/plain": "x"})
-    assert output.data == {"image/png": "iVBORw==", "text/plain": "x"}
+    notebook.metadata["widgets"] = {"state": {}}
+    outputs = without_widgets(notebook).cells[0].outputs
+    assert [out.data for out in outputs] == [
+        {"image/png": "iVBORw=="},
+        {"text/html": "<table></table>"},
+        bundles[2],
+    ]
+    assert "widgets" not in notebook.metadata
 
 
 def test_pages_lose_scripts_from_elsewhere_only():
     page = '<script src="https://x/y.js"></script><script>1</script><link href="http://x/z.css"><p>kept</p>'
     assert without_network(page) == "<script>1</script><p>kept</p>"
-
-
-def test_tuples_arrive_in_a_notebook_as_lists():
-    given = {"OVERRIDES": {"test_splits": ("val", "test"), "recall_ks": [(1,)], "seed": 3}}
-    told = papermill.translators.PythonTranslator.codify(_listed(given), "")
-    values: dict = {}
-    exec(told, values)
-    assert values["OVERRIDES"] == {"test_splits": ["val", "test"], "recall_ks": [[1]], "seed": 3}

@@ -39,6 +39,7 @@ def make_home(home: Path, parameters: dict[str, Any]) -> Path:
     for pattern in (
         "*.py",
         "[!.]*/*.py",
+        "core/*.yaml",
         "reports/*.html",
         "requirements.txt",
         "*.ipynb",
