@@ -29,7 +29,7 @@ HIDDEN, SHOWN = "none", ""
 class Control:
     """Inputs above the result of a function of their values, which is computed again when one changes.
 
-    A page without widgets shows the result as an image or table. In plain Python, `control.function(**values)` is
+    A page without widgets shows the result as an image and a table. In plain Python, `control.function(**values)` is
     the same call and `control.result` its last result.
 
     Args:
@@ -96,12 +96,12 @@ def _nothing() -> None:
 
 
 def shown_bundle(widget: widgets.Widget, image: bytes = b"", html: str = "") -> dict[str, Any]:
-    """What a cell shows: the widget, and for pages without widgets the current image or table."""
+    """What a cell shows: the widget, and for pages without widgets the current image and table."""
     bundle: dict[str, Any] = dict(widget._repr_mimebundle_() or {})
     bundle["text/plain"] = "(a control; run the notebook to use it)"
     if image:
         bundle["image/png"] = base64.b64encode(image).decode()
-    elif html:
+    if html:
         bundle["text/html"] = html
     return bundle
 

@@ -1,13 +1,12 @@
-"""Runs a notebook without a browser and exports one self-contained HTML page with the last state of its widgets."""
+"""Runs a notebook without a browser and exports one self-contained HTML page."""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import base64
-import html as markup
+import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from core.files import atomic_path, make_folder, write_text
 from interface.cli import one_sentence
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 
 
 def run_notebook(
@@ -40,13 +38,13 @@ def run_notebook(
         papermill.execute_notebook(
             str(notebook),
             str(executed),
-            parameters=_listed(parameters),
+            parameters=json.loads(json.dumps(parameters)),  # papermill passes a tuple on as text
             cwd=str(notebook.parent),
             progress_bar=True,
         )
     except papermill.PapermillExecutionError as error:
         raise LabError(f"{notebook} failed: {error.ename}: {error.evalue}; see {executed}.") from error
-    shown = widgets_as_shown(nbformat.read(executed, as_version=4))
+    shown = without_widgets(nbformat.read(executed, as_version=4))
     page = executed.with_suffix(".html")
     body, _ = HTMLExporter(
         exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url=""
@@ -59,103 +57,19 @@ def run_notebook(
     }
 
 
-def _listed(value: Any) -> Any:
-    """A parameter with lists instead of tuples, which papermill would pass to the notebook as text."""
-    if isinstance(value, dict):
-        return {name: _listed(inner) for name, inner in value.items()}
-    return [_listed(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def widgets_as_shown(notebook: Any) -> Any:
-    """The notebook with each widget replaced by its last state as text, images and tables; closed ones are removed.
-
-    If no state was saved, the cell keeps the output for pages without widgets.
-    """
-    state = notebook.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
+def without_widgets(notebook: Any) -> Any:
+    """The notebook with each control replaced by the image and the table of its fallback; progress bars are removed."""
     for cell in notebook.cells:
-        kept = []
+        outputs = []
         for output in cell.get("outputs", []):
-            model = output.get("data", {}).pop(WIDGET, {}).get("model_id")
-            if model is None:
-                kept.append(output)
-            elif model in state:
-                kept += _as_outputs(_shown(state, model))
-            elif set(output["data"]) - {"text/plain"}:
-                kept.append(output)
+            data = output.get("data", {})
+            parts = [{kind: data[kind]} for kind in ("image/png", "text/html") if kind in data]
+            in_parts = [nbformat.v4.new_output("display_data", data=part) for part in parts]
+            outputs += in_parts if WIDGET in data else [output]
         if "outputs" in cell:
-            cell.outputs = kept
+            cell.outputs = outputs
     notebook.metadata.pop("widgets", None)
     return notebook
-
-
-Shown = list[Any]  # texts, and {mime type: data} of images and tables, in their order
-
-
-def _shown(state: dict[str, Any], model: str) -> Shown:
-    """What a widget and its children show; the texts of a row are one line."""
-    values = state.get(model, {}).get("state", {})
-    layout = str(values.get("layout", "")).removeprefix("IPY_MODEL_")
-    if state.get(layout, {}).get("state", {}).get("display") == "none":
-        return []
-    if "children" not in values:
-        make = LEAVES.get(values.get("_model_name", ""), _input)
-        return [part for part in [make(values, state.get(model, {}))] if part]
-    parts = [part for child in values["children"] for part in _shown(state, child.removeprefix("IPY_MODEL_"))]
-    if values.get("_model_name") == "HBoxModel" and all(isinstance(part, str) for part in parts):
-        return [" ".join(parts)] if parts else []
-    return parts
-
-
-def _bar(values: dict[str, Any], saved: Any) -> str:
-    return f"|{'█' * round(20 * values['value'] / (values['max'] or 1)):<20}|"
-
-
-def _image(values: dict[str, Any], saved: dict[str, Any]) -> dict[str, str] | None:
-    data = [buffer["data"] for buffer in saved.get("buffers", []) if buffer["path"] == ["value"]]
-    return {"image/png": data[0]} if data and data[0] else None
-
-
-def _html(values: dict[str, Any], saved: Any) -> Any:
-    value = str(values.get("value", ""))
-    return {"text/html": value} if "<table" in value else _plain(value)
-
-
-def _input(values: dict[str, Any], saved: Any) -> str:
-    """`label: value` of an input; for a menu the selected options."""
-    selected, labels = values.get("index"), values.get("_options_labels", [])
-    rows = selected if isinstance(selected, (list, tuple)) else [] if selected is None else [selected]
-    value = ", ".join(labels[row] for row in rows) if labels else values.get("value", "")
-    text = "" if value == [] else _plain(str(value))
-    label = _plain(str(values.get("description") or ""))
-    return f"{label}: {text}" if label and text else text
-
-
-def _plain(text: str) -> str:
-    return markup.unescape(re.sub(r"<[^>]+>", "", text)).strip()
-
-
-LEAVES: dict[str, Callable[[dict[str, Any], Any], Any]] = {
-    "FloatProgressModel": _bar,
-    "ImageModel": _image,
-    "HTMLModel": _html,
-}
-"""How widgets without children become text or data; every other type is an input."""
-
-
-def _as_outputs(parts: Shown) -> list[Any]:
-    lines: list[str] = []
-    outputs = []
-    for part in [*parts, None]:
-        if isinstance(part, str):
-            lines.append(part)
-            continue
-        if lines:
-            text = "".join(f"{line}\n" for line in lines)
-            outputs.append(nbformat.v4.new_output("stream", name="stdout", text=text))
-            lines = []
-        if part is not None:
-            outputs.append(nbformat.v4.new_output("display_data", data=part))
-    return outputs
 
 
 def without_network(html: str) -> str:
