@@ -86,7 +86,8 @@ def verdicts(rows: list[tuple[Run, dict[str, Any]]]) -> None:
     for sides, names in (((plain, full), ("plain", "full")), ((full, margin), ("no margin", "margin"))):
         for name in ("top1", "swapped"):
             first, second = ([metrics[name] for metrics in side] for side in sides)
-            print(f"{name}: {compare_settings(first, second, names).verdict}")
+            test = compare_settings(first, second)
+            print(f"{name}, {' - '.join(names)}: {test.difference:+.4f} [{test.low:+.4f}, {test.high:+.4f}]")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from config import FLAGS, NOT_IN_NAME, Config, make_config
 from core.errors import LabError, choose
 from metrics import is_recall
 from reports.gallery import ranks_of
-from retrieval.statistics import MIN_SEEDS, TEST_IMAGES_ONLY, PairedTest, compare_settings, paired_test
+from retrieval.statistics import MIN_SEEDS, TEST_IMAGES_ONLY, Comparison, compare_settings, paired_test
 from utils import Run
 
 BASELINE, OTHER_GALLERY, TOO_FEW = "baseline", "not compared: another gallery", "too few seeds"
@@ -109,7 +109,7 @@ def verdict(setting: Setting, base: Setting, metric: str) -> str:
     return TOO_FEW
 
 
-def paired_test_of(first: Run, second: Run, metric: str = "i2t_recall@1") -> PairedTest:
+def paired_test_of(first: Run, second: Run, metric: str = "i2t_recall@1") -> Comparison:
     """The paired test of two runs on their first test split, from their saved features; nothing is encoded again.
 
     Raises: LabError if they were measured on different galleries.

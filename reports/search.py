@@ -99,7 +99,7 @@ class GallerySearch:
     def by_picture(self, pictures: Sequence[Picture], k: int = 5) -> list[Found]:
         """The k nearest other pictures of each. Raises: as `by_text`; UndecodableImage if one cannot be read."""
         features, ids = self._picture_features(pictures)
-        hits = self.images.neighbors(features, ids, k)
+        hits = self.images.query(features, k, ids)
         return [
             Found(label(one), *self._pictures(hits.rows[row], hits.scores[row]), None, [self._shown(one)])
             for row, one in enumerate(pictures)

@@ -1,8 +1,7 @@
-"""Every retrieval figure, made from one set of exact ranks (`ranks.py`).
+"""Every retrieval figure, from one set of exact ranks (`ranks.py`), and the geometry of the features.
 
-Values are fractions in [0, 1], save ranks (1 is nearest) and rsum (percentage points). A query without
-a match is left out of every average and counted as left out. A k over the gallery's size looks at the
-whole gallery: recall is then 1, and so is the chance level beside it.
+Values are fractions in [0, 1], except ranks (1 is nearest) and rsum (percentage points). A query without a match is
+left out of every mean and counted as left out. Where k is larger than the gallery, recall and its chance level are 1.
 """
 
 from __future__ import annotations
@@ -48,18 +47,13 @@ def _summarise_direction(ranks: QueryRanks, ks: Sequence[int]) -> dict[str, floa
         raise LabError("ks is empty; name at least one k, such as ks=(1, 5, 10)")
     names = [f"recall@{k}" for k in ks] + [f"ndcg@{max(ks)}", "mean_rank", "mrr", "map", "r_precision"]
     figures = {name: float(query_values(ranks, name).mean()) for name in names}
-    figures["median_rank"] = median_rank(ranks)
+    figures["median_rank"] = float(np.median(ranks.best))
     figures.update({f"chance@{k}": chance_at_k(ranks, k) for k in ks})
     figures.update(num_queries=ranks.num_queries, num_left_out=ranks.num_left_out)
     return figures
 
 
 # ---- figures from ranks ----------------------------------------------------------------------------
-
-
-def median_rank(ranks: QueryRanks) -> float:
-    """Median over queries of the nearest match's rank; a half where an even number straddles two."""
-    return float(np.median(ranks.best))
 
 
 def chance_at_k(ranks: QueryRanks, k: int) -> float:
@@ -192,28 +186,24 @@ MEASURES = ("modality_gap", "alignment", "image_uniformity", "text_uniformity")
 
 
 def feature_spread(features: Tensor) -> float:
-    """1 - the mean cosine between rows of normalised features (N, D): 0 where all are one, near 1 at best."""
+    """1 - the mean cosine between rows of normalized features (N, D): 0 where all are one, near 1 at best."""
     return 1 - features.float().mean(dim=0).square().sum().item()
-
-
-def _array(values: Any) -> np.ndarray:
-    values = torch.as_tensor(values).detach().cpu()
-    return (values.float() if values.is_floating_point() else values).numpy()
 
 
 def unit_rows(features: Any, name: str) -> np.ndarray:
     """(N, D) features on the unit sphere."""
-    rows = _array(features)
-    if rows.ndim != 2 or not len(rows) or not np.isfinite(rows).all():
-        raise LabError(f"{name} must be finite numbers of shape (N, D); got shape {rows.shape}.")
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    rows = torch.as_tensor(features).detach().cpu()
+    if rows.ndim != 2 or not len(rows) or not rows.isfinite().all():
+        raise LabError(f"{name} must be finite numbers of shape (N, D); got shape {tuple(rows.shape)}.")
+    rows = rows.float() if rows.dtype != torch.float64 else rows
+    return torch.nn.functional.normalize(rows, dim=1).numpy()
 
 
 def modality_gap_size(image_features: Any, text_features: Any) -> float:
     """Distance between the mean image feature and the mean text feature, 0 to 2.
 
-    Args: (I, D) and (T, D) features, normalised here.
-    Source: Liang et al. 2022, "Mind the Gap", the difference between the two modalities' centres.
+    Args: (I, D) and (T, D) features, normalized here.
+    Source: Liang et al. 2022, "Mind the Gap", the difference between the two modalities' centers.
     """
     image_mean = unit_rows(image_features, "image_features").mean(axis=0)
     text_mean = unit_rows(text_features, "text_features").mean(axis=0)
@@ -223,29 +213,31 @@ def modality_gap_size(image_features: Any, text_features: Any) -> float:
 def alignment(image_features: Any, text_features: Any, image_id: Any, text_id: Any) -> float:
     """Mean squared distance of matching pairs, 0 to 4: the lower, the closer.
 
-    Args: (I, D) and (T, D) features, normalised here; (I,) and (T,) ids, equal ids match, -1 never does.
+    Args: (I, D) and (T, D) features, normalized here; (I,) and (T,) ids, equal ids match, -1 never does.
     Raises: LabError if nothing matches.
     Source: Wang & Isola 2020, section 4.1, alpha = 2.
     """
-    sums, counts = [], []
-    wanted = np.intersect1d(_array(image_id), _array(text_id))
-    wanted = wanted[wanted != -1]
-    if not len(wanted):
+    ids = [torch.as_tensor(each).cpu().numpy() for each in (image_id, text_id)]
+    shared = np.intersect1d(*ids)
+    shared = shared[shared != -1]
+    if not len(shared):
         raise LabError("no image and text share an id; alignment needs matching pairs.")
-    for features, ids, name in ((image_features, image_id, "image"), (text_features, text_id, "text")):
-        having = np.isin(_array(ids), wanted)
-        rows = unit_rows(features, f"{name}_features")[having]
-        place = np.searchsorted(wanted, _array(ids)[having])
-        total = torch.zeros(len(wanted), rows.shape[1], dtype=torch.float64)
-        sums.append(total.index_add_(0, torch.from_numpy(place), torch.from_numpy(rows).double()).numpy())
-        counts.append(np.bincount(place, minlength=len(wanted)))
-    return float(2 - 2 * (sums[0] * sums[1]).sum() / (counts[0] * counts[1]).sum())
+    sums, counts = [], []  # per id, since the products of all its pairs sum to the product of two sums
+    for features, own, name in zip((image_features, text_features), ids, ("image", "text"), strict=True):
+        chosen = np.isin(own, shared)
+        places = np.searchsorted(shared, own[chosen])
+        rows = torch.from_numpy(unit_rows(features, f"{name}_features")[chosen]).double()
+        sums.append(
+            torch.zeros(len(shared), rows.shape[1]).double().index_add(0, torch.from_numpy(places), rows)
+        )
+        counts.append(np.bincount(places))
+    return float(2 - 2 * (sums[0] * sums[1]).sum().item() / (counts[0] * counts[1]).sum())
 
 
 def uniformity(features: Any, chunk: int = 1024) -> float:
     """Log of the mean Gaussian potential of all pairs of rows, at most 0: the lower, the more spread out.
 
-    Args: (N, D) features, normalised here, N > 1; takes N^2 D operations in memory N * chunk.
+    Args: (N, D) features, normalized here, N > 1; takes N^2 D operations in memory N * chunk.
     Source: Wang & Isola 2020, section 4.1, t = 2.
     """
     rows = unit_rows(features, "features")
@@ -263,15 +255,15 @@ def feature_geometry(
 ) -> dict[str, float]:
     """Gap, alignment, and uniformity of both modalities.
 
-    Args: features and ids as of a whole split; most: uniformity from so many rows, evenly spaced, for it costs
-        their square; none: from all. Of a single row it is nan.
+    Args:
+        most: compute uniformity, whose cost is the square of the rows, from at most so many evenly spaced rows;
+            None: from all.
     """
-    images, texts = (
-        rows[:: -(-len(rows) // (most or len(rows)))] for rows in (image_features, text_features)
-    )
-    return {
+    figures = {
         "modality_gap": modality_gap_size(image_features, text_features),
         "alignment": alignment(image_features, text_features, image_id, text_id),
-        "image_uniformity": uniformity(images) if len(images) > 1 else math.nan,
-        "text_uniformity": uniformity(texts) if len(texts) > 1 else math.nan,
     }
+    for side, rows in (("image", image_features), ("text", text_features)):
+        spread = rows[:: -(-len(rows) // (most or len(rows)))]
+        figures[f"{side}_uniformity"] = uniformity(spread) if len(spread) > 1 else math.nan
+    return figures

@@ -22,7 +22,6 @@ IVF_FROM = 200_000  # rows; below, an exact query takes about 0.1 s on a CPU
 PROBES = 16  # lists of an approximate index that a query looks into; recall and time grow with it
 SCORES_AT_ONCE = 1 << 24  # 64 MiB of float32
 QUERIES_AT_ONCE = 1024
-ROWS_AT_ONCE = 1 << 16
 
 
 def nearest_rows(
@@ -85,45 +84,38 @@ class Index:
     def __len__(self) -> int:
         return len(self.features)
 
-    def query(self, queries: Tensor, k: int = 10) -> Hits:
+    def query(self, queries: Tensor, k: int = 10, query_ids: Tensor | None = None) -> Hits:
         """The k nearest rows of each query; equal scores come in any order.
 
-        Args: queries: (Q, D); their lengths scale the scores.
-        Raises: LabError if k is not in 1..N, or queries are not finite or of another width.
+        Args:
+            queries: (Q, D); their lengths scale the scores.
+            query_ids: (Q,) rows of the query's own id are left out; a negative id excludes nothing.
+        Raises: LabError if k is not in 1..N, a query has fewer than k rows of other ids, or queries are not finite or
+            of another width.
         """
-        _check_k(k, len(self))
+        size = len(self.features)
+        if not 1 <= k <= size:
+            raise LabError(f"k is {k} but the gallery has {size} rows; choose k from 1 to {size}.")
         queries = _checked_queries(queries, self.features)
-        find = nearest_rows if self.engine is None else self._ask_engine
-        scores, rows = find(queries, self.features, k)
-        return Hits(scores, rows, self.ids[rows])
-
-    def neighbors(self, queries: Tensor, query_ids: Tensor, k: int = 10) -> Hits:
-        """The k nearest rows of each query whose id is not the query's own; a negative id excludes nothing.
-
-        Args: queries: (Q, D); query_ids: (Q,).
-        Raises: LabError as `query`, or if a query has fewer than k rows of other ids.
-        """
-        _check_k(k, len(self))
-        queries = _checked_queries(queries, self.features)
+        query_ids = torch.full((len(queries),), -1) if query_ids is None else query_ids
         if query_ids.shape != (len(queries),):
             raise LabError(
                 f"query_ids has shape {tuple(query_ids.shape)}; give one per query, ({len(queries)},)."
             )
-        own = _most_own_rows(self.ids, query_ids)
-        if len(self) - own < k:
-            raise LabError(
-                f"k is {k} but only {len(self) - own} rows have another id than the query; lower k."
-            )
+        shared = self.ids[torch.isin(self.ids, query_ids[query_ids >= 0])]
+        own = int(shared.unique(return_counts=True)[1].max()) if len(shared) else 0
+        if size - own < k:
+            raise LabError(f"k is {k} but only {size - own} rows have another id than the query; lower k.")
         if self.engine is None:
             scores, rows = nearest_rows(queries, self.features, k, query_ids, self.ids)
         else:
-            scores, rows = self._ask_engine(queries, self.features, k + own)
+            scores, rows = self._ask_engine(queries, k + own)
             is_own = (self.ids[rows] == query_ids[:, None]) & (query_ids[:, None] >= 0)
             order = is_own.int().argsort(dim=1, stable=True)[:, :k]  # others first, still nearest first
             scores, rows = scores.gather(1, order), rows.gather(1, order)
         return Hits(scores, rows, self.ids[rows])
 
-    def _ask_engine(self, queries: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _ask_engine(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(Q, k) scores and rows; where the probed lists hold fewer than k rows, of all lists."""
         import faiss
 
@@ -136,13 +128,6 @@ class Index:
                 scores[short], rows[short] = self.engine.search(some.numpy()[short], k, params=every_list)
             parts.append((torch.from_numpy(scores), torch.from_numpy(rows)))
         return torch.cat([scores for scores, _ in parts]), torch.cat([rows for _, rows in parts])
-
-
-def _most_own_rows(ids: Tensor, query_ids: Tensor) -> int:
-    """The most rows of the index that share a query's id."""
-    known, counts = ids.unique(return_counts=True)
-    shared = torch.isin(known, query_ids[query_ids >= 0])
-    return int(counts[shared].max()) if shared.any() else 0
 
 
 def combine(features: Tensor, weights: Sequence[float]) -> Tensor:
@@ -188,19 +173,12 @@ def _ivf(features: Tensor) -> Any:
     sample = np.linspace(0, len(features) - 1, min(len(features), 64 * lists)).astype(np.int64)
     engine.train(features[torch.from_numpy(sample)].numpy())
     engine.nprobe = PROBES
-    with tqdm(total=len(features), desc="index", unit="row", unit_scale=True, delay=2, leave=False) as bar:
-        for part in features.split(8192):
-            engine.add(part.numpy())
-            bar.update(len(part))
+    for part in tqdm(features.split(8192), "index", delay=2, leave=False):
+        engine.add(part.numpy())
     return engine
 
 
 # --- bad input ---
-
-
-def _check_k(k: int, size: int) -> None:
-    if not 1 <= k <= size:
-        raise LabError(f"k is {k} but the gallery has {size} rows; choose k from 1 to {size}.")
 
 
 def _checked_queries(queries: Tensor, features: Tensor) -> Tensor:
@@ -226,7 +204,7 @@ def _check_features(features: Tensor, ids: Tensor) -> None:
         raise LabError(
             f"{len(features)} features need as many int64 ids, not {tuple(ids.shape)} {ids.dtype}."
         )
-    lengths = torch.cat([part.float().norm(dim=1) for part in features.split(ROWS_AT_ONCE)])
+    lengths = features.float().norm(dim=1)
     wrong = ((lengths - 1).abs() <= 0.01).logical_not().nonzero()  # NaN is wrong too
     if len(wrong):
         row = int(wrong[0])

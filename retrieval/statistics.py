@@ -1,8 +1,7 @@
-"""How far a figure can be trusted: intervals, tests between runs, verdicts between settings.
+"""How far a figure can be trusted: intervals, tests between runs, comparisons of settings.
 
-Intervals and tests over images answer one question: what if other test images had been drawn? They
-say nothing about another seed's training, and are labelled so. Whether a *setting* is better than
-another is a question of seeds: `compare_settings`.
+Intervals and tests over images say what changes with other test images. Variation between training seeds is not
+included: whether one *setting* is better than another is a question of seeds, see `compare_settings`.
 """
 
 from __future__ import annotations
@@ -26,43 +25,25 @@ RSUM = tuple(f"{way}_recall@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and the interval around it; `label` says what was varied."""
+    """A figure and both ends of the interval around it."""
 
     value: float
     low: float
     high: float
-    level: float = 0.95
-    label: str = TEST_IMAGES_ONLY
 
 
 @dataclass(frozen=True)
-class PairedTest:
-    """Two runs on the same gallery: first minus second, its interval, and whether it is a difference."""
+class Comparison:
+    """First minus second, the interval of the difference, and whether it can be called a difference."""
 
     difference: float
-    low: float
-    high: float
-    p_value: float
-    is_difference: bool
-    level: float = 0.95
-    label: str = TEST_IMAGES_ONLY
-
-
-@dataclass(frozen=True)
-class SettingsComparison:
-    """Two settings over their seeds: means, spreads, first minus second, and the verdict."""
-
-    means: tuple[float, float]
-    spreads: tuple[float, float]  # sample standard deviations; NaN for a single seed
-    num_seeds: tuple[int, int]
-    difference: float
-    low: float  # NaN where no difference can be claimed for want of seeds
+    low: float  # NaN for settings with too few seeds
     high: float
     is_difference: bool
-    verdict: str
+    p_value: float = float("nan")
 
 
-# ---- over images -----------------------------------------------------------------------------------
+# --- over images ---
 
 
 def bootstrap_intervals(
@@ -70,7 +51,7 @@ def bootstrap_intervals(
 ) -> dict[str, Interval]:
     """Percentile bootstrap intervals over images; queries are resampled, the gallery stays.
 
-    An image is drawn with all its captions, since captions of one image hit and miss together.
+    An image is drawn with all its captions, because these are not independent.
 
     Args:
         ranks: of the full gallery.
@@ -86,8 +67,8 @@ def bootstrap_intervals(
     ends = bootstrap_ends(
         num_images, lambda drawn: np.stack([_mean(*each, drawn) for each in figures]), samples, level, seed
     )
-    rows = zip(names, values, *ends, strict=True)
-    return {name: Interval(float(value), float(low), float(high), level) for name, value, low, high in rows}
+    rows = zip(names, np.stack([values, *ends], axis=1).tolist(), strict=True)
+    return {name: Interval(*row) for name, row in rows}
 
 
 def paired_test(
@@ -98,7 +79,7 @@ def paired_test(
     permutations: int = 10_000,
     level: float = 0.95,
     seed: int = 0,
-) -> PairedTest:
+) -> Comparison:
     """Whether two runs differ on the same gallery: bootstrap interval and permutation test over images.
 
     The permutation test swaps the two runs' results image by image; it is two-sided, and a difference
@@ -126,7 +107,7 @@ def paired_test(
         vectorized=True,
         batch=_batch(len(gaps)),
     ).pvalue
-    return PairedTest(difference, float(low), float(high), float(p_value), bool(p_value < 1 - level), level)
+    return Comparison(difference, float(low), float(high), bool(p_value < 1 - level), float(p_value))
 
 
 def bootstrap_ends(
@@ -193,15 +174,11 @@ def _mean(sums: np.ndarray, counts: np.ndarray, drawn: np.ndarray) -> np.ndarray
 
 
 def _check_same_gallery(first: Ranks, second: Ranks) -> None:
-    pairs = [(first.i2t, second.i2t), (first.t2i, second.t2i)]
-    same = all(
-        a.gallery_size == b.gallery_size and np.array_equal(np.sort(a.image_id), np.sort(b.image_id))
-        for a, b in pairs
-    )
-    if not same:
-        raise LabError(
-            "the two runs were not measured on the same gallery; evaluate both on the same split and captions"
-        )
+    for a, b in ((first.i2t, second.i2t), (first.t2i, second.t2i)):
+        if a.gallery_size != b.gallery_size or sorted(a.image_id) != sorted(b.image_id):
+            raise LabError(
+                "the two runs were not measured on the same gallery; evaluate both on the same split and captions"
+            )
 
 
 def _check_level(level: float) -> None:
@@ -209,62 +186,30 @@ def _check_level(level: float) -> None:
         raise LabError(f"level is {level}, but a coverage lies between 0 and 1, such as 0.95")
 
 
-# ---- over seeds ------------------------------------------------------------------------------------
+# --- over seeds ---
 
 
-def compare_settings(
-    first: Sequence[float],
-    second: Sequence[float],
-    names: tuple[str, str] = ("first", "second"),
-    level: float = 0.95,
-) -> SettingsComparison:
-    """Whether a figure differs between two settings, from one value for each seed.
+def compare_settings(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> Comparison:
+    """Whether a figure differs between two settings, from one value per seed.
 
-    A difference is claimed only with at least three seeds on both sides, and only where Welch's
-    interval of the difference of means leaves out zero.
+    It is called a difference if both sides have at least three seeds and Welch's interval of the difference of means
+    does not contain zero.
 
-    Raises: LabError if a side is empty or holds NaN.
+    Raises: LabError if a side is empty or contains NaN.
     Source: Welch 1947.
     """
     _check_level(level)
-    sides = [np.asarray(values, dtype=float) for values in (first, second)]
-    if any(len(side) == 0 or not np.isfinite(side).all() for side in sides):
-        raise LabError("a setting without values, or with NaN, cannot be compared; give one figure a seed")
-    means = [float(side.mean()) for side in sides]
-    spreads = [float(side.std(ddof=1)) if len(side) > 1 else float("nan") for side in sides]
-    counts = [len(side) for side in sides]
-    low = high = float("nan")
-    if min(counts) >= MIN_SEEDS:
-        low, high = _welch(sides[0], sides[1], level)
-    is_difference = bool(low > 0 or high < 0)
-    return SettingsComparison(
-        (means[0], means[1]),
-        (spreads[0], spreads[1]),
-        (counts[0], counts[1]),
-        means[0] - means[1],
-        low,
-        high,
-        is_difference,
-        _verdict(means, counts, names, is_difference, level),
-    )
-
-
-def _welch(first: np.ndarray, second: np.ndarray, level: float) -> tuple[float, float]:
-    """Interval of the difference of two means of unequal spread."""
-    if np.ptp(first) == np.ptp(second) == 0:  # scipy's interval would be NaN
-        return (gap := float(first.mean() - second.mean())), gap
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of seeds that are all alike on one side
-        interval = scipy.stats.ttest_ind(first, second, equal_var=False).confidence_interval(level)
-    return float(interval.low), float(interval.high)
-
-
-def _verdict(
-    means: Sequence[float], counts: Sequence[int], names: tuple[str, str], is_difference: bool, level: float
-) -> str:
-    if min(counts) < MIN_SEEDS:
-        return f"not claimed: {min(counts)} of at least {MIN_SEEDS} seeds a setting"
-    if not is_difference:
-        return f"no difference at {level:.0%} over {min(counts)} seeds or more"
-    better, worse = names if means[0] > means[1] else names[::-1]
-    return f"{better} above {worse} at {level:.0%} over {min(counts)} seeds or more"
+    one, other = (np.asarray(values, dtype=float) for values in (first, second))
+    if any(len(side) == 0 or not np.isfinite(side).all() for side in (one, other)):
+        raise LabError("a setting without values, or with NaN, cannot be compared; give one figure per seed")
+    difference = float(one.mean() - other.mean())
+    if min(len(one), len(other)) < MIN_SEEDS:
+        low = high = float("nan")
+    elif np.ptp(one) == np.ptp(other) == 0:  # scipy's interval would be NaN
+        low = high = difference
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of seeds that are all equal on one side
+            interval = scipy.stats.ttest_ind(one, other, equal_var=False).confidence_interval(level)
+        low, high = float(interval.low), float(interval.high)
+    return Comparison(difference, low, high, bool(low > 0 or high < 0))

@@ -89,22 +89,19 @@ def test_small_galleries_are_exact_and_large_ones_approximate(monkeypatch):
     assert build_index(features(100)).engine.nlist == 10
 
 
-# ---- neighbors -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["exact", "ivf"])
 def test_neighbors_are_the_nearest_of_another_id(kind):
     gallery, queries = clustered(400), clustered(30, seed=0)
     ids, own = torch.arange(400) // 5, torch.arange(30) // 2
     index = build_index(gallery, ids, kind=kind)
-    hits = index.neighbors(queries, own, 390 if kind == "ivf" else 8)  # 390: more than sixteen lists hold
+    hits = index.query(queries, 390 if kind == "ivf" else 8, own)  # 390: more than sixteen lists hold
     assert_best(hits, gallery, queries, (own[:, None] == ids).numpy())
     assert not (hits.ids == own[:, None]).any()
 
 
 def test_negative_ids_exclude_nothing():
     gallery = features(20)
-    hits = build_index(gallery, torch.full((20,), -1)).neighbors(gallery, torch.full((20,), -1), 1)
+    hits = build_index(gallery, torch.full((20,), -1)).query(gallery, 1, torch.full((20,), -1))
     assert hits.rows.flatten().tolist() == list(range(20))
 
 
@@ -159,8 +156,8 @@ def broken(rows=10, row=7, value=float("nan")):
         (lambda index: build_index(torch.ones(10)), r"\(rows, width\) floats"),
         (lambda index: build_index(features(10), torch.arange(9)), "10 features need as many int64 ids"),
         (lambda index: build_index(features(10), kind="exat"), "did you mean 'exact'"),
-        (lambda index: index.neighbors(features(2), torch.tensor([0, 1]), 10), "only 9 rows have another"),
-        (lambda index: index.neighbors(features(2), torch.tensor([0]), 1), "query_ids has shape"),
+        (lambda index: index.query(features(2), 10, torch.tensor([0, 1])), "only 9 rows have another"),
+        (lambda index: index.query(features(2), 1, torch.tensor([0])), "query_ids has shape"),
     ],
 )
 def test_mistakes_are_named(call, message):

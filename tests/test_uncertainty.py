@@ -47,7 +47,6 @@ def test_an_interval_of_a_proportion_is_the_normal_one():
     error = (value * (1 - value) / 300) ** 0.5
     assert found.value == pytest.approx(value)
     assert (found.low, found.high) == pytest.approx((value - 1.96 * error, value + 1.96 * error), abs=0.006)
-    assert found.label == "test images only"
 
 
 def test_captions_are_drawn_with_their_image():
@@ -84,6 +83,8 @@ def test_a_wider_level_is_a_wider_interval_and_the_seed_repeats():
     narrow, wide = (bootstrap_interval(ranks, level=level) for level in (0.5, 0.99))
     assert wide.low < narrow.low < narrow.high < wide.high
     assert bootstrap_interval(ranks, seed=3) == bootstrap_interval(ranks, seed=3)
+    with pytest.raises(LabError, match="between 0 and 1"):
+        bootstrap_interval(ranks, level=95)
 
 
 def test_coverage_over_many_galleries():
@@ -132,7 +133,6 @@ def test_a_run_does_not_differ_from_itself():
     ranks = make_ranks()
     found = paired_test(ranks, ranks)
     assert (found.difference, found.p_value, found.is_difference) == (0, 1, False)
-    assert found.label == "test images only"
 
 
 @pytest.mark.parametrize("name", ["i2t_recall@1", "t2i_map", "rsum"])
@@ -170,41 +170,33 @@ def test_runs_on_other_galleries_are_refused():
 
 def test_welch_interval_by_hand():
     first, second = [0.62, 0.60, 0.63, 0.61], [0.55, 0.58, 0.52]
-    found = compare_settings(first, second, ("bn", "plain"))
+    found = compare_settings(first, second)
     errors = [np.var(side, ddof=1) / len(side) for side in (first, second)]
     freedom = sum(errors) ** 2 / (errors[0] ** 2 / 3 + errors[1] ** 2 / 2)
     reach = stats.t.ppf(0.975, freedom) * sum(errors) ** 0.5
     assert (found.low, found.high) == pytest.approx((found.difference - reach, found.difference + reach))
-    assert found.means == pytest.approx((np.mean(first), np.mean(second)))
-    assert found.spreads == pytest.approx((np.std(first, ddof=1), np.std(second, ddof=1)))
+    assert found.difference == pytest.approx(np.mean(first) - np.mean(second))
     assert found.is_difference
-    assert found.verdict == "bn above plain at 95% over 3 seeds or more"
 
 
-def test_two_seeds_claim_nothing_however_far_apart():
+def test_two_seeds_are_no_difference_however_far_apart():
     found = compare_settings([0.9, 0.91, 0.9], [0.1, 0.11])
     assert not found.is_difference
     assert found.difference == pytest.approx(0.7983, abs=1e-3)
     assert np.isnan(found.low)
-    assert found.verdict == "not claimed: 2 of at least 3 seeds a setting"
 
 
 def test_overlapping_seeds_are_no_difference():
     found = compare_settings([0.60, 0.64, 0.56], [0.58, 0.62, 0.55])
     assert not found.is_difference
     assert found.low < 0 < found.high
-    assert found.verdict.startswith("no difference at 95%")
 
 
 @pytest.mark.filterwarnings("error")
-def test_seeds_that_are_all_alike_on_one_side_warn_of_nothing():
+def test_equal_seeds_have_an_interval_and_no_warning():
     found = compare_settings([0.5] * 3, [0.6, 0.61, 0.62])
     assert found.high < 0
     assert found.is_difference
-
-
-def test_the_lower_setting_is_named_second():
-    assert compare_settings([1.0, 1.1, 1.2], [5.0, 5.1, 5.2], ("a", "b")).verdict.startswith("b above a")
     same = compare_settings([0.5] * 3, [0.5] * 3)
     assert (same.low, same.high, same.is_difference) == (0, 0, False)
 
@@ -225,9 +217,7 @@ def test_a_figure_that_does_not_exist(name, message):
         bootstrap_interval(make_ranks(num_images=20), name)
 
 
-def test_levels_and_empty_settings():
-    with pytest.raises(LabError, match="between 0 and 1"):
-        bootstrap_interval(make_ranks(num_images=20), level=95)
-    for empty in ([], [0.5, float("nan"), 0.6]):
-        with pytest.raises(LabError, match="without values, or with NaN"):
-            compare_settings(empty, [0.1, 0.2, 0.3])
+@pytest.mark.parametrize("empty", [[], [0.5, float("nan"), 0.6]])
+def test_a_setting_without_values_is_refused(empty):
+    with pytest.raises(LabError, match="without values, or with NaN"):
+        compare_settings(empty, [0.1, 0.2, 0.3])

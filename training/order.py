@@ -67,7 +67,7 @@ def nearest_images(image_features: Tensor, k: int = NEIGHBOURS_KEPT) -> np.ndarr
     """(I, k) nearest other images of each image, or all others where there are fewer."""
     items = torch.arange(len(image_features))
     index = build_index(image_features, items)
-    return index.neighbors(image_features, items, min(k, len(items) - 1)).rows.numpy()
+    return index.query(image_features, min(k, len(items) - 1), items).rows.numpy()
 
 
 def neighbour_order(items: np.ndarray, neighbours: np.ndarray, epoch: int, seed: int) -> np.ndarray:
