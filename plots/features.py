@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -162,19 +163,6 @@ def _sample(count: int, limit: int, required: Sequence[int], seed: int) -> np.nd
     return np.sort(np.concatenate([first, sample]))
 
 
-def _project(
-    sides: Sequence[np.ndarray], required: Sequence[Any], method: str, limit: int, seed: int
-) -> tuple[list[dict[int, np.ndarray]], list[str]]:
-    """Row -> (2,) point in the plane for the sampled rows of each modality, and the axes' labels."""
-    samples = [_sample(len(rows), limit, first, seed) for rows, first in zip(sides, required, strict=True)]
-    rows = np.concatenate([rows[sample] for rows, sample in zip(sides, samples, strict=True)])
-    if len(np.unique(rows, axis=0)) < 3:
-        raise LabError("a map in the plane needs at least three different features.")
-    points, labels = choose(MAPS, method, "method")(rows, seed)
-    parts = np.split(points, [len(samples[0])])
-    return [dict(zip(sample, part, strict=True)) for sample, part in zip(samples, parts, strict=True)], labels
-
-
 def _place_thumbnails(axes: Axes, images: Iterable[tuple[Any, ImageLike]], side: float = 0.5) -> None:
     """Small images at their points; one that would hide an earlier one is left out."""
     to_inches = (axes.transData + axes.figure.dpi_scale_trans.inverted()).transform
@@ -214,18 +202,30 @@ def modality_map(
     joined = np.zeros((0, 2), int) if pairs is None else to_numpy(pairs).astype(int).reshape(-1, 2)
     given = () if thumbnails is None else thumbnails
     images = dict(given if isinstance(given, Mapping) else enumerate(given))
-    points, labels = _project(sides, [[*images, *joined[:, 0]], joined[:, 1]], method, limit, seed)
+    required = ([*images, *joined[:, 0]], joined[:, 1])
+    samples = [_sample(len(rows), limit, first, seed) for rows, first in zip(sides, required, strict=True)]
+    rows = np.concatenate([rows[sample] for rows, sample in zip(sides, samples, strict=True)])
+    if len(np.unique(rows, axis=0)) < 3:
+        raise LabError("a map in the plane needs at least three different features.")
+    spots, labels = choose(MAPS, method, "method")(rows, seed)
+    parts = zip(samples, np.split(spots, [len(samples[0])]), strict=True)
+    points = [dict(zip(sample.tolist(), part, strict=True)) for sample, part in parts]  # row -> (2,)
     figure = new_figure(5.8)
     axes = figure.subplots()
     for image, text in joined:
         if image in points[0] and text in points[1]:
-            ends = np.stack([points[0][image], points[1][text]])
-            axes.plot(*ends.T, color=GREY, linewidth=0.6, alpha=0.6, zorder=1)
+            axes.plot(
+                *zip(points[0][image], points[1][text], strict=True),
+                color=GREY,
+                linewidth=0.6,
+                alpha=0.6,
+                zorder=1,
+            )
     for order, name in enumerate(("images", "texts")):
-        spots, total = np.stack([*points[order].values()]), len(sides[order])
-        label = f"{len(spots):,} of {total:,} {name}" if len(spots) < total else f"{total:,} {name}"
+        some, total = len(points[order]), len(sides[order])
+        label = f"{some:,} of {total:,} {name}" if some < total else f"{total:,} {name}"
         look: dict[str, Any] = {"marker": "os"[order], "color": color(order), "alpha": 0.7, "linewidth": 0}
-        axes.scatter(spots[:, 0], spots[:, 1], 16, label=label, **look)
+        axes.scatter(*zip(*points[order].values(), strict=True), 16, label=label, **look)
     axes.set(xlabel=labels[0], ylabel=labels[1])
     axes.legend(ncols=2, markerscale=1.6, **LEGEND_ABOVE)
     figure.draw_without_rendering()  # so that the limits and the layout are final
@@ -236,33 +236,36 @@ def modality_map(
 # --- failures ---
 
 
-def failures(
-    queries: Sequence[str],
-    images: Sequence[ImageLike],
-    ranks: Sequence[int],
-    above: Sequence[Sequence[ImageLike]],
-    scores: Sequence[Sequence[float]] | None = None,
-    path: SavePath = None,
-    gallery: int | None = None,
-    title: str = "",
-) -> Figure:
-    """Text queries that failed: the matching image with its rank, and the images ranked above it.
+@dataclass(frozen=True)
+class Failure:
+    """A caption whose image is not the nearest.
 
     Args:
-        queries: Q captions, the worst first.
-        images: the Q matching images.
-        ranks: Q ranks of those images, 1 is nearest.
-        above: Q lists of wrong images, nearest first.
-        scores: Q lists: the matching image's similarity, then those of the images above.
-        gallery: how many images were ranked.
+        rank: of the matching image, 1 is nearest.
+        above: the wrong images, nearest first.
+        scores: similarity of the matching image, then of those above.
     """
-    rows = []
-    size = f" of {gallery:,}" if gallery else ""
-    for place, (query, own, rank, wrong) in enumerate(zip(queries, images, ranks, above, strict=True)):
-        texts = [f"match: rank {rank:,}{size}", *(f"rank {n}" for n in range(1, len(wrong) + 1))]
-        if scores is not None:
-            texts = [f"{text}  ·  {score:.3f}" for text, score in zip(texts, scores[place], strict=True)]
-        judged = [True] + [False] * len(wrong)
-        cells = [Cell(*parts) for parts in zip([own, *wrong], texts, judged, strict=True)]
-        rows.append((f"“{query}”", cells))
-    return saved(image_rows(rows, title), path)
+
+    query: str
+    image: ImageLike
+    rank: int
+    above: Sequence[ImageLike]
+    scores: Sequence[float]
+
+    def cells(self, gallery: int) -> list[Cell]:
+        """The matching image with its rank among `gallery` images, then those ranked above it."""
+        texts = [
+            f"match: rank {self.rank:,} of {gallery:,}",
+            *(f"rank {n + 1}" for n in range(len(self.above))),
+        ]
+        return [
+            Cell(image, f"{text}  ·  {score:.3f}", correct=place == 0)
+            for place, (image, text, score) in enumerate(
+                zip([self.image, *self.above], texts, self.scores, strict=True)
+            )
+        ]
+
+
+def failures(rows: Sequence[Failure], gallery: int, path: SavePath = None) -> Figure:
+    """Text queries that failed, the worst first, in a gallery of so many images."""
+    return saved(image_rows([(f"“{row.query}”", row.cells(gallery)) for row in rows]), path)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from core.errors import LabError
 from metrics import as_text, chance, evaluate_protocol, published_points, recalls_of
-from plots.features import failures, modality_gap, modality_map, similarity_matrix
+from plots.features import Failure, failures, modality_gap, modality_map, similarity_matrix
 from plots.figures import attention_maps
 from plots.ranks import confusion_matrix, gallery_size_curves, reliability_diagram
 from plots.ranks import rank_histogram as rank_histogram_figure
@@ -151,23 +151,14 @@ def failure_figure(
     rows = ranks.rows[worst].tolist()
     scores = gallery.text_features[rows] @ gallery.image_features.T  # (count, I)
     items_of = {int(number): item for item, number in enumerate(gallery.image_id)}
-    own = [items_of[int(number)] for number in ranks.image_id[worst]]
-    nearest = [
-        [item for item in order.tolist() if item != mine][: min(above, int(rank) - 1)]
-        for order, mine, rank in zip(
-            scores.argsort(dim=1, descending=True), own, ranks.best[worst], strict=True
-        )
-    ]
-    shown = [[mine, *found] for mine, found in zip(own, nearest, strict=True)]
-    return failures(
-        [gallery.captions[row] for row in rows],
-        gallery.dataset.pictures(own),
-        ranks.best[worst].tolist(),
-        [gallery.dataset.pictures(found) for found in nearest],
-        [scores[place, items].tolist() for place, items in enumerate(shown)],
-        path,
-        len(gallery.image_id),
-    )
+    failed = []
+    for place, row in enumerate(rows):
+        rank, own = int(ranks.best[worst[place]]), items_of[int(ranks.image_id[worst[place]])]
+        order = scores[place].argsort(descending=True).tolist()
+        items = [own, *[item for item in order if item != own][: min(above, rank - 1)]]
+        image, *wrong = gallery.dataset.pictures(items)
+        failed.append(Failure(gallery.captions[row], image, rank, wrong, scores[place, items].tolist()))
+    return failures(failed, len(gallery.image_id), path)
 
 
 def worst_captions(ranks: QueryRanks) -> np.ndarray:

@@ -22,7 +22,6 @@ from core.errors import LabError
 
 TILES = {"cpu": (2048, 512)}  # texts by images: as much as a CPU's cache holds
 GPU_TILE = (8192, 4096)
-KEPT_BYTES = 256 << 20
 IdList = Sequence[int] | np.ndarray | torch.Tensor
 
 
@@ -282,7 +281,6 @@ class _Tiles:
         self.image_block = torch.zeros(width, image_features.shape[1], device=self.device)
         self.product = torch.empty(height, width, device=self.device)
         self.hits = torch.empty_like(self.product)
-        self.kept: dict[tuple[tuple[int, int], tuple[int, int]], torch.Tensor] = {}
 
     def scores(
         self, matches_only: bool = False
@@ -294,18 +292,9 @@ class _Tiles:
                 own = self.layout.matches(texts, images)
                 if matches_only and own.start == own.stop:
                     continue
-                tile = self._multiply(texts, images, keep=matches_only)
-                yield texts, images, tile[: texts[1] - texts[0], : images[1] - images[0]]
-
-    def _multiply(self, texts: tuple[int, int], images: tuple[int, int], keep: bool) -> torch.Tensor:
-        """One tile of the product; tiles that hold matches are needed twice and kept, up to a limit."""
-        if (texts, images) in self.kept:
-            return self.kept.pop((texts, images))
-        _load(self.image_block, self.image_features, self.layout.image_rows[slice(*images)])
-        torch.mm(self.text_block, self.image_block.T, out=self.product)
-        if keep and (len(self.kept) + 1) * self.product.nbytes <= KEPT_BYTES:
-            self.kept[texts, images] = self.product.clone()
-        return self.product
+                _load(self.image_block, self.image_features, self.layout.image_rows[slice(*images)])
+                torch.mm(self.text_block, self.image_block.T, out=self.product)
+                yield texts, images, self.product[: texts[1] - texts[0], : images[1] - images[0]]
 
 
 def _load(block: torch.Tensor, features: torch.Tensor, rows: np.ndarray) -> None:

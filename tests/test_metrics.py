@@ -17,7 +17,6 @@ import metrics
 from core.errors import LabError
 from metrics import retrieval_metrics
 from retrieval import figures as retrieval_figures
-from retrieval import ranks as retrieval_ranks
 from retrieval.figures import recall_by_gallery_size
 from retrieval.ranks import match_ranks
 
@@ -213,15 +212,6 @@ def test_the_tile_changes_nothing(tile):
     for way in ("i2t", "t2i"):
         assert np.array_equal(getattr(whole, way).values, getattr(tiled, way).values)
     assert np.array_equal(whole.i2t.closer, tiled.i2t.closer)
-
-
-def test_tiles_that_are_not_kept_are_made_again_alike(monkeypatch):
-    data = random_set(num_images=40)
-    kept = match_ranks(*data, tile=(64, 16))
-    monkeypatch.setattr(retrieval_ranks, "KEPT_BYTES", 0)
-    again = match_ranks(*data, tile=(64, 16))
-    assert np.array_equal(kept.i2t.values, again.i2t.values)
-    assert np.array_equal(kept.t2i.values, again.t2i.values)
 
 
 def test_one_image_with_very_many_captions():

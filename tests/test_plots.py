@@ -227,9 +227,8 @@ def test_real_photographs_and_captions_fit():
 
 
 def test_failures_show_the_rank_of_the_matching_image_first():
-    figure = features.failures(
-        ["a dog"], images(1), [1214], [images(3)], [[0.1, 0.5, 0.4, 0.3]], gallery=5000
-    )
+    failure = features.Failure("a dog", images(1)[0], 1214, images(3), [0.1, 0.5, 0.4, 0.3])
+    figure = features.failures([failure], gallery=5000)
     symbols = [axes.texts[0].get_text() for axes in image_axes(figure)]
     assert symbols == ["✓", "✗", "✗", "✗"]
     assert "match: rank 1,214 of 5,000 · 0.100" in [" ".join(text.split()) for text in texts_of(figure)]
@@ -665,8 +664,12 @@ FIGURES = {
     "modality_map, tsne, no plane": lambda n: features.modality_map(
         np.ones((n, 4)), np.ones((1, 4)), method="tsne"
     ),
-    "failures": lambda n: features.failures(["a dog"] * n, [IMAGE] * n, [2] * n, [[IMAGE]] * n),
-    "failures, nothing above": lambda n: features.failures(["a dog"] * n, [IMAGE] * n, [1] * n, [[]] * n),
+    "failures": lambda n: features.failures(
+        [features.Failure("a dog", IMAGE, 2, [IMAGE], [0.1, 0.2])] * n, 9
+    ),
+    "failures, nothing above": lambda n: features.failures(
+        [features.Failure("a dog", IMAGE, 1, [], [0.1])] * n, 9
+    ),
     "confusion_matrix": lambda n: ranks.confusion_matrix(np.ones((n, n)), ["dog"] * n),
     "confusion_matrix, no counts": lambda n: ranks.confusion_matrix(np.zeros((n, n)), ["dog"] * n),
     "reliability_diagram": lambda n: ranks.reliability_diagram(np.full(n, 0.5), np.ones(n)),
