@@ -140,8 +140,7 @@ def live_training(
 # --- Explorers of one encoded split ---
 
 
-WIDE, NARROW = widgets.Layout(width="440px"), widgets.Layout(width="300px")
-AS_WIDE = widgets.Layout(width="auto")  # as wide as its label
+WIDE, NARROW, AS_LABEL = (widgets.Layout(width=width) for width in ("440px", "300px", "auto"))
 SOME_LABELS = "a dog; a child; a bicycle; a boat"
 
 
@@ -151,8 +150,8 @@ def split_texts(texts: str) -> list[str]:
 
 
 def _slider(count: int, label: str, start: int = 0, step: int = 1) -> widgets.IntSlider:
-    wide, last = widgets.Layout(width="380px"), max(0, count - 1)
-    return widgets.IntSlider(start, 0, last, step, description=label, continuous_update=False, layout=wide)
+    options: dict[str, Any] = {"description": label, "continuous_update": False, "layout": WIDE}
+    return widgets.IntSlider(start, 0, max(0, count - 1), step, **options)
 
 
 # --- search ---
@@ -191,7 +190,7 @@ def search_box(gallery: Gallery, query: str = "", k: int = 5) -> Control:
         query=widgets.Text(first, description="search", layout=WIDE),
         minus=widgets.Text("", description="without", placeholder="nothing", layout=NARROW),
         k=widgets.IntSlider(min(k, most), 1, most, description="images", continuous_update=False),
-        upload=widgets.FileUpload(accept="image/*", description="similar to image", layout=AS_WIDE),
+        upload=widgets.FileUpload(accept="image/*", description="similar to image", layout=AS_LABEL),
     )
 
 
@@ -227,7 +226,7 @@ def zero_shot_playground(gallery: Gallery, labels: str = "") -> Control:
     return Control(
         show,
         item=_slider(len(gallery.image_id), "image", first),
-        upload=widgets.FileUpload(accept="image/*", description="or upload one", layout=AS_WIDE),
+        upload=widgets.FileUpload(accept="image/*", description="or upload one", layout=AS_LABEL),
         labels=widgets.Text(labels or some, description="labels", layout=WIDE),
         templates=widgets.Text("; ".join(DEFAULT_TEMPLATES), description="templates", layout=WIDE),
     )
@@ -269,10 +268,7 @@ def failure_explorer(gallery: Gallery, count: int = 3) -> Control:
     )
 
 
-# --- Browsers of runs and of data ---
-
-
-# --- runs ---
+# --- browsers of runs and of data ---
 
 
 def runs_table(runs: Sequence[Run], baseline: Run | None = None) -> pd.DataFrame:
@@ -311,13 +307,6 @@ def gains(run: Run, baseline: Run) -> dict[str, str]:
     return texts
 
 
-def runs_figure(runs: Sequence[Run]) -> Figure:
-    """The learning curves of several runs in one figure."""
-    return learning_curves(
-        {run.name: run.history for run in runs}, best_epoch={run.name: run.best_epoch for run in runs}
-    )
-
-
 def compare_chosen(
     known: Mapping[str, Run], names: Sequence[str], baseline: str
 ) -> tuple[Figure, pd.DataFrame]:
@@ -325,7 +314,9 @@ def compare_chosen(
     if not names:
         raise LabError("choose at least one run; click with Ctrl or Shift to add more.")
     runs = [choose(known, name, "run") for name in names]
-    return runs_figure(runs), runs_table(runs, choose(known, baseline, "run"))
+    histories = {run.name: run.history for run in runs}
+    curves = learning_curves(histories, best_epoch={run.name: run.best_epoch for run in runs})
+    return curves, runs_table(runs, choose(known, baseline, "run"))
 
 
 def run_browser(runs_dir: str | Path = "runs", baseline: str = "") -> Control:
@@ -336,20 +327,14 @@ def run_browser(runs_dir: str | Path = "runs", baseline: str = "") -> Control:
     known = {run.name: run for run in finished_runs(runs_dir)}
     if not known:
         raise LabError(f"{runs_dir} contains no finished run; train one first.")
-    names = list(known)
-    wide = widgets.Layout(width="420px")
+    options: dict[str, Any] = {"options": list(known), "layout": WIDE}
+    first = list(known)[:4]
     return Control(
         partial(compare_chosen, known),
-        names=widgets.SelectMultiple(
-            options=names, value=names[:4], rows=min(8, len(names)), description="runs", layout=wide
-        ),
-        baseline=widgets.Dropdown(
-            options=names, value=baseline or names[0], description="baseline", layout=wide
-        ),
+        names=widgets.SelectMultiple(value=first, rows=min(8, len(known)), description="runs", **options),
+        baseline=widgets.Dropdown(value=baseline or first[0], description="baseline", **options),
     )
 
-
-# --- captioned images ---
 
 PER_PAGE, FLAGS_PER_PAGE = 8, 32
 FULL_LABEL = {"description_width": "initial"}  # labels are not cut
@@ -358,10 +343,13 @@ IMAGES, FLAGS = "images", "problems found"
 
 def find_rows(table: CaptionTable, words: str = "") -> list[int]:
     """Rows of the images with a caption that contains all the words."""
-    all_words = words.lower().split()
-    hits = [all(word in text.lower() for word in all_words) for text in table.captions]
+    hits = [_has_words(text, words) for text in table.captions]
     starts = table.offsets
     return [row for row in range(len(table)) if any(hits[starts[row] : starts[row + 1]])]
+
+
+def _has_words(text: str, words: str) -> bool:
+    return all(word in text.lower() for word in words.lower().split())
 
 
 def browse_figure(
@@ -399,10 +387,7 @@ def check_flags(report: Mapping[str, Any], words: str = "") -> pd.DataFrame:
         splits = " = ".join(group["splits"])
         rows += [(path, "equal file in several splits", splits) for path in group["paths"]]
     rows += [(problem["where"], problem["kind"], problem["what"]) for problem in report["problems"]]
-    texts = [" ".join(map(str, row)).lower() for row in rows]
-    matching = [
-        row for row, text in zip(rows, texts, strict=True) if all(w in text for w in words.lower().split())
-    ]
+    matching = [row for row in rows if _has_words(" ".join(map(str, row)), words)]
     return pd.DataFrame(matching, columns=["file", "flag", "detail"]).set_index("file")
 
 
@@ -426,9 +411,7 @@ def data_browser(table: CaptionTable, report: Mapping[str, Any] | str | Path | N
     pages = max(1, -(-len(table) // PER_PAGE))
     return Control(
         browse,
-        words=widgets.Text(
-            description="captions containing", style=FULL_LABEL, layout=widgets.Layout(width="380px")
-        ),
+        words=widgets.Text(description="captions containing", style=FULL_LABEL, layout=WIDE),
         page=widgets.BoundedIntText(1, 1, pages, description="page"),
         show=widgets.ToggleButtons(options=[IMAGES, FLAGS], style={"button_width": "auto"}),
     )
