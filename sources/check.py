@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,14 @@ CHUNK = 64  # images per task
 CAPTION_CHUNK = 1000
 EXTRA_TOKENS = 8  # a tokenizer makes at most one token per byte and this many of its own
 NAMES_SHOWN = 3
+
+
+OTHER_FINDINGS = {
+    "malformed row": "malformed rows",
+    "refused path": "refused paths",
+    "missing image": "missing images",
+    "no caption": "images without captions",
+}
 
 
 class CheckedImage(NamedTuple):
@@ -71,17 +79,18 @@ def check(
     """
     images = _check_images(table, num_workers, progress)
     bad = {path: image.cause for path, image in zip(table.paths, images, strict=True) if image.cause}
-    words, damaged = _caption_facts(table.captions)
     counts = table.problem_counts()
+    damaged = sum("\ufffd" in caption for caption in table.captions)  # it stands for lost characters
+    per_image, num_images = np.unique(np.diff(table.offsets), return_counts=True)
     return {
         "root": str(table.root),
         "images": len(table),
         "captions": len(table.captions),
         "images_per_split": table.split_sizes(),
         "split_source": table.split_source,
-        "captions_per_image": _histogram(np.diff(table.offsets)),
+        "captions_per_image": dict(zip(per_image.tolist(), num_images.tolist(), strict=True)),
         "image_sizes": [[image.width, image.height] for image in images if not image.cause],
-        "caption_lengths": words,
+        "caption_lengths": [len(caption.split()) for caption in table.captions],
         "bad_images": bad,
         "undecodable": dict(Counter(bad.values()).most_common()),
         **_duplicates(table, images),
@@ -135,15 +144,6 @@ def _duplicates(table: CaptionTable, images: Sequence[CheckedImage]) -> dict[str
 # --- Captions ---
 
 
-def _caption_facts(captions: Iterable[str]) -> tuple[list[int], int]:
-    """Words of each caption, and how many captions contain U+FFFD, which stands for lost characters."""
-    words, damaged = [], 0
-    for caption in captions:
-        words.append(len(caption.split()))
-        damaged += "\ufffd" in caption
-    return words, damaged
-
-
 def _over_length(
     captions: Sequence[str], tokenizer: Callable[[list[str]], Any], max_length: int, progress: bool
 ) -> dict[str, int]:
@@ -165,17 +165,16 @@ def _over_length(
     }
 
 
-def _histogram(values: np.ndarray) -> dict[int, int]:
-    distinct, counts = np.unique(values, return_counts=True)
-    return dict(zip(distinct.tolist(), counts.tolist(), strict=True))
-
-
 # --- The report ---
 
 
 def report_table(report: Mapping[str, Any]) -> pd.DataFrame:
     """A report as a table: finding, count, detail."""
-    rows = [row for make in ROWS for row in make(report)]
+    rows = [*_general(report), *_undecodable(report), *_duplicate_files(report), *_texts(report)]
+    rows += [
+        (finding, report["problem_counts"].get(kind, 0), _examples(report, kind))
+        for kind, finding in OTHER_FINDINGS.items()
+    ]
     return pd.DataFrame(rows, columns=["finding", "count", "detail"])
 
 
@@ -197,10 +196,10 @@ def load_report(path: str | Path) -> dict[str, Any]:
     return report
 
 
-Rows = Iterator[tuple[str, int, str]]
+Row = tuple[str, int, str]
 
 
-def _amounts(report: Mapping[str, Any]) -> Rows:
+def _general(report: Mapping[str, Any]) -> Iterator[Row]:
     splits = ", ".join(f"{split} {count:,}" for split, count in report["images_per_split"].items())
     source = report.get("split_source")
     yield "images", report["images"], f"{splits} ({source})" if source else splits
@@ -208,53 +207,36 @@ def _amounts(report: Mapping[str, Any]) -> Rows:
     mean = report["captions"] / max(report["images"], 1)
     detail = f"{each[0]} to {each[-1]} per image, {mean:.2f} on average" if each else ""
     yield "captions", report["captions"], detail
-
-
-def _sizes(report: Mapping[str, Any]) -> Rows:
-    sizes = Counter(map(tuple, report["image_sizes"]))
-    if sizes:
+    if sizes := Counter(map(tuple, report["image_sizes"])):
         (width, height), count = sizes.most_common(1)[0]
         least, most = min(map(min, sizes)), max(map(max, sizes))
         detail = f"sides of {least} to {most} px; {count:,} images are {width} x {height}"
         yield "sizes", len(sizes), detail
 
 
-def _undecodable(report: Mapping[str, Any]) -> Rows:
-    yield (
-        "undecodable images",
-        len(report["bad_images"]),
-        "left out everywhere" if report["bad_images"] else "",
-    )
+def _undecodable(report: Mapping[str, Any]) -> Iterator[Row]:
+    bad = report["bad_images"]
+    yield "undecodable images", len(bad), "left out everywhere" if bad else ""
     for cause, count in report["undecodable"].items():
-        names = [path for path, why in report["bad_images"].items() if why == cause]
-        yield f"  {cause}", count, _some(names)
+        yield f"  {cause}", count, _some([path for path, why in bad.items() if why == cause])
 
 
-def _equal_files(report: Mapping[str, Any]) -> Rows:
+def _duplicate_files(report: Mapping[str, Any]) -> Iterator[Row]:
     groups = [" = ".join(group["paths"]) for group in report["duplicates"]]
     yield "identical files in several splits", len(groups), _some(groups)
     yield "identical files in one split", report["duplicates_within"], ""
 
 
-def _texts(report: Mapping[str, Any]) -> Rows:
+def _texts(report: Mapping[str, Any]) -> Iterator[Row]:
     yield "empty captions", report["empty_captions"], "left out" if report["empty_captions"] else ""
     yield "repaired or damaged captions", report["undecodable_text"], _examples(report, "repaired text")
-    over = report["over_length"]
-    if over is not None:
+    if over := report["over_length"]:
         share = over["tokens_cut"] / max(over["tokens"], 1)
         detail = (
             f"{over['tokens_cut']:,} tokens cut, {share:.0%} of theirs; the longest has {over['longest']}"
         )
-        yield (
-            f"captions over {over['max_length']} tokens",
-            over["captions"],
-            detail if over["captions"] else "",
-        )
-
-
-def _others(report: Mapping[str, Any]) -> Rows:
-    for kind, finding in OTHER_FINDINGS.items():
-        yield finding, report["problem_counts"].get(kind, 0), _examples(report, kind)
+        finding = f"captions over {over['max_length']} tokens"
+        yield finding, over["captions"], detail if over["captions"] else ""
 
 
 def _examples(report: Mapping[str, Any], kind: str) -> str:
@@ -264,19 +246,3 @@ def _examples(report: Mapping[str, Any], kind: str) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
-
-
-OTHER_FINDINGS = {
-    "malformed row": "malformed rows",
-    "refused path": "refused paths",
-    "missing image": "missing images",
-    "no caption": "images without captions",
-}
-ROWS: Sequence[Callable[[Mapping[str, Any]], Rows]] = (
-    _amounts,
-    _sizes,
-    _undecodable,
-    _equal_files,
-    _texts,
-    _others,
-)

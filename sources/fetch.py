@@ -46,8 +46,7 @@ class Part:
 
     Args:
         url: https://... of a zip or tar file, or kaggle://owner/name/versions/number.
-        download_bytes: approximate size of the archive.
-        unpacked_bytes: approximate size of the unpacked files.
+        num_bytes: approximate size of the archive, or of its unpacked files if they are larger.
         expects: minimum number of files per pattern of a path relative to the folder of the set; `*` also
             matches `/`. A part with these files is complete, also if they were put there by hand.
         checksum: "md5:..." or "sha256:..." of the archive, if it is published.
@@ -56,8 +55,7 @@ class Part:
     """
 
     url: str
-    download_bytes: float
-    unpacked_bytes: float
+    num_bytes: float
     expects: Mapping[str, int]
     checksum: str | None = None
     members: Sequence[str] = ()
@@ -185,8 +183,8 @@ def _check_space(name: str, parts: Mapping[str, Part], work: Path) -> None:
             continue
         place = work if group is plain else group[0].kaggle_archive.parent
         present = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-        total = sum(part.unpacked_bytes for part in group) + max(part.download_bytes for part in group)
-        needed = max(total - present, 0)
+        sizes = [part.num_bytes for part in group]
+        needed = max(sum(sizes) + max(sizes) - present, 0)
         disk = next(parent for parent in place.absolute().parents[1:] if parent.is_dir())
         free = shutil.disk_usage(disk).free
         if free < needed:
@@ -194,8 +192,8 @@ def _check_space(name: str, parts: Mapping[str, Part], work: Path) -> None:
                 f"{name} needs {needed / 1e9:.1f} GB and {disk} has {free / 1e9:.1f} GB free; "
                 f"free some space, or set {setting} to a folder on a larger disk"
             )
-        size = sum(part.download_bytes for part in group) / 1e9
-        print(f"{name}: a download of {size:.2f} GB; needs {needed / 1e9:.2f} GB in {disk}", flush=True)
+        total, needed = sum(sizes) / 1e9, needed / 1e9
+        print(f"{name}: a download of {total:.2f} GB; needs {needed:.2f} GB in {disk}", flush=True)
 
 
 def _fetch_kaggle(label: str, part: Part, folder: Path, archive: Path) -> dict[str, Any]:
@@ -318,91 +316,77 @@ def _one_sentence(label: str, part: Part, archive: Path) -> Iterator[None]:
             ) from error
 
 
-# ---- the sets
+# --- The sets ---
 
 
-def _karpathy(file: str, unpacked_bytes: float) -> Part:
-    """Karpathy and Fei-Fei's splits (2015): one archive with one file for each of the three sets."""
+def _coco_captions(year: int, checksum: str | None = None) -> Part:
     return Part(
-        url="https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip",
-        download_bytes=37e6,
-        unpacked_bytes=unpacked_bytes,
-        expects={file: 1},
-        members=(file,),
+        url=f"http://images.cocodataset.org/annotations/annotations_trainval{year}.zip",
+        num_bytes=253e6,
+        expects={f"*captions_{split}{year}.json": 1 for split in ("train", "val")},
+        checksum=checksum,
+        members=[f"annotations/captions_{split}{year}.json" for split in ("train", "val")],
     )
+
+
+def _karpathy(file: str) -> Part:
+    """Karpathy and Fei-Fei's splits (2015): one archive with one file for each of the three sets."""
+    url = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+    return Part(url, num_bytes=145e6, expects={file: 1}, members=(file,))
 
 
 # Sizes are rounded. Comments state the published number of images; a little less is expected, because the copies
 # on Kaggle may lack some.
 SOURCES: dict[str, dict[str, Part]] = {
     "coco2014": {
-        "captions": Part(
-            url="http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
-            download_bytes=252_872_794,
-            unpacked_bytes=100e6,
-            expects={"*captions_train2014.json": 1, "*captions_val2014.json": 1},
-            # the checksum that TensorFlow Datasets uses
-            checksum="sha256:031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
-            members=("annotations/captions_train2014.json", "annotations/captions_val2014.json"),
+        "captions": _coco_captions(  # the checksum that TensorFlow Datasets uses
+            2014, "sha256:031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009"
         ),
         "images": Part(
             url="kaggle://jeffaudi/coco-2014-dataset-for-yolov3/versions/4",
-            download_bytes=20.2e9,
-            unpacked_bytes=20.2e9,
+            num_bytes=20.2e9,
             expects={"*COCO_train2014_*.jpg": 82_000, "*COCO_val2014_*.jpg": 40_000},  # 82,783 and 40,504
             members=("images",),
             prefix="coco2014/",
         ),
-        KARPATHY: _karpathy("dataset_coco.json", 145e6),
+        KARPATHY: _karpathy("dataset_coco.json"),
     },
     "coco2017": {
-        "captions": Part(
-            url="http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
-            download_bytes=253e6,
-            unpacked_bytes=100e6,
-            expects={"*captions_train2017.json": 1, "*captions_val2017.json": 1},
-            members=("annotations/captions_train2017.json", "annotations/captions_val2017.json"),
-        ),
+        "captions": _coco_captions(2017),
         "val_images": Part(
-            url="http://images.cocodataset.org/zips/val2017.zip",
-            download_bytes=816e6,
-            unpacked_bytes=820e6,
+            "http://images.cocodataset.org/zips/val2017.zip",
+            num_bytes=820e6,
             expects={"val2017/*.jpg": 5_000},
         ),
         "images": Part(
             url="http://images.cocodataset.org/zips/train2017.zip",
-            download_bytes=19.4e9,
-            unpacked_bytes=19.4e9,
+            num_bytes=19.4e9,
             expects={"train2017/*.jpg": 118_287},
         ),
     },
     "flickr30k": {
         "images": Part(
             url="kaggle://hsankesara/flickr-image-dataset/versions/1",
-            download_bytes=8.8e9,
-            unpacked_bytes=9e9,  # it contains the folder of images twice
+            num_bytes=9e9,  # it contains the folder of images twice
             expects={"*.jpg": 31_000, "*results.csv": 1},  # 31,783
             members=("results.csv", "flickr30k_images"),
             prefix="flickr30k_images/",
         ),
-        KARPATHY: _karpathy("dataset_flickr30k.json", 40e6),
+        KARPATHY: _karpathy("dataset_flickr30k.json"),
     },
     "flickr8k": {
         "images": Part(
             url="kaggle://adityajn105/flickr8k/versions/1",
-            download_bytes=1.12e9,
-            unpacked_bytes=1.12e9,
+            num_bytes=1.12e9,
             expects={"Images/*.jpg": 8_000, "captions.txt": 1},  # 8,091
             members=("captions.txt", "Images"),
         ),
-        KARPATHY: _karpathy("dataset_flickr8k.json", 10e6),
+        KARPATHY: _karpathy("dataset_flickr8k.json"),
     },
     "cifar100": {
-        # address and MD5 of torchvision.datasets.CIFAR100
-        "images": Part(
+        "images": Part(  # address and MD5 of torchvision.datasets.CIFAR100
             url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-            download_bytes=169_001_437,
-            unpacked_bytes=187e6,
+            num_bytes=187e6,
             expects={f"cifar-100-python/{file}": 1 for file in ("train", "test", "meta")},
             checksum="md5:eb9058c3a382ffc7106e4002c42a8d85",
         ),

@@ -198,7 +198,7 @@ def split_aliases(names: Iterable[str]) -> dict[str, str]:
     return {name: alias if uses[alias] == 1 else name for name, alias in aliases.items()}
 
 
-def read_sidecar(folder: DataFolder, *, split_seed: int = 0) -> TableBuilder:
+def read_sidecar(folder: DataFolder) -> TableBuilder:
     """A folder of images, `a.jpg` beside `a.txt` with one caption per line, and perhaps `a.json`.
 
     Folders in it are read too. Those named train, val, test at the top are the splits, images
@@ -208,7 +208,7 @@ def read_sidecar(folder: DataFolder, *, split_seed: int = 0) -> TableBuilder:
     table = TableBuilder(folder)
     splits = split_aliases(name for name in folder.folders() if name.lower() in SPLIT_FOLDERS)
     for path in folder.images():
-        split = splits.get(path.partition("/")[0], UNUSED)
+        split = splits.get(path.partition("/")[0], UNUSED if splits else None)
         stem = path.rpartition(".")[0]
         metadata = _metadata(table, folder.true_path(f"{stem}.json"))
         table.add_image(path, split, category=metadata.get("category"))
@@ -220,8 +220,6 @@ def read_sidecar(folder: DataFolder, *, split_seed: int = 0) -> TableBuilder:
         for number, caption in enumerate(captions, start=1):
             table.add_caption(path, caption, file, f"caption {number}")
     _note_lone_captions(table)
-    if not splits:
-        table.split_by_seed(split_seed)
     return table
 
 
@@ -253,9 +251,7 @@ def _metadata(table: TableBuilder, file: str) -> dict[str, Any]:
     return {}
 
 
-def read_class_folders(
-    folder: DataFolder, *, template: str = "a photo of a {}", split_seed: int = 0
-) -> TableBuilder:
+def read_class_folders(folder: DataFolder, *, template: str = "a photo of a {}") -> TableBuilder:
     """A folder of class folders, perhaps below `train/`, `val/`, `test/`; each class's name is the caption.
 
     Folders are splits if they contain class folders and are named train and at least one other split; a lone
@@ -279,15 +275,13 @@ def read_class_folders(
     for top in sorted(set(tops) - set(named)) if has_splits else ():
         for path in folder.images(top):
             folder.problems.add("no caption", top, "an image outside the splits", path)
-    for top, split in splits.items() if has_splits else [("", UNUSED)]:
+    for top, split in splits.items() if has_splits else [("", None)]:
         for class_folder in folder.folders(top):
             name = class_folder.replace("_", " ")
             _refuse_captions_by_file(folder, join(top, class_folder))
             for path in folder.images(join(top, class_folder)):
                 table.add_image(path, split, category=name)
                 table.add_caption(path, template.replace("{}", name), join(top, class_folder), "")
-    if not has_splits:
-        table.split_by_seed(split_seed)
     return table
 
 
@@ -422,7 +416,6 @@ def read_flickr8k(
     *,
     karpathy_file: str | Path | None = None,
     annotation_file: str | Path | None = None,
-    split_seed: int = 0,
 ) -> TableBuilder:
     """Flickr8k as on Kaggle: `Images/` and `captions.txt`, a CSV file with the columns image, caption; or as
     published: `Flicker8k_Dataset/` and `Flickr8k.token.txt`.
@@ -441,7 +434,7 @@ def read_flickr8k(
     table = TableBuilder(folder)
     rows = list(caption_rows(folder, file))
     lists = _flickr8k_lists(folder) or _official_lists({image for _, image, _, _ in rows})
-    _add_rows(table, file, images, rows, lists, split_seed)
+    _add_rows(table, file, images, rows, lists)
     _note_official(table)
     return table
 
@@ -451,7 +444,6 @@ def read_flickr30k(
     *,
     karpathy_file: str | Path | None = None,
     annotation_file: str | Path | None = None,
-    split_seed: int = 0,
 ) -> TableBuilder:
     """Flickr30k as on Kaggle: `results.csv`, separated by `|`, or `captions.txt`, and a folder of images.
 
@@ -467,7 +459,7 @@ def read_flickr30k(
     others = ("captions.txt", "captions.csv", "flickr_annotations_30k.csv", token)
     file = _needed(folder, annotation_file, *places, *others)
     table = TableBuilder(folder)
-    _add_rows(table, file, images, list(caption_rows(folder, file)), {}, split_seed)
+    _add_rows(table, file, images, list(caption_rows(folder, file)), {})
     return table
 
 
@@ -477,18 +469,19 @@ def _add_rows(
     images: str,
     rows: Sequence[Row],
     lists: dict[str, list[str]],
-    split_seed: int,
 ) -> None:
-    """Add the rows; their splits are those of the lists, else of the rows themselves, else seeded."""
+    """Add the rows; their splits are those of the lists, else of the rows themselves."""
     names = split_aliases({split for *_, split in rows if split})
     for place, image, caption, split in rows:
         if name := table.relative(image, file, place):
             path = join(images, name)
-            for each in lists.get(same_name(name), [UNUSED]) if lists else [names.get(split, UNUSED)]:
+            for each in (
+                lists.get(same_name(name), [UNUSED])
+                if lists
+                else [names.get(split, UNUSED if names else None)]
+            ):
                 table.add_image(path, each)
             table.add_caption(path, caption, file, place)
-    if not lists and not names:
-        table.split_by_seed(split_seed)
 
 
 def _flickr8k_lists(folder: DataFolder) -> dict[str, list[str]]:
@@ -571,16 +564,15 @@ def read_json(folder: DataFolder, *, annotation_file: str | Path | None = None) 
 
 
 def _annotation_file(folder: DataFolder, given: str | Path | None) -> str:
-    names = [
-        name for name, is_folder in folder.listing("").items() if name.endswith(".json") and not is_folder
-    ]
-    only = names[0] if len(names) == 1 else "annotations.json"
-    file = (folder.first("annotations.json") or only) if given is None else folder.user_path(given)
-    if folder.look(file):
+    files = [name for name, is_folder in sorted(folder.listing("").items()) if not is_folder]
+    names = [name for name in files if name.endswith(".json")]
+    candidates = ["annotations.json", *names] if len(names) == 1 else ["annotations.json"]
+    file = folder.first(*candidates if given is None else [folder.user_path(given)])
+    if file is not None:
         return file
     raise LabError(
         f"{folder.root} has no {given or 'annotations.json'}; name the file with annotation_file "
-        f"(JSON files there: {', '.join(sorted(names)) or 'none'})"
+        f"(JSON files there: {', '.join(names) or 'none'})"
     )
 
 
@@ -615,22 +607,21 @@ def read_captions(
     if data_dir.is_file() and read is read_json:
         data_dir, options["annotation_file"] = data_dir.parent, data_dir.absolute()
     folder = DataFolder(data_dir, follow_links=follow_links, image_root=image_root)
-    if "split_seed" in inspect.signature(read).parameters:
-        options["split_seed"] = split_seed
     if cache_dir is None:
-        return read(folder, **options).build()
-    links = {"follow_links": follow_links, "image_root": image_root and Path(image_root).absolute()}
-    path = cache_path(cache_dir, reader=reader, data_dir=data_dir.absolute(), options=options, **links)
+        return read(folder, **options).build(split_seed)
+    settings = {"options": options, "split_seed": split_seed, "follow_links": follow_links}
+    roots = {"data_dir": data_dir.absolute(), "image_root": image_root and Path(image_root).absolute()}
+    path = cache_path(cache_dir, reader=reader, **settings, **roots)
     table = read_kept_table(path, data_dir)
     if table is None:
-        table = read(folder, **options).build()
+        table = read(folder, **options).build(split_seed)
         keep_table(path, table, folder.stamps)
     return table
 
 
 def _options(read: Callable[..., TableBuilder], reader: str, given: dict[str, Any]) -> dict[str, Any]:
     """The options that are not None. Raises: LabError on one that the reader does not have."""
-    names = [name for name in inspect.signature(read).parameters if name not in ("folder", "split_seed")]
+    names = [name for name in inspect.signature(read).parameters if name != "folder"]
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
         if name not in names:

@@ -468,7 +468,7 @@ SMALL_SET = 5000  # below this many images, a seeded split holds out a tenth ins
 
 @dataclass(slots=True)
 class _Image:
-    split: str
+    split: str | None
     image_id: Any
     category: str | None
     captions: list[str] = field(default_factory=list)
@@ -487,7 +487,9 @@ class TableBuilder:
         self.strict_ids = strict_ids
         self.images: dict[str, _Image] = {}
         self.split_source = "the data's own"
-        self.leaks: dict[str, dict[str, None]] = {}  # path -> the splits of an image that is in several
+        self.leaks: dict[
+            str, dict[str | None, None]
+        ] = {}  # path -> the splits of an image that is in several
 
     def malformed(self, file: str, place: str, what: str) -> None:
         self.folder.problems.add("malformed row", file, what, place)
@@ -519,8 +521,8 @@ class TableBuilder:
             for caption in captions:
                 self.add_caption(path, caption, file, place)
 
-    def add_image(self, path: str, split: str, image_id: Any = None, category: Any = None) -> None:
-        """Add the image under the name it has on disk, unless it has been added before."""
+    def add_image(self, path: str, split: str | None, image_id: Any = None, category: Any = None) -> None:
+        """Add the image under the name it has on disk, unless it has been added before; split None: not known."""
         path = self.folder.true_path(path)
         known = self.images.get(path)
         if known is None:
@@ -563,19 +565,23 @@ class TableBuilder:
             self.images[paths[row]].split = ("val", "test")[part] if part < 2 else "train"
         self.split_source = f"drawn by image, split_seed {seed}"
 
-    def build(self) -> CaptionTable:
-        """The table of the images that exist and have captions.
+    def build(self, split_seed: int = 0) -> CaptionTable:
+        """The table of the images that exist and have captions; splits that are all None are seeded.
 
         Raises: LabError if a split leaks, ids repeat, or no image is left.
         """
         if self.leaks:
-            examples = [f"{path} ({', '.join(splits)})" for path, splits in sorted(self.leaks.items())]
+            examples = [
+                f"{path} ({', '.join(map(str, splits))})" for path, splits in sorted(self.leaks.items())
+            ]
             more = ", ..." if len(examples) > NAMES_SHOWN else ""
             raise LabError(
                 f"{len(examples):,} images are in more than one split: {', '.join(examples[:NAMES_SHOWN])}{more}; "
                 "leave each in one split only"
             )
         self._set_ids()
+        if all(image.split is None for image in self.images.values()):
+            self.split_by_seed(split_seed)
         listed = list(self.images)
         self._leave_out(
             "missing image", "listed, but no such file", lambda path: not self.folder.has_file(path)

@@ -70,7 +70,7 @@ COCO = COCO_IMAGES | COCO_CAPTIONS
 
 def small(part: Part, archive: bytes, url: str = "") -> Part:
     """A part of the table with the sizes, and for a plain server the address and checksum, of a test's archive."""
-    part = replace(part, download_bytes=len(archive), unpacked_bytes=len(archive))
+    part = replace(part, num_bytes=len(archive))
     part = replace(part, expects={pattern: min(count, 1) for pattern, count in part.expects.items()})
     return replace(part, url=url, checksum=f"md5:{hashlib.md5(archive).hexdigest()}") if url else part
 
@@ -133,9 +133,7 @@ def refused(data: Path, name: str = "flickr8k") -> str:
 # ---- complete downloads
 
 
-def test_a_kaggle_set_is_linked_and_then_no_request_is_made(
-    kaggle: Server, server: Server, data: Path
-) -> None:
+def test_a_kaggle_set_is_linked_and_then_no_request_is_made(kaggle, server, data):
     folder = fetch("flickr8k", data)
     assert folder == data / "flickr8k"
     assert contents(folder) == FLICKR
@@ -152,7 +150,7 @@ def test_a_kaggle_set_is_linked_and_then_no_request_is_made(
     assert len(kaggle.requests) == len(server.requests) == 1
 
 
-def test_a_lost_copy_of_kagglehub_is_downloaded_again(kaggle: Server, server: Server, data: Path) -> None:
+def test_a_lost_copy_of_kagglehub_is_downloaded_again(kaggle, server, data):
     folder = fetch("flickr8k", data)
     shutil.rmtree(data.parent / "kagglehub")
     assert contents(fetch("flickr8k", data)) == FLICKR
@@ -161,7 +159,7 @@ def test_a_lost_copy_of_kagglehub_is_downloaded_again(kaggle: Server, server: Se
     assert len(server.requests) == 2
 
 
-def test_a_disk_without_links_has_a_copy(kaggle: Server, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_links_has_a_copy(kaggle, data, monkeypatch):
     def no_links(*_: Any, **__: Any) -> None:
         raise OSError("no links")
 
@@ -172,7 +170,7 @@ def test_a_disk_without_links_has_a_copy(kaggle: Server, data: Path, monkeypatch
     assert not (folder / "Images").is_symlink()
 
 
-def test_coco_comes_from_two_servers(kaggle: Server, server: Server, data: Path) -> None:
+def test_coco_comes_from_two_servers(kaggle, server, data):
     server.faults["/captions.zip"] = [Fault(after=400_000, cut=True)]
     folder = fetch("coco2014", data)
     assert contents(folder) == COCO
@@ -184,9 +182,7 @@ def test_coco_comes_from_two_servers(kaggle: Server, server: Server, data: Path)
     assert not (data / sources_fetch.WORK / "coco2014").exists()
 
 
-def test_the_command_line(
-    kaggle: Server, data: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_line(kaggle, data, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["dataset.py", "fetch", "flickr8k", "--data_dir", str(data)])
     cli.dataset()
     printed = capsys.readouterr().out
@@ -197,9 +193,7 @@ def test_the_command_line(
     assert printed.endswith(f"{data / 'flickr8k'}\n")
 
 
-def test_a_mount_of_colab_is_linked(
-    kaggle: Server, server: Server, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mount_of_colab_is_linked(kaggle, server, data, monkeypatch):
     for name, content in FLICKR.items():
         file = data.parent / "mount" / "flickr8k" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -212,9 +206,7 @@ def test_a_mount_of_colab_is_linked(
     assert not server.asked(".zip")
 
 
-def test_a_tar_file_is_unpacked(
-    kaggle: Server, server: Server, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tar_file_is_unpacked(kaggle, server, data, monkeypatch):
     import core.devices  # noqa: F401  before torchvision
 
     from torchvision.datasets import CIFAR100
@@ -231,7 +223,7 @@ def test_a_tar_file_is_unpacked(
 # ---- files of the user
 
 
-def test_a_set_put_there_by_hand_is_kept(kaggle: Server, server: Server, data: Path) -> None:
+def test_a_set_put_there_by_hand_is_kept(kaggle, server, data):
     config = Config(data_dir=data / "flickr8k", source="flickr8k")
     (config.data_dir / "Images").mkdir(parents=True)
     (config.data_dir / "Images" / "a.jpg").write_bytes(b"jpeg")
@@ -244,9 +236,7 @@ def test_a_set_put_there_by_hand_is_kept(kaggle: Server, server: Server, data: P
     assert server.requests == kaggle.requests == []
 
 
-def test_the_notebook_and_train_resume_an_interrupted_fetch(
-    kaggle: Server, server: Server, data: Path
-) -> None:
+def test_the_notebook_and_train_resume_an_interrupted_fetch(kaggle, server, data):
     config = Config(data_dir=data / "coco2014", source=None)
     kaggle.faults["DownloadDataset"] = [Fault(status=404)]
     assert "coco2014 images: Kaggle answers kaggle://jeffaudi/" in refused(data, "coco2014")
@@ -267,20 +257,20 @@ def test_the_notebook_and_train_resume_an_interrupted_fetch(
 # ---- interruptions
 
 
-def test_a_cut_connection_is_resumed(kaggle: Server, server: Server, data: Path) -> None:
+def test_a_cut_connection_is_resumed(kaggle, server, data):
     server.faults["/flickr.zip"] = [Fault(after=MIB + 1000, cut=True)]
     assert contents(fetch("flickr8k", data)) == FLICKR
     assert server.requests[-1].range == f"bytes={MIB}-"
     assert server.requests[-1].sent == SIZE - MIB
 
 
-def test_a_connection_that_is_always_cut(kaggle: Server, server: Server, data: Path) -> None:
+def test_a_connection_that_is_always_cut(kaggle, server, data):
     server.faults["/flickr.zip"] = [Fault(after=1000, cut=True) for _ in range(5)]  # two requests per resume
     assert "the connection to Kaggle failed 3 times; check the network" in refused(data)
     assert contents(fetch("flickr8k", data)) == FLICKR
 
 
-def test_another_file_on_the_server(kaggle: Server, server: Server, data: Path) -> None:
+def test_another_file_on_the_server(kaggle, server, data):
     captions = server.files["/captions.zip"]
     server.files["/captions.zip"] = captions[:100]
     partial = data / sources_fetch.WORK / "coco2014" / "captions.part"
@@ -294,7 +284,7 @@ def test_another_file_on_the_server(kaggle: Server, server: Server, data: Path) 
 
 
 @pytest.mark.parametrize("name", ["flickr8k", "coco2014"])
-def test_no_network(kaggle: Server, data: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_no_network(kaggle, data, monkeypatch, name):
     monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.PROD, "http://127.0.0.1:9")
     captions = replace(SOURCES["coco2014"]["captions"], url="http://127.0.0.1:9/captions.zip")
     monkeypatch.setitem(SOURCES["coco2014"], "captions", captions)
@@ -304,9 +294,9 @@ def test_no_network(kaggle: Server, data: Path, monkeypatch: pytest.MonkeyPatch,
     )
 
 
-def test_a_silent_server(kaggle: Server, server: Server, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server(kaggle, server, data, monkeypatch):
     monkeypatch.setattr(sources_fetch, "TIMEOUT", 0.2)
-    server.faults["/captions.zip"] = [Fault(after=100_000, silent=True) for _ in range(3)]
+    server.faults["/captions.zip"] = [Fault(after=100_000, silent=True)] * 3
     assert "the connection to 127.0.0.1 failed 3 times" in refused(data, "coco2014")
     assert contents(fetch("coco2014", data)) == COCO
 
@@ -318,7 +308,7 @@ from dataclasses import replace
 from kagglesdk import kaggle_env
 from sources.fetch import SOURCES, fetch
 kaggle_env._env_to_endpoint[kaggle_env.KaggleEnv.PROD] = {api!r}
-part = replace(SOURCES["flickr8k"]["images"], download_bytes=1, unpacked_bytes=1, expects={{"Images/*.jpg": 1}})
+part = replace(SOURCES["flickr8k"]["images"], num_bytes=1, expects={{"Images/*.jpg": 1}})
 SOURCES["flickr8k"] = {{"images": part}}
 print("fetched", fetch("flickr8k", {data!r}), flush=True)
 """
@@ -338,7 +328,7 @@ def until(condition: Callable[[], bool], seconds: float = 100) -> None:
         time.sleep(0.01)
 
 
-def test_a_killed_download_is_resumed(kaggle: Server, server: Server, data: Path) -> None:
+def test_a_killed_download_is_resumed(kaggle, server, data):
     archive = SOURCES["flickr8k"]["images"].kaggle_archive
     server.faults["/flickr.zip"] = [Fault(after=2 * MIB, silent=True)]
     process = start(kaggle, data)
@@ -354,7 +344,7 @@ def test_a_killed_download_is_resumed(kaggle: Server, server: Server, data: Path
 
 
 @pytest.mark.parametrize("other", ["data", "other"])
-def test_a_second_process_waits(kaggle: Server, server: Server, data: Path, other: str) -> None:
+def test_a_second_process_waits(kaggle, server, data, other):
     second: list[subprocess.Popen[str]] = []
     lines: list[str] = []
 
@@ -375,9 +365,7 @@ def test_a_second_process_waits(kaggle: Server, server: Server, data: Path, othe
 
 
 @pytest.mark.parametrize("step", ["_unpack", "_place", "write_text"])
-def test_an_interrupt_while_files_are_placed(
-    kaggle: Server, server: Server, data: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
+def test_an_interrupt_while_files_are_placed(kaggle, server, data, monkeypatch, step):
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -390,7 +378,7 @@ def test_an_interrupt_while_files_are_placed(
     assert len(server.requests) == 2
 
 
-def test_a_half_written_file_is_not_taken_for_complete(kaggle: Server, data: Path, monkeypatch: Any) -> None:
+def test_a_half_written_file_is_not_taken_for_complete(kaggle, data, monkeypatch):
     def cut(source: str, target: str) -> None:
         if Path(target).suffix == ".json":
             Path(target).write_bytes(b"half")
@@ -417,9 +405,7 @@ def test_a_half_written_file_is_not_taken_for_complete(kaggle: Server, data: Pat
         (500, "try again later"),
     ],
 )
-def test_error_status(
-    kaggle: Server, server: Server, data: Path, status: int, advice: str, place: str
-) -> None:
+def test_error_status(kaggle, server, data, status, advice, place):
     name = "coco2014" if place == "/captions.zip" else "flickr8k"
     for one in (kaggle, server):
         one.faults[place] = [Fault(status=status)]
@@ -432,7 +418,7 @@ def test_error_status(
     assert contents(fetch(name, data)) == (FLICKR if name == "flickr8k" else COCO)
 
 
-def test_credentials(kaggle: Server, server: Server, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials(kaggle, server, data, monkeypatch):
     file = data.parent / "home" / ".kaggle" / "kaggle.json"
     file.parent.mkdir(parents=True)
     file.write_text("{")
@@ -447,7 +433,7 @@ def test_credentials(kaggle: Server, server: Server, data: Path, monkeypatch: py
     assert not any("authorization" in request.headers for request in server.requests)
 
 
-def test_a_wrong_checksum(kaggle: Server, server: Server, data: Path) -> None:
+def test_a_wrong_checksum(kaggle, server, data):
     server.headers["x-goog-hash"] = goog_hash(b"something else")
     message = refused(data)
     assert message.startswith(
@@ -465,14 +451,14 @@ def test_a_wrong_checksum(kaggle: Server, server: Server, data: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [ARCHIVE[: SIZE // 2], b"<!DOCTYPE html><html>log in</html>"])
-def test_an_archive_that_cannot_be_opened(kaggle: Server, server: Server, data: Path, content: bytes) -> None:
+def test_an_archive_that_cannot_be_opened(kaggle, server, data, content):
     server.files["/flickr.zip"] = content
     assert "is damaged (Unsupported archive type.); it was deleted" in refused(data)
     server.files["/flickr.zip"] = ARCHIVE
     assert contents(fetch("flickr8k", data)) == FLICKR
 
 
-def test_a_set_with_too_few_files(kaggle: Server, server: Server, data: Path) -> None:
+def test_a_set_with_too_few_files(kaggle, server, data):
     server.files["/flickr.zip"] = zipped({"Images/one.jpg": b"jpeg", "captions.txt": b"image,caption"})
     assert f"has only 1 of {IMAGES} files Images/*.jpg; delete that folder and fetch again" in refused(data)
     assert not (data / "flickr8k").exists()
@@ -490,9 +476,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_archives(kaggle: Server, server: Server, data: Path, name: str, monkeypatch: Any) -> None:
+def test_hostile_archives(kaggle, server, data, name, monkeypatch):
     server.files["/hostile"], cause = HOSTILE[name]
-    part = Part(f"{server.url}/hostile", download_bytes=1e5, unpacked_bytes=1e5, expects={"good": 1})
+    part = Part(f"{server.url}/hostile", num_bytes=1e5, expects={"good": 1})
     monkeypatch.setitem(SOURCES, "flickr8k", {"images": part})
     message = refused(data)
     assert "it was deleted, run the same call again" in message
@@ -507,7 +493,7 @@ def test_hostile_archives(kaggle: Server, server: Server, data: Path, name: str,
 # ---- names and disks
 
 
-def test_wrong_names(data: Path) -> None:
+def test_wrong_names(data):
     with pytest.raises(LabError, match="did you mean 'flickr8k'"):
         fetch("flicker8k", data)
     with pytest.raises(LabError, match="cifar100 has no Karpathy split"):
@@ -518,10 +504,8 @@ def test_wrong_names(data: Path) -> None:
 
 
 @pytest.mark.parametrize(("key", "setting"), [("captions", "data_dir"), ("images", "KAGGLEHUB_CACHE")])
-def test_a_disk_that_is_too_small(
-    kaggle: Server, server: Server, data: Path, monkeypatch: pytest.MonkeyPatch, key: str, setting: str
-) -> None:
-    large = replace(SOURCES["coco2014"][key], download_bytes=4e15, unpacked_bytes=5e15)
+def test_a_disk_that_is_too_small(kaggle, server, data, monkeypatch, key, setting):
+    large = replace(SOURCES["coco2014"][key], num_bytes=4.5e15)
     monkeypatch.setitem(SOURCES["coco2014"], key, large)
     message = refused(data, "coco2014")
     assert "coco2014 needs 9000000.0 GB and" in message
@@ -531,11 +515,9 @@ def test_a_disk_that_is_too_small(
 
 
 @pytest.mark.parametrize("name", ["flickr8k", "coco2014"])
-def test_the_disk_fills_up(
-    kaggle: Server, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_the_disk_fills_up(kaggle, server, tmp_path, monkeypatch, name):
     for key, part in SOURCES[name].items():
-        monkeypatch.setitem(SOURCES[name], key, replace(part, download_bytes=1, unpacked_bytes=1e6))
+        monkeypatch.setitem(SOURCES[name], key, replace(part, num_bytes=1))
     with small_disk(tmp_path / "disk", 1_400_000 if name == "flickr8k" else 400_000) as disk:
         monkeypatch.setenv("KAGGLEHUB_CACHE", str(disk / "kagglehub"))
         monkeypatch.setattr(sources_fetch, "_check_space", lambda *_: None)
@@ -546,7 +528,7 @@ def test_the_disk_fills_up(
     assert server.requests[-1 if name == "flickr8k" else 1].range > "bytes=0-"
 
 
-def test_the_table_of_sets() -> None:
+def test_the_table_of_sets():
     assert set(SOURCES) == {"coco2014", "coco2017", "flickr30k", "flickr8k", "cifar100"}
     urls = {name: parts["images"].url for name, parts in SOURCES.items()}
     assert urls["coco2014"] == "kaggle://jeffaudi/coco-2014-dataset-for-yolov3/versions/4"
