@@ -356,7 +356,7 @@ class Config(BaseModel):
     checkpoint_minutes: float = Field(1.0, gt=0, le=10**6)
     """Minutes between checkpoints within an epoch."""
     keep_every_epochs: Count | None = None
-    """Also keep the weights of every this many epochs; none: only the best."""
+    """Also keep the weights and a whole checkpoint of every this many epochs; none: only the best weights."""
     trackers: Annotated[tuple[Tracker, ...], BeforeValidator(_listed), AfterValidator(_distinct)] = ()
     """Experiment trackers that also log the history, such as tensorboard,wandb; empty: none."""
 

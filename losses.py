@@ -200,6 +200,12 @@ class LabelledLoss(nn.Module):
         return self.loss(image_features, text_features, labels.to(image_features.device))
 
 
+def with_ids(loss: nn.Module) -> nn.Module:
+    """A loss that takes ids: the loss itself, or a `LabelledLoss` where it takes `labels`."""
+    takes_labels = "labels" in inspect.signature(loss.forward).parameters
+    return LabelledLoss(loss) if takes_labels else loss
+
+
 class SwapMarginLoss(nn.Module):
     """Another loss, plus a margin between an image's own caption and the caption with left and right swapped.
 

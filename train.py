@@ -31,10 +31,10 @@ from tqdm.auto import tqdm
 from config import Config, make_config, run_name, settings_digest
 from core.errors import LabError, StoppedAtOnceError, choose, nearest
 from core.files import atomic_path, file_digest, write_json, write_text
-from core.tensor_files import load_tensors, save_tensors
+from core.tensor_files import load_tensors, save_archive, save_tensors
 from dataset import make_loader, open_dataset, prepare_data, with_defaults
 from evaluate import report_run
-from losses import build_loss
+from losses import build_loss, with_ids
 from models import build_model
 from plots.figures import learning_curves
 from retrieval.figures import direction
@@ -197,12 +197,25 @@ class RunPlan:
 
     def _check_same(self, state: dict[str, Any], path: Path) -> None:
         """Raises: LabError if a checkpoint is another configuration's, with the fields that differ."""
-        if state["run"] != self.folder.name:
+        theirs = Config(**state["config"])
+        if theirs.num_epochs < self.config.num_epochs:
+            longer = {"num_epochs": self.config.num_epochs, "settings_file": self.config.settings_file}
+            if not self.own and run_name(theirs.updated(**longer)) == run_name(self.config):
+                print(
+                    f"{path} was to train for {theirs.num_epochs} epochs; optimizer and data order continue, and from "
+                    f"here on the learning rate is that of schedule {self.config.schedule!r} over "
+                    f"{self.config.num_epochs} epochs."
+                )
+                theirs = self.config
+                best = [folder / "best.safetensors" for folder in (path.parent, path.parent.parent)]
+                for earlier in [file for file in best if file.is_file() and is_main()][:1]:
+                    with atomic_path(self.folder / "best.safetensors") as beside:
+                        shutil.copyfile(earlier, beside)  # until an epoch is better
+        if theirs != self.config and state["run"] != self.folder.name:
             raise LabError(
-                f"{path} belongs to another configuration: {self._differing(Config(**state['config']))}; set resume "
-                "to 'never'."
+                f"{path} belongs to another configuration: {self._differing(theirs)}; set resume to 'never'."
             )
-        self._check_settings(Config(**state["config"]), path)
+        self._check_settings(theirs, path)
         self._check_origin(state, str(path))
         if change := self._other_form(state["data"]):
             raise LabError(f"{path} {change}")
@@ -244,7 +257,7 @@ class Trainer:
         state: dict[str, Any] | None = None,
     ) -> None:
         self.plan, self.config, self.engine = plan, config, engine
-        self.model, self.criterion = engine.model, engine.criterion
+        self.model = engine.model
         self.loader, self.val_loader, self.start = loader, val_loader, start
         self.folder, self.checkpoints, self.device = plan.folder, plan.checkpoints, plan.device
         self.train_set = plan.train_set
@@ -256,6 +269,15 @@ class Trainer:
         if state is not None:
             self._restore(state)
         self.trackers = start_trackers(config, self.folder, self.steps) if is_main() else []
+
+    @property
+    def criterion(self) -> nn.Module:
+        """The loss of training and validation; may be replaced before `run`."""
+        return self.engine.criterion
+
+    @criterion.setter
+    def criterion(self, loss: nn.Module) -> None:
+        self.engine.criterion = with_ids(loss).to(self.device)
 
     # --- state ---
 
@@ -436,6 +458,7 @@ class Trainer:
     def _keep_epoch(self, epoch: int) -> None:
         every = self.config.keep_every_epochs
         if every is not None and epoch % every == 0:
+            save_archive(self.checkpoints / f"epoch_{epoch:03d}.pt", self._state())
             with self.engine.ema.applied(self.model):
                 self._write_weights(f"epoch_{epoch:03d}", epoch)
 
@@ -512,7 +535,7 @@ def build_trainer(plan: RunPlan, resume: str) -> Trainer:
     optimizer = build_optimizer(model, config)
     engine = Engine(
         model,
-        (plan.criterion or build_loss(config)).to(device),
+        (with_ids(plan.criterion) if plan.criterion else build_loss(config)).to(device),
         optimizer,
         build_scheduler(optimizer, config, len(loader)),
         config,
@@ -625,7 +648,7 @@ def fit(
     Args:
         resume: `auto` continues an unfinished run and returns a finished one; `never` starts over; else the
             path of a checkpoint.
-        criterion: your own loss, called like the losses of losses.py.
+        criterion: your own loss, called like the losses of losses.py, or with images, captions and labels.
         train_set, val_set: your own data sets, with batches like those of dataset.COCOClipDataset.
         show: progress bars.
         on_epoch: called with the history so far after each epoch, to draw live curves.

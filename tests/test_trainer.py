@@ -486,6 +486,36 @@ def test_collapsed_features_warn():
     assert (told[0].filename, told[0].lineno) == ("quickstart_s0", 50)
 
 
+class Cosines(torch.nn.Module):
+    """A loss over labels, as other labs write it."""
+
+    def forward(self, image_features, text_features, labels):
+        return 1 - (image_features * text_features).sum(dim=1).mean()
+
+
+def test_the_criterion_of_a_trainer_may_be_replaced(small):
+    config = small.updated(captions_per_image=1)
+    trainer = build_trainer(RunPlan(config, show=False), "never")
+    trainer.criterion = Cosines()
+    trainer.run(threading.Event())
+    assert trainer.history[-1]["train_loss"] < 2
+    assert trainer.history[-1]["train_loss"] == pytest.approx(
+        fit(config, criterion=Cosines(), show=False).history["train_loss"].iloc[-1]
+    )
+
+
+def test_a_finished_run_trains_longer(small, capsys):
+    first = fit(small.updated(keep_every_epochs=2), show=False)
+    assert (first.folder / "checkpoints" / "epoch_002.pt").is_file()
+    path = str(max((first.folder / "checkpoints").glob("step_*.pt")))
+    longer = fit(small.updated(num_epochs=5), resume=path, show=False)
+    assert len(longer.history) == 5
+    assert longer.history[:3]["train_loss"].equals(first.history["train_loss"])
+    assert "was to train for 3 epochs; optimizer and data order continue" in capsys.readouterr().out
+    again = fit(small, resume=str(first.folder / "checkpoints" / "epoch_002.pt"), show=False)
+    assert again.history["train_loss"].tolist() == first.history["train_loss"].tolist()
+
+
 def test_a_settings_file_that_changed_is_not_the_run_it_made(small, tmp_path):
     path = small.updated(num_epochs=1).save(tmp_path / "mine.yaml")
     text = path.read_text().replace("settings_file: null\n", "")
