@@ -9,10 +9,14 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     raise SystemExit
 
 import math
+import multiprocessing
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -293,6 +297,7 @@ def tune(
     folder: str | Path,
     *,
     num_trials: int = 60,
+    timeout: float = math.inf,
     trial_settings: dict[str, Any] | None = None,
     show: bool = True,
     train: Callable[..., Run] = fit,
@@ -307,6 +312,7 @@ def tune(
         config: what every trial starts from.
         folder: of the study; its trials' runs are in `trials/`, without checkpoints.
         num_trials: of all processes and all calls together.
+        timeout: seconds after which no further trial starts.
         trial_settings: fields that differ in trials only, such as `train_splits=("tune",)`.
         train: called with a trial's configuration, `show` and `on_epoch`.
     Returns: the Optuna study. Interrupted, it raises KeyboardInterrupt; the next call resumes.
@@ -316,12 +322,14 @@ def tune(
     folder = Path(folder)
     trial_config = config.updated(**{"checkpoint_dir": None, **(trial_settings or {})})
     check_study(folder, "about", {**describe(space), "configuration": _settings(trial_config)})
-    running = True
+    running, start = True, time.monotonic()
     with tqdm(total=num_trials, desc=folder.name, unit="trial", disable=not show) as bar:
         while running:
             study = read_study(folder)
             write_best(study, config, space, folder)  # also what a killed process has left to write
             _show(bar, study, config.best_metric)
+            if time.monotonic() - start > timeout:
+                break
             with next_trial(folder, num_trials) as path:
                 running = path is not None
                 if path is not None:
@@ -329,7 +337,7 @@ def tune(
                     _remove_weights(folder)
     if not completed(study):
         reasons = [t.user_attrs["reason"] for t in study.trials if "reason" in t.user_attrs]
-        reason = reasons[0] if reasons else "all were pruned; raise num_trials."
+        reason = reasons[0] if reasons else "none was completed; raise num_trials or timeout."
         raise LabError(f"no trial of {folder} has finished: {reason}")
     return study
 
@@ -417,11 +425,17 @@ def best_config(study: optuna.Study, config: Config, space: Space) -> Config:
 
 
 def write_best(study: optuna.Study, config: Config, space: Space, folder: Path) -> None:
-    """Write best_config.yaml once a trial has finished: the best settings, as `train.py --config` takes them."""
+    """Write the best settings once a trial has finished: best_config.yaml, as `train.py --config` takes it,
+    best_hyperparameters.txt, one searched field per line, and best_results.json, the best trial's value beside them."""
     if completed(study):
         best = best_config(study, config, space)
         content = {"preset": best.preset, **best.changes()}
         write_text(folder / "best_config.yaml", yaml.safe_dump(content, sort_keys=False))
+        found = expand(space, study.best_params)
+        lines = [f"{field}: {value}\n" for field, value in found.items()]
+        write_text(folder / "best_hyperparameters.txt", "".join(lines))
+        results = {config.best_metric: study.best_value, "trial": study.best_trial.number, "settings": found}
+        write_json(folder / "best_results.json", results)
 
 
 def study_figures(study: optuna.Study, metric: str, folder: Path | None = None) -> dict[str, Figure]:
@@ -565,13 +579,22 @@ def main(
     num_trials: int = 60,
     folder: str = "",
     tune_split: str = "",
+    timeout: float = math.inf,
+    n_jobs: int = 1,
 ) -> None:
     """Search, draw the study's figures, and print the best trials and the output paths."""
     dimensions = read_space(space)
     home = Path(folder) if folder else study_folder(config, space)
     settings = {"train_splits": (tune_split,)} if tune_split else {}
-    study = tune(config, dimensions, home, num_trials=num_trials, trial_settings=settings)
+    search = partial(
+        tune, config, dimensions, home, num_trials=num_trials, timeout=timeout, trial_settings=settings
+    )
+    with ProcessPoolExecutor(max(1, n_jobs - 1), multiprocessing.get_context("spawn")) as others:
+        jobs = [others.submit(search, show=False) for _ in range(n_jobs - 1)]
+        study = search()
+        for job in jobs:
+            study = job.result()
     study_figures(study, config.best_metric, home / "figures")
     best = trials_table(study).query("state == 'complete'").nlargest(5, "value")
     print(best.drop(columns=["state", "reason"]).to_string(index=False))
-    print(f"{home}: best_config.yaml, figures/, trials/")
+    print(f"{home}: best_config.yaml, best_hyperparameters.txt, best_results.json, figures/, trials/")

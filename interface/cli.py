@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -122,7 +123,10 @@ def parse_config(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple
         )
     if given["base_data_dir"]:
         values["base_data_dir"] = given["base_data_dir"]
-    return load_config(file, **values) if file else make_config(**values), given
+    config = load_config(file, **values) if file else make_config(**values)
+    if config.data_dir.suffix == ".json" and config.reader != "json":
+        config = config.updated(reader="json")
+    return config, given
 
 
 def _take_other_names(
@@ -167,9 +171,10 @@ def _grouped(parser: argparse.ArgumentParser, defaults: Config) -> Callable[...,
 def require_data(config: Config) -> None:
     """Refuse a missing data folder that nothing fetches or generates, before anything slow is imported."""
     if not config.data_dir.exists() and config.data_dir.name != config.source:
-        raise LabError(
-            f"data_dir {config.data_dir} does not exist or is empty; give the folder of a captioned image set."
-        )
+        advice = "give the folder of a captioned image set"
+        if config.reader == "pairs":
+            advice = f"make embeddings of generated scenes with `python encode.py --folder {config.data_dir}`"
+        raise LabError(f"data_dir {config.data_dir} does not exist or is empty; {advice}.")
 
 
 def _function(command: Callable[..., Any] | str) -> Callable[..., Any]:
@@ -210,6 +215,8 @@ def tune() -> None:
                 "num_trials": (60, "trials of the study, earlier ones included"),
                 "folder": ("", "the study's folder (default: by preset and search space, in runs_dir)"),
                 "tune_split": ("", "the split that trials are trained on (default: train_splits)"),
+                "timeout": (math.inf, "seconds after which no further trial starts"),
+                "n_jobs": (1, "processes that search together; several machines may share a folder too"),
             },
         )
         return

@@ -63,6 +63,10 @@ def test_a_file_comes_before_flags(tmp_path, words):
         (["--train_splits", "["], "error: the command line cannot be read: "),
         (["--device", "gpu"], "error: device 'gpu' does not exist"),
         (["--data_dir", "nowhere"], "error: data_dir nowhere does not exist or is empty"),
+        (
+            ["--preset", "projection_heads", "--data_dir", "nowhere"],
+            "make embeddings of generated scenes with `python encode.py --folder nowhere`",
+        ),
     ],
 )
 def test_mistakes_end_in_one_sentence(words, message, capsys):
@@ -113,6 +117,13 @@ def test_names_of_other_labs_are_flags(words, preset, fields, tmp_path):
     config, _ = called(*words.split(), "--data_dir", str(tmp_path))
     assert config.preset == preset
     assert {name: config[name] for name in fields} == fields
+
+
+def test_a_file_of_annotations_is_data(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text("{}")
+    config, _ = called("--preset", "retrieval_finetune", "--data_dir", str(path))
+    assert (config.data_dir, config.reader) == (path, "json")
 
 
 def test_a_settings_file_stands_for_its_run(tmp_path, monkeypatch):

@@ -123,6 +123,13 @@ def test_a_study_finds_a_peak_prunes_and_leaves_its_best(tmp_path):
     best = load_config(tmp_path / "study" / "best_config.yaml")
     assert best.learning_rate == study.best_params["learning_rate"]
     assert (best.embed_dim, best.preset) == (64, "projection_heads")
+    results = json.loads((tmp_path / "study" / "best_results.json").read_text())
+    assert results["rsum"] == study.best_value
+    assert results["settings"]["learning_rate"] == best.learning_rate
+    text = (tmp_path / "study" / "best_hyperparameters.txt").read_text()
+    assert f"learning_rate: {best.learning_rate}\n" in text
+    more = tune.tune(config, space, tmp_path / "study", num_trials=99, timeout=0, show=False, train=trained)
+    assert len(more.trials) == 24
     weights = list((tmp_path / "study" / "trials").glob("*/run/best.safetensors"))
     assert f"trials/{study.best_trial.number:04d}/run" in ["/".join(path.parts[-4:-1]) for path in weights]
     assert not list((tmp_path / "study" / "trials").glob("*/run/checkpoints"))
@@ -393,7 +400,8 @@ def test_tuning_trains_on_its_part_and_best_config_trains_on_all(tmp_path, capsy
     config = load_config(tmp_path / "small.yaml")
     space = write_space(tmp_path, "head_dropout: {type: float, low: 0.0, high: 0.5}\n"
                         "head_hidden_dim: {type: int, low: 8, high: 24}\n")  # fmt: skip
-    tune.main(config, space=str(space), num_trials=4, tune_split="tune", folder=str(tmp_path / "study"))
+    folder = str(tmp_path / "study")
+    tune.main(config, space=str(space), num_trials=4, tune_split="tune", folder=folder, n_jobs=2)
     shown = capsys.readouterr().out
     assert "head_dropout" in shown
     assert {path.stem for path in (tmp_path / "study" / "figures").iterdir()} >= {
