@@ -28,7 +28,8 @@ def run_notebook(
 
     Args:
         parameters: replace the names in the cell tagged `parameters`.
-        folder: output folder for the executed notebook, the HTML page and a folder of its figures.
+        folder: output folder for the executed notebook, the HTML page and a folder of its figures; below it they
+            are in a folder of the run's name, if the notebook's result names a run.
     Returns: paths of `notebook`, `html` and `figures`.
     Raises: LabError with the cell's error; the executed notebook is kept for inspection.
     """
@@ -44,6 +45,9 @@ def run_notebook(
         )
     except papermill.PapermillExecutionError as error:
         raise LabError(f"{notebook} failed: {error.ename}: {error.evalue}; see {executed}.") from error
+    if run := re.search(r"^run +(?:\S*[/\\])?([\w-]+) *$", tables(executed), re.MULTILINE):
+        folder = make_folder(folder / run[1])
+        executed = executed.replace(folder / notebook.name)
     shown = without_widgets(nbformat.read(executed, as_version=4))
     page = executed.with_suffix(".html")
     body, _ = HTMLExporter(

@@ -81,7 +81,7 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def lab(made) -> Path:
     """The clone that the notebook made."""
-    return made["notebook"].parent.parent / "content" / "lab"
+    return made["notebook"].parents[2] / "content" / "lab"
 
 
 def test_every_cell_runs_and_says_something(made, lab):
@@ -95,7 +95,7 @@ def test_every_cell_runs_and_says_something(made, lab):
 
 
 def test_checkpoints_lie_where_they_were_asked_for(made, lab):
-    (kept,) = {path.parent.name for path in (made["notebook"].parent.parent / "drive").glob("*/step_*.pt")}
+    (kept,) = {path.parent.name for path in (made["notebook"].parents[2] / "drive").glob("*/step_*.pt")}
     assert kept.startswith("quickstart_attn_")
     assert not list(lab.glob("runs/*/checkpoints/*.pt"))
 
@@ -124,6 +124,18 @@ def test_photographs_take_the_same_cells(lab, tmp_path):
     with chdir(lab):
         found = run_notebook(lab / "main.ipynb", {"FAST_RUN": True, **photographs}, tmp_path)
     assert "i2t_recall@1" in tables(found["notebook"])
+
+
+def test_each_run_has_its_own_folder_of_figures(tmp_path):
+    code = "import pandas as pd\npd.DataFrame({'value': ['runs/mine_s0', '2']}, index=['run', 'best epoch'])"
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(code, metadata={"tags": ["result"]})]
+    )
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, tmp_path / "lab.ipynb")
+    made = run_notebook(tmp_path / "lab.ipynb", {}, tmp_path / "out")
+    assert {path.parent for path in made.values()} == {tmp_path / "out" / "mine_s0"}
+    assert not (tmp_path / "out" / "lab.ipynb").exists()
 
 
 def test_a_failing_cell_is_named_and_tuples_arrive_as_lists(tmp_path):
