@@ -70,10 +70,8 @@ def test_semantic_mining_is_what_a_full_argsort_says():
     found = mine_semantic(images, texts, image_id, text_id, captions, 3, margin=0.9)
     assert (found == semantic_by_hand(images, texts, image_id, text_id, captions, 3, 0.9)).all()
     assert (text_id[found] != image_id[:, None])[found != NONE].all()
-    own = best_match(images, texts, image_id, text_id)
-    assert torch.allclose(
-        own, (images @ texts.T)[torch.from_numpy(image_id[:, None] == text_id)].view(20, 2).amax(1)
-    )
+    own = (images @ texts.T)[torch.from_numpy(image_id[:, None] == text_id)].view(20, 2)
+    assert torch.allclose(best_match(images, texts, image_id, text_id), own.amax(1))
 
 
 def test_random_mining_leaves_out_matches_and_follows_its_seed():
@@ -117,11 +115,7 @@ def test_categories_come_equally_often():
     counts = np.zeros(61, dtype=int)
     for epoch in range(40):
         drawn = balance.sample_epoch(epoch, seed=0)
-        assert dict(zip(*np.unique(categories[drawn], return_counts=True), strict=True)) == {
-            "a": 8,
-            "b": 8,
-            "c": 8,
-        }
+        assert np.unique(categories[drawn], return_counts=True)[1].tolist() == [8, 8, 8]
         counts += np.bincount(drawn, minlength=61)
     assert counts[:50].min() > 0  # a large category brings others each epoch
     assert (counts[50:58] == 40).all()

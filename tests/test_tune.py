@@ -33,9 +33,6 @@ def write_space(folder, text):
     return path
 
 
-# ---------------------------------------------------------------- spaces
-
-
 SPACE = """
 learning_rate: {type: float, low: 1e-4, high: 1e-2, log: true}
 image_head: {type: categorical, choices: [mlp, attention], also: [text_head]}
@@ -81,9 +78,6 @@ def test_a_wrong_space_is_one_sentence(tmp_path, text, message):
     assert "\n" not in str(caught.value)
     with pytest.raises(LabError, match="search space .* does not exist"):
         read_space(tmp_path / "none.yaml")
-
-
-# ---------------------------------------------------------------- a study of a known function
 
 
 LINE = (
@@ -211,15 +205,6 @@ def test_a_study_of_another_space_or_configuration_is_refused(tmp_path):
         tune.tune(longer, space, tmp_path / "study", num_trials=2, show=False, train=trained)
 
 
-@pytest.mark.parametrize("name", ["a?b#c", "{c}", "50%", "x;y 'z'"])
-def test_a_study_is_in_its_folder_whatever_its_name(tmp_path, name):
-    config, space = make_config("projection_heads"), read_space(write_space(tmp_path, LINE))
-    for folder, count in ((tmp_path / name / "one", 2), (tmp_path / name / "two", 3)):
-        study = tune.tune(config, space, folder, num_trials=count, show=False, train=trained)
-        assert len(study.trials) == len(list(folder.glob("trials/*/trial.json"))) == count
-    assert {path.name for path in tmp_path.iterdir()} == {name, "space.yaml"}
-
-
 def test_a_study_that_cannot_be_read_is_one_sentence(tmp_path):
     config, space = make_config("projection_heads"), read_space(write_space(tmp_path, LINE))
     options = {"num_trials": 2, "show": False, "train": trained}
@@ -330,9 +315,6 @@ def test_a_full_disk_stops_the_study_and_fails_no_trial(tmp_path, free):
         assert told(tune.tune(config, space, disk / "study", **options)) == told(whole)
 
 
-# ---------------------------------------------------------------- several processes
-
-
 def _work(folder, space, log, hang_at):
     def train(config, **options):
         with open(log, "a") as file:
@@ -385,9 +367,6 @@ def test_four_workers_lose_no_trial_and_double_none_even_when_one_is_killed(tmp_
     assert runs == {f"{number:04d}": 1 + (number == 5) for number in range(16)}
 
 
-# ---------------------------------------------------------------- with real training
-
-
 def test_tuning_trains_on_its_part_and_best_config_trains_on_all(tmp_path, capsys, monkeypatch):
     folder = write_split(tmp_path / "embeddings", "train", list(range(60)))
     for seed, split in enumerate(("tune", "val", "test"), start=1):
@@ -404,23 +383,14 @@ def test_tuning_trains_on_its_part_and_best_config_trains_on_all(tmp_path, capsy
     tune.main(config, space=str(space), num_trials=4, tune_split="tune", folder=folder, n_jobs=2)
     shown = capsys.readouterr().out
     assert "head_dropout" in shown
-    assert {path.stem for path in (tmp_path / "study" / "figures").iterdir()} >= {
-        "history",
-        "parallel",
-        "slices",
-    }
+    figures = {path.stem for path in (tmp_path / "study" / "figures").iterdir()}
+    assert figures >= {"history", "parallel", "slices"}
     runs = list((tmp_path / "study" / "trials").glob("*/*/training.json"))
     assert {json.loads(path.read_text())["data"]["train"]["images"] for path in runs} == {12}
     best = load_config(tmp_path / "study" / "best_config.yaml")
     run = fit(best, show=False)
     assert run.training["data"]["train"]["images"] == 60
-    words = [
-        "compare",
-        str(tmp_path / "small.yaml"),
-        str(tmp_path / "study" / "best_config.yaml"),
-        "--seed",
-        "0",
-    ]
-    monkeypatch.setattr("sys.argv", ["tune.py", *words])
+    files = [str(tmp_path / "small.yaml"), str(tmp_path / "study" / "best_config.yaml")]
+    monkeypatch.setattr("sys.argv", ["tune.py", "compare", *files, "--seed", "0"])
     cli.tune()
     assert "i2t_recall@1" in capsys.readouterr().out
