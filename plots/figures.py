@@ -84,12 +84,6 @@ RECALLS: Series = {
 RATES: Series = {"learning_rate": ("learning rate", "-")}
 
 
-def _reference(axes: Axes, level: float | None, label: str) -> list[Line2D]:
-    """A dotted line where there is a level; its legend handle, the level filled into `label`."""
-    look: dict[str, Any] = {"color": INK, "linestyle": DOTTED, "linewidth": 1.4}
-    return [] if level is None else [axes.axhline(level, label=label.format(level), **look)]
-
-
 @styled
 def learning_curves(
     histories: Mapping[str, Any] | pd.DataFrame,
@@ -113,16 +107,19 @@ def learning_curves(
         tables[name] = table.assign(**{column: 100 * table[column] for column in RECALLS if column in table})
     level = chance_of(chance, "i2t_recall@1")
     best = best_epoch if isinstance(best_epoch, Mapping) else dict.fromkeys(tables, best_epoch)
-    epochs = sorted({epoch for epoch in best.values() if epoch is not None})
-    star = Line2D([], [], color=GREY, linestyle="", marker="*", markersize=10, label="best epoch")
-    star.set_label(f"best epoch {epochs[0]}" if len(epochs) == 1 else "best epoch")
+    epochs = {epoch for epoch in best.values() if epoch is not None}
+    label = f"best epoch {min(epochs)}" if len(epochs) == 1 else "best epoch"
+    star = Line2D([], [], color=GREY, linestyle="", marker="*", markersize=10, label=label)
     figure = new_figure(3.1)
     loss, recall, rate = figure.subplots(1, 3)
     for axes, series, reference, label in (
         (loss, LOSSES, chance_loss, "chance level {:.2f}"),
         (recall, RECALLS, None if level is None else 100 * level, "chance {:.2g} %"),
     ):
-        handles = plot_series(axes, tables, series, best) + _reference(axes, reference, label)
+        handles = plot_series(axes, tables, series, best)
+        if reference is not None:
+            look: dict[str, Any] = {"color": INK, "linestyle": DOTTED, "linewidth": 1.4}
+            handles.append(axes.axhline(reference, label=label.format(reference), **look))
         axes.legend(handles=handles + [star] * bool(epochs), ncols=2, **LEGEND_ABOVE)
     plot_series(rate, tables, RATES)
     rate.set_ylim(bottom=0)
@@ -350,12 +347,8 @@ def attention_maps(
     Raises: LabError if there are not as many maps as images, or one is not (H, W).
     """
     ratios = [to_numpy(weight).astype(float) * to_numpy(weight).size for weight in weights]
-    if (
-        not len(images)
-        or len(ratios) != len(images)
-        or any(ratio.ndim != 2 or not ratio.size for ratio in ratios)
-    ):
-        shapes = [ratio.shape for ratio in ratios]
+    shapes = [ratio.shape for ratio in ratios]
+    if not len(images) or len(shapes) != len(images) or any(len(s) != 2 or 0 in s for s in shapes):
         raise LabError(f"{len(images)} images need as many weights of shape (H, W); got {shapes}.")
     scale = Normalize(0, max(2.0, float(np.percentile(np.concatenate([r.ravel() for r in ratios]), 99))))
     side = WIDTH / columns - 0.15
@@ -365,13 +358,13 @@ def attention_maps(
     box = min(1.1, max(p.shape[0] / p.shape[1] for p in pixels)) * side
     figure = new_figure(rows * (2 * box + 0.2 + LINE_HEIGHT * max(map(text_lines, texts))) + 0.6)
     grid = figure.subplots(2 * rows, columns, squeeze=False)
-    for axes in grid.ravel():
-        axes.set_axis_off()
+    for place in range(len(images), rows * columns):
+        row, column = divmod(place, columns)
+        grid[2 * row, column].set_axis_off()
+        grid[2 * row + 1, column].set_axis_off()
     for place, image in enumerate(pixels):
         row, column = divmod(place, columns)
-        above, below = grid[2 * row, column], grid[2 * row + 1, column]
-        above.set_axis_on()
-        below.set_axis_on()
+        above, below = grid[2 * row : 2 * row + 2, column]
         draw_image(above, image)
         _attention_map(below, image, ratios[place], scale)
         below.set_xlabel(texts[place], loc="left", size=9)
@@ -388,19 +381,20 @@ def _count_bars(axes: Axes, counts: Mapping[Any, int]) -> None:
     bars = axes.bar([str(name) for name in counts], list(counts.values()), 0.7, color=BLUE)
     axes.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=2, fontsize=9)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))  # 120k
+    axes.set_ylabel("number of images")
     axes.margins(y=0.14)
     axes.grid(False, axis="x")
 
 
 def _split_panel(axes: Axes, counts: Mapping[str, int]) -> None:
     _count_bars(axes, counts)
-    axes.set(title=f"{sum(counts.values()):,} images", xlabel="split", ylabel="number of images")
+    axes.set(title=f"{sum(counts.values()):,} images", xlabel="split")
 
 
 def _captions_panel(axes: Axes, counts: Mapping[int, int]) -> None:
     _count_bars(axes, dict(sorted(counts.items())))
     total = sum(number * images for number, images in counts.items())
-    axes.set(title=f"{total:,} captions", xlabel="captions per image", ylabel="number of images")
+    axes.set(title=f"{total:,} captions", xlabel="captions per image")
 
 
 def _sizes_panel(axes: Axes, sizes: Any) -> None:
@@ -420,8 +414,9 @@ def _lengths_panel(axes: Axes, lengths: Any) -> None:
     axes.axvline(np.median(values), color=INK, linestyle="--", linewidth=1.2)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set(title=f"median {np.median(values):.0f} words", xlabel="words per caption")
-    axes.set_ylabel("number of captions")
+    axes.set(
+        title=f"median {np.median(values):.0f} words", xlabel="words per caption", ylabel="number of captions"
+    )
 
 
 def _undecodable_panel(axes: Axes, causes: Mapping[str, int]) -> None:

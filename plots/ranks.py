@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -29,6 +28,7 @@ from plots.style import (
     to_numpy,
     wrap,
 )
+from retrieval.figures import chance
 
 # --- confusions ---
 
@@ -140,16 +140,6 @@ def reliability_diagram(confidence: Any, correct: Any, path: SavePath = None, bi
 RANK_EDGES = [0, 1, 5, 10, 50, 100, 500, 1000, 5000, 10_000, 50_000, 100_000, 10**6, 10**9]
 
 
-def chance_of_rank(rank: int, gallery: int, matches: int = 1) -> float:
-    """Probability that a random order puts one of `matches` among the first `rank` of `gallery` items."""
-    if rank > gallery - matches:
-        return 1.0
-    logs = [
-        math.lgamma(n + 1) for n in (gallery - matches, gallery - matches - rank, gallery, gallery - rank)
-    ]
-    return 1 - math.exp(logs[0] - logs[1] - logs[2] + logs[3])
-
-
 @styled
 def rank_histogram(
     ranks: Mapping[str, Any], path: SavePath = None, galleries: Mapping[str, tuple[int, int]] | None = None
@@ -176,7 +166,8 @@ def rank_histogram(
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
         axes.bar_label(bars, [f"{share:.1f}" for share in shares], padding=2, fontsize=8, bbox=paper)
         if galleries and name in galleries:
-            reached = 100 * np.array([chance_of_rank(edge, *galleries[name]) for edge in edges])
+            size, matches = galleries[name]
+            reached = [100 * chance(np.array(matches), size, edge) for edge in edges]
             spans = (middles - width / 2, middles + width / 2)
             axes.hlines(np.diff(reached), *spans, color=INK, linestyle=DOTTED, linewidth=2)
     handles, labels = axes.get_legend_handles_labels()

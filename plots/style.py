@@ -209,16 +209,15 @@ def as_table(rows: Table) -> pd.DataFrame:
     Names come from a column `run` or `name` if there is one. Raises: LabError if there is no row.
     """
     if isinstance(rows, Mapping):
-        if rows and all(isinstance(value, Mapping) for value in rows.values()):
-            table = pd.DataFrame(list(rows.values()), index=list(rows))
-        else:
-            table = pd.DataFrame([dict(rows)], index=[""])
+        nested = rows and all(isinstance(value, Mapping) for value in rows.values())
+        named = rows if nested else {"": rows}
+        table = pd.DataFrame(list(named.values()), index=list(named))
     else:
         table = pd.DataFrame(rows)
     if table.empty:
         raise LabError("there is no run to draw; give a table with one row per run.")
-    names = [column for column in ("run", "name") if column in table]
-    return table.set_index(names[0]) if names else table
+    name = next((column for column in ("run", "name") if column in table), None)
+    return table if name is None else table.set_index(name)
 
 
 def chance_of(chance: float | Metrics | None, metric: str) -> float | None:

@@ -58,11 +58,15 @@ def _summarise_direction(ranks: QueryRanks, ks: Sequence[int]) -> dict[str, floa
 
 def chance_at_k(ranks: QueryRanks, k: int) -> float:
     """Expected Recall@K of a random order of this gallery, given each query's number of matches."""
-    k, size = min(_whole(k), ranks.gallery_size), ranks.gallery_size
     counts, queries = np.unique(ranks.counts, return_counts=True)
-    drawn = np.arange(k)
-    misses = np.maximum(size - counts[:, None] - drawn, 0) / (size - drawn)  # (counts, k)
-    return float(np.average(1 - misses.prod(1), weights=queries))
+    return float(np.average(chance(counts, ranks.gallery_size, _whole(k)), weights=queries))
+
+
+def chance(matches: np.ndarray, size: int, k: int) -> np.ndarray:
+    """Probability that a random order of `size` items puts one of so many matches among the first k."""
+    drawn = np.arange(min(k, size))
+    misses = np.maximum(size - np.asarray(matches)[..., None] - drawn, 0) / (size - drawn)  # (..., k)
+    return 1 - misses.prod(-1)
 
 
 def query_values(ranks: QueryRanks, name: str) -> np.ndarray:

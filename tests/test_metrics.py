@@ -268,6 +268,9 @@ def test_chance_is_what_random_features_reach():
         found = np.mean([run[name.format("recall")] for run in runs])
         assert found == pytest.approx(runs[0][name.format("chance")], abs=0.015)
     assert runs[0]["t2i_chance@5"] == pytest.approx(5 / 100)
+    missed = np.prod([(20 - 5 - n) / (20 - n) for n in range(4)])  # drawn without replacement
+    assert retrieval_figures.chance(np.array([5]), 20, 4) == pytest.approx(1 - missed)
+    assert retrieval_figures.chance(np.array([5]), 20, 16) == 1
 
 
 def test_k_over_the_gallery_is_everything_and_so_is_chance():

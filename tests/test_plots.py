@@ -440,13 +440,6 @@ def test_rank_histogram_counts_queries_and_chance():
         ranks.rank_histogram({"i2t": [0, 1]})
 
 
-def test_chance_of_a_rank_with_several_matches_is_exact():
-    """Against the product of drawing without replacement."""
-    missed = np.prod([(20 - 5 - n) / (20 - n) for n in range(4)])
-    assert ranks.chance_of_rank(4, 20, 5) == pytest.approx(1 - missed)
-    assert ranks.chance_of_rank(16, 20, 5) == 1.0
-
-
 def test_recall_by_gallery_size_beside_published_systems():
     curve = {
         "gallery_size": [5000, 100, 1000],
