@@ -110,7 +110,11 @@ def read_space(path: str | Path) -> Space:
     Raises: LabError naming the wrong line: an unknown field, missing limits, a `when` that names a later field, a
         value that the configuration does not take.
     """
-    lines, space = _load(Path(path)), {}
+    if not Path(path).is_file():
+        raise LabError(f"search space {path} does not exist; give the path of a .yaml file.")
+    lines, space = load_yaml(path), {}
+    if not isinstance(lines, dict) or not lines:
+        raise LabError(f"{path} must contain `field: {{type: ..., ...}}` lines.")
     for field, line in lines.items():
         where = f"{path}: {field}"
         try:
@@ -134,15 +138,6 @@ def _check_field(where: str, field: str) -> None:
     if field not in Config.model_fields:
         hint = nearest(field, list(Config.model_fields)) or "."
         raise LabError(f"{where}: {field!r} is not a field of the configuration{hint}")
-
-
-def _load(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise LabError(f"search space {path} does not exist; give the path of a .yaml file.")
-    lines = load_yaml(path)
-    if not isinstance(lines, dict) or not lines:
-        raise LabError(f"{path} must contain `field: {{type: ..., ...}}` lines.")
-    return lines
 
 
 def suggest(space: Space, trial: Any, config: Config) -> dict[str, Any]:
@@ -542,26 +537,18 @@ def train_all(settings: Sequence[Config], *, show: bool = True) -> list[Run]:
     runs: list[Run] = []
     with tqdm(total=sum(setting.num_epochs for setting in settings), unit="epoch", disable=not show) as bar:
         for setting in settings:
+
+            def move(history: Sized, start: int = bar.n) -> None:
+                bar.update(start + len(history) - bar.n)
+
             bar.set_description(f"{len(runs) + 1} of {len(settings)}: {run_name(setting)}")
-            runs.append(_train_one(setting, bar))
+            runs.append(fit(setting, show=False, on_epoch=move))
             if not runs[-1].finished:
                 done = f"{len(runs) - 1} of {len(settings)} finished"
                 bar.write(f"stopped in {runs[-1].name}, {done}; run again to continue.")
                 break
+            move(range(setting.num_epochs))  # a run that stopped early counts all of its epochs
     return runs
-
-
-def _train_one(setting: Config, bar: tqdm) -> Run:
-    """Train while the bar counts epochs; a run that stopped early counts all of its epochs."""
-    start = bar.n
-
-    def move(history: Sized) -> None:
-        bar.update(start + len(history) - bar.n)
-
-    run = fit(setting, show=False, on_epoch=move)
-    if run.finished:
-        bar.update(start + setting.num_epochs - bar.n)
-    return run
 
 
 # --- Command line ---
