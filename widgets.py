@@ -106,12 +106,12 @@ class LiveView:
 
     def _draw(self, history: pd.DataFrame, best_epoch: int | None = None) -> None:
         curves = learning_curves({self.name: history}, best_epoch=best_epoch, **self.lines)
-        shown = (curves, self.status(history))
+        parts = (curves, self.status(history))
         if self.handles:
-            for handle, part in zip(self.handles, shown, strict=True):
+            for handle, part in zip(self.handles, parts, strict=True):
                 handle.update(part)
         else:
-            self.handles = [display(part, display_id=True) for part in shown]
+            self.handles = [display(part, display_id=True) for part in parts]
         self.drawn_at = time.monotonic()
 
     def status(self, history: pd.DataFrame) -> pd.DataFrame:
@@ -367,9 +367,9 @@ def browse_figure(
         raise LabError(f"no caption contains {words!r}; try fewer words.")
     pages = -(-len(rows) // PER_PAGE)
     page = min(page, pages)
-    shown = rows[(page - 1) * PER_PAGE : page * PER_PAGE]
+    on_page = rows[(page - 1) * PER_PAGE : page * PER_PAGE]
     figure = captioned_images(
-        [table.path_of(row) for row in shown], [table.captions_of(row)[:2] for row in shown]
+        [table.path_of(row) for row in on_page], [table.captions_of(row)[:2] for row in on_page]
     )
     about = {"images found": len(rows), "of": len(table), "page": f"{page} of {pages}"}
     return figure, pd.DataFrame([about], index=[words or "all"])

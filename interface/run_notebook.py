@@ -48,16 +48,16 @@ def run_notebook(
     if run := re.search(r"^run +(?:\S*[/\\])?([\w-]+) *$", tables(executed), re.MULTILINE):
         folder = make_folder(folder / run[1])
         executed = executed.replace(folder / notebook.name)
-    shown = without_widgets(nbformat.read(executed, as_version=4))
+    static = without_widgets(nbformat.read(executed, as_version=4))
     page = executed.with_suffix(".html")
     body, _ = HTMLExporter(
         exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url=""
-    ).from_notebook_node(shown)
+    ).from_notebook_node(static)
     write_text(page, without_network(body))
     return {
         "notebook": executed,
         "html": page,
-        "figures": save_figures(shown, folder / f"{notebook.stem}_figures"),
+        "figures": save_figures(static, folder / f"{notebook.stem}_figures"),
     }
 
 

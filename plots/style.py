@@ -90,7 +90,7 @@ Series = Mapping[str, tuple[str, Any]]  # column -> (label, line style)
 
 
 def lab_style() -> AbstractContextManager[None]:
-    """Context with the lab's style over matplotlib's defaults, whatever the session has set."""
+    """Context with the lab's style over matplotlib's defaults, independent of the session's settings."""
     return matplotlib.style.context(["default", STYLE])
 
 

@@ -28,7 +28,7 @@ def summarise(ranks: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
         `r_precision`, `num_queries`, `num_left_out` (queries without a match); and `rsum`, the sum of
         all recalls in percentage points, `num_images`, `num_texts`, `captions_per_image` (the mean
         over images that have any).
-    Raises: LabError if a k is not a whole number from 1 on.
+    Raises: LabError if a k is not a whole number of at least 1.
     """
     figures: dict[str, float] = {}
     for direction in ("i2t", "t2i"):
@@ -53,7 +53,7 @@ def _summarise_direction(ranks: QueryRanks, ks: Sequence[int]) -> dict[str, floa
     return figures
 
 
-# ---- figures from ranks ----------------------------------------------------------------------------
+# --- figures from ranks ---
 
 
 def chance_at_k(ranks: QueryRanks, k: int) -> float:
@@ -72,7 +72,7 @@ def chance(matches: np.ndarray, size: int, k: int) -> np.ndarray:
 def query_values(ranks: QueryRanks, name: str) -> np.ndarray:
     """(Q,) one figure of every query, by name: `recall@5`, `ndcg@10`, `map`, `mrr`, ...
 
-    Raises: LabError if there is no such figure or its k is not a whole number from 1 on.
+    Raises: LabError if there is no such figure or its k is not a whole number of at least 1.
     """
     kind, _, k = name.partition("@")
     if k:
@@ -86,7 +86,7 @@ def _whole(k: int | str) -> int:
     except ValueError:
         number = 0
     if number < 1:
-        raise LabError(f"k is {k!r}, but must be a whole number from 1 on")
+        raise LabError(f"k is {k!r}, but must be a whole number of at least 1")
     return number
 
 
@@ -144,7 +144,7 @@ def direction(metric: str) -> int:
     return DIRECTIONS[kind]
 
 
-# ---- recall as a function of the gallery's size ----------------------------------------------------
+# --- recall as a function of the gallery's size ---
 
 
 def recall_by_gallery_size(ranks: Ranks, sizes: Sequence[int]) -> dict[str, np.ndarray]:

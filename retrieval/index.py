@@ -116,7 +116,7 @@ class Index:
         return Hits(scores, rows, self.ids[rows])
 
     def _ask_engine(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """(Q, k) scores and rows; where the probed lists hold fewer than k rows, of all lists."""
+        """(Q, k) scores and rows; where the probed lists contain fewer than k rows, from all lists."""
         import faiss
 
         every_list = faiss.SearchParametersIVF(nprobe=self.engine.nlist)  # type: ignore[call-arg]
@@ -189,7 +189,7 @@ def _checked_queries(queries: Tensor, features: Tensor) -> Tensor:
             "encode both with the same model."
         )
     if not torch.isfinite(queries).all():
-        raise LabError("a query holds NaN or infinite values; look for a diverged run or a broken cache.")
+        raise LabError("a query contains NaN or infinite values; look for a diverged run or a broken cache.")
     return queries.detach().float().cpu().contiguous()
 
 

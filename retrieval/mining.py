@@ -14,7 +14,7 @@ from config import Config
 from core.errors import LabError
 from retrieval.index import nearest_rows
 
-SPARE = 8  # further candidates, since some have the same meaning as a match
+SPARE = 8  # further candidates: some have the same meaning as a match
 MOST_CANDIDATES = 1 << 16  # captions that one refresh searches; of a larger set another random part each time
 SAME_PAIRS = 0.7  # share of common word pairs above which two captions count as the same
 ARTICLES = frozenset({"a", "an", "the"})
@@ -27,7 +27,7 @@ def content_words(caption: str) -> list[str]:
 
 
 def says_the_same(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether two captions, as `content_words`, are equal or share most of their pairs of neighbouring words.
+    """Whether two captions, as `content_words`, are equal or share most of their pairs of adjacent words.
 
     Pairs and not words: "red star left of blue ring" and "blue ring left of red star" have the same words.
     """
@@ -55,7 +55,7 @@ def mine_semantic(
     `margin` times that of its nearest own caption (NV-Retriever, Moreira et al. 2024).
 
     Args:
-        image_features: (I, D); text_features: (T, D); normalised.
+        image_features: (I, D); text_features: (T, D); L2-normalized.
         image_id: (I,); text_id: (T,); every image has a caption.
         captions: T texts.
         seed, epoch: decide which captions are searched where there are more than MOST_CANDIDATES.

@@ -1,9 +1,8 @@
 """The exact rank of every match, from features, in tiles of bounded memory.
 
-Ids define matches: an image and a text match if and only if their ids are equal; id -1 matches
-nothing and only fills the gallery. The gallery holds every image once, whatever the number of its
-captions. Ties count against the model: a gallery item that scores exactly as much as a match, and is
-none itself, stands before it. A query without a match has no rank.
+Ids define matches: an image and a text match if and only if their ids are equal; id -1 matches nothing and is only a
+distractor. The gallery contains every image once, however many captions it has. Ties count against the model: an item
+that scores exactly as much as a match, and is not a match itself, ranks before it. A query without a match has no rank.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from tqdm.auto import tqdm
 
 from core.errors import LabError
 
-TILES = {"cpu": (2048, 512)}  # texts by images: as much as a CPU's cache holds
+TILES = {"cpu": (2048, 512)}  # texts by images: fits into a CPU's cache
 GPU_TILE = (8192, 4096)
 IdList = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -87,19 +86,19 @@ def match_ranks(
 ) -> Ranks:
     """The exact rank of every match, image-to-text and text-to-image.
 
-    Scores are inner products in float32, whatever the features' type; features are taken as they are,
-    so normalise them for cosine similarity. Rows that repeat an image (a list of pairs) are merged.
-    A match's score and its rivals' come from tiles of one shape, so equal features tie exactly.
+    Scores are inner products in float32. Features are not normalized here: normalize them for cosine similarity.
+    Rows that repeat an image (a list of pairs) are merged. All scores come from tiles of one shape, so equal features
+    tie exactly.
 
     Args:
         image_features: (I, D); the products are made on its device.
-        text_features: (T, D) on any device, any number of captions an image.
+        text_features: (T, D) on any device, any number of captions per image.
         image_id: (I,) whole numbers; -1 is an image without a caption.
         text_id: (T,) whole numbers; -1 is a caption without an image.
-        tile: (texts, images) of one tile of the product; memory grows with it, never with I * T.
-            A tile is higher where a single image has more captions than it holds.
-    Raises: LabError on NaN, on shapes or ids that do not fit, if an id names two different images,
-        or if there is no match at all.
+        tile: (texts, images) of one tile of the product, which bounds the memory; a tile has more texts where a
+            single image has more captions.
+    Raises: LabError on NaN, on shapes or ids that do not fit, if an id names two different images, or if there is no
+        match at all.
     """
     _check_features(image_features, text_features)
     image_ids = as_ids(image_id, len(image_features), "image_id")
@@ -113,18 +112,18 @@ def match_ranks(
     return _collect(layout, image_ids, *(count.cpu().numpy() for count in better))
 
 
-# ---- input -----------------------------------------------------------------------------------------
+# --- input ---
 
 
 def as_ids(ids: IdList, rows: int, name: str) -> np.ndarray:
-    """(rows,) int64 ids. Raises: LabError if they are no whole numbers or not one a row."""
+    """(rows,) int64 ids. Raises: LabError if they are not whole numbers, one per row."""
     array = torch.as_tensor(ids).detach().cpu().numpy()
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise LabError(
-            f"{name} must be a list of whole numbers, one a row; got shape {array.shape} of {array.dtype}"
+            f"{name} must be a list of whole numbers, one per row; got shape {array.shape} of {array.dtype}"
         )
     if len(array) != rows:
-        raise LabError(f"{name} has {len(array)} ids for {rows} rows of features; give one id a row")
+        raise LabError(f"{name} has {len(array)} ids for {rows} rows of features; give one id per row")
     return array.astype(np.int64)
 
 
@@ -139,7 +138,7 @@ def _largest(features: torch.Tensor, name: str) -> float:
         )
     low, high = (float(end) for end in torch.aminmax(features.detach()))
     if not math.isfinite(low + high):
-        raise LabError(f"{name} hold NaN or infinite values; look for a diverged run or a broken cache")
+        raise LabError(f"{name} contain NaN or infinite values; look for a diverged run or a broken cache")
     return max(-low, high)
 
 
@@ -152,7 +151,7 @@ def _check_features(image_features: torch.Tensor, text_features: torch.Tensor) -
             "take both from the same model's joint space"
         )
     if largest * width > torch.finfo(torch.float32).max:
-        raise LabError("the features' products overflow float32; normalise the features first")
+        raise LabError("the features' products overflow float32; normalize the features first")
 
 
 def _distinct_images(features: torch.Tensor, ids: np.ndarray) -> np.ndarray:
@@ -173,20 +172,20 @@ def _distinct_images(features: torch.Tensor, ids: np.ndarray) -> np.ndarray:
         if bool(wrong.any()):
             image = ids[rows[int(wrong.int().argmax())]]
             raise LabError(
-                f"image_id {image} stands in several rows with different features; give each image its own id"
+                f"image_id {image} is the id of rows with different features; give each image its own id"
             )
     return np.flatnonzero(original == here)
 
 
-# ---- order -----------------------------------------------------------------------------------------
+# --- order ---
 
 
 @dataclass(frozen=True)
 class _Layout:
     """Images and texts in an order that puts every image's captions side by side.
 
-    Images with the most captions stand first, so that the images with more than p captions are a
-    prefix; images and texts without a match stand last.
+    Images with the most captions come first, so that the images with more than p captions are a prefix; images and
+    texts without a match come last.
     """
 
     image_rows: np.ndarray  # (I,) rows of the distinct images
@@ -201,7 +200,7 @@ class _Layout:
         return [int(np.searchsorted(-counts, -slot)) for slot in range(counts[0])]
 
     def matches(self, texts: tuple[int, int], images: tuple[int, int]) -> slice:
-        """The texts of one tile whose image lies in it."""
+        """The texts of one tile whose image is in it."""
         last = len(self.offsets) - 1
         first, end = (int(self.offsets[min(place, last)]) for place in images)
         return slice(max(texts[0], first), max(texts[0], first, min(texts[1], end)))
@@ -210,8 +209,8 @@ class _Layout:
 def _lay_out(image_id: np.ndarray, text_id: np.ndarray, rows: np.ndarray) -> _Layout:
     ids = image_id[rows]
     by_id = np.argsort(ids, kind="stable")
-    found = np.minimum(np.searchsorted(ids[by_id], text_id), len(ids) - 1)
-    image = by_id[found]  # (T,)
+    nearest = np.minimum(np.searchsorted(ids[by_id], text_id), len(ids) - 1)
+    image = by_id[nearest]  # (T,)
     matched = (ids[image] == text_id) & (text_id != -1)
     if not matched.any():
         raise LabError("no text_id equals any image_id, so nothing can be ranked; give matches equal ids")
@@ -225,12 +224,12 @@ def _lay_out(image_id: np.ndarray, text_id: np.ndarray, rows: np.ndarray) -> _La
     return _Layout(rows[order], text_rows, np.concatenate([[0], ends]), owner[text_rows][: matched.sum()])
 
 
-# ---- tiles -----------------------------------------------------------------------------------------
+# --- tiles ---
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Within, products are made in true float32, whatever setting the training left behind."""
+    """Within, products are computed in full float32, without TF32 or bfloat16."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -307,11 +306,11 @@ def _load(block: torch.Tensor, features: torch.Tensor, rows: np.ndarray) -> None
         part.copy_(features.index_select(0, rows_there))
 
 
-# ---- counting --------------------------------------------------------------------------------------
+# --- counting ---
 
 
 def _match_scores(tiles: _Tiles, layout: _Layout) -> torch.Tensor:
-    """(M,) scores of the matches, read off the tiles that hold any."""
+    """(M,) scores of the matches, from the tiles that contain any."""
     owner = torch.from_numpy(layout.owner).to(tiles.device)
     scores = torch.empty(len(owner), device=tiles.device)
     for texts, images, tile in tiles.scores(matches_only=True):

@@ -98,7 +98,7 @@ def paired_test(
     low, high = bootstrap_ends(sums.shape[1], lambda drawn: _mean(sums, counts, drawn), samples, level, seed)
     gaps = (sums / counts.sum(1, keepdims=True)).sum(0)  # (images,)
     difference, rng = float(gaps.sum()), np.random.default_rng(seed)
-    gaps = gaps[gaps != 0]  # equal images add nothing, whatever their sign
+    gaps = gaps[gaps != 0]  # equal results add nothing with either sign
     p_value = scipy.stats.monte_carlo_test(  # what permutation_test does of kind "samples", ten times faster
         gaps,
         lambda size: gaps * rng.choice((-1.0, 1.0), size),
@@ -183,7 +183,7 @@ def _check_same_gallery(first: Ranks, second: Ranks) -> None:
 
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
-        raise LabError(f"level is {level}, but a coverage lies between 0 and 1, such as 0.95")
+        raise LabError(f"level is {level}, but a coverage is between 0 and 1, such as 0.95")
 
 
 # --- over seeds ---

@@ -162,7 +162,7 @@ def test_queries_without_a_match_are_counted_and_left_out(tmp_path):
 def test_nan_features_are_an_error():
     gallery = made_gallery()
     gallery.image_features[3, 2] = float("nan")
-    with pytest.raises(LabError, match="image_features hold NaN"):
+    with pytest.raises(LabError, match="image_features contain NaN"):
         gallery.metrics()
 
 

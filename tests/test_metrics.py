@@ -245,7 +245,7 @@ def test_repeated_images_are_one():
 
 
 def test_an_id_that_names_two_images_is_an_error():
-    with pytest.raises(LabError, match="image_id 3 stands in several rows with different features"):
+    with pytest.raises(LabError, match="image_id 3 is the id of rows with different features"):
         match_ranks(torch.eye(3), torch.eye(3), [3, 4, 3], [3, 4, 4])
 
 
@@ -386,8 +386,8 @@ def test_published_points_leave_out_what_was_not_reported():
 EYE, IDS = torch.eye(3), [1, 2, 3]
 NAN = EYE.clone().fill_diagonal_(float("nan"))
 BAD = {
-    "image_features hold NaN": (NAN, EYE, IDS, IDS),
-    "text_features hold NaN": (EYE, EYE / 0, IDS, IDS),
+    "image_features contain NaN": (NAN, EYE, IDS, IDS),
+    "text_features contain NaN": (EYE, EYE / 0, IDS, IDS),
     "image_id has 2 ids for 3 rows": (EYE, EYE, IDS[:2], IDS),
     "text_id has 4 ids for 3 rows": (EYE, EYE, IDS, [*IDS, 4]),
     "take both from the same": (EYE, torch.ones(3, 4), IDS, IDS),
@@ -409,7 +409,7 @@ def test_bad_input_is_told_in_a_sentence(message):
 
 @pytest.mark.parametrize("ks", [(0,), (1.5,), (-3,), ("x",)])
 def test_k_must_be_a_whole_number(ks):
-    with pytest.raises(LabError, match="whole number from 1 on"):
+    with pytest.raises(LabError, match="whole number of at least 1"):
         retrieval_metrics(EYE, EYE, IDS, IDS, ks=ks)
 
 

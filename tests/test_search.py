@@ -148,7 +148,7 @@ def broken(rows=10, row=7, value=float("nan")):
         ),
         (lambda index: index.query(features(2, 8), 1), r"shape \(2, 8\) but the index needs \(queries, 16\)"),
         (lambda index: index.query(features(2)[0], 1), r"shape \(16,\) but the index needs"),
-        (lambda index: index.query(broken(), 1), "query holds NaN"),
+        (lambda index: index.query(broken(), 1), "query contains NaN"),
         (lambda index: build_index(features(10)[:0]), "gallery is empty"),
         (lambda index: build_index(broken()), "row 7 of the gallery has length nan"),
         (lambda index: build_index(broken(value=math.inf)), "row 7 of the gallery has length inf"),

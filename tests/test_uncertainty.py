@@ -209,7 +209,7 @@ def test_equal_seeds_have_an_interval_and_no_warning():
     [
         ("recall@1", "names no direction; write i2t_recall@1"),
         ("i2t_median_rank", "did you mean 'mean_rank'"),
-        ("i2t_recall@0", "whole number from 1 on"),
+        ("i2t_recall@0", "whole number of at least 1"),
     ],
 )
 def test_a_figure_that_does_not_exist(name, message):
