@@ -15,7 +15,6 @@ from config import make_config
 from core.errors import LabError
 from dataset import COCOClipDataset, TrainingSet, make_loader, open_dataset
 from retrieval.mining import NONE, best_match, content_words, mine_random, mine_semantic, says_the_same
-from sources.readers import read_captions
 from sources.table import CaptionTable
 from train import RunPlan, build_trainer, fit
 from training.order import Balance, evenly_spread, nearest_images, neighbour_order, small_categories
@@ -129,39 +128,25 @@ def test_evenly_spread_rows():
     assert evenly_spread(3, None).tolist() == evenly_spread(3, 5).tolist() == [0, 1, 2]
 
 
-def own_data(folder, *, sidecar: bool = False):
-    """A dozen pictures in two categories and one alone, as an annotation file or as sidecars."""
+def own_data(folder):
+    """A dozen images in two categories and one image alone, as an annotation file."""
     root = write_coco(folder, {"train": 13, "val": 4})
-    rows: dict[str, list] = {}
+    rows = {}
     for split in ("train", "val"):
         content = json.loads((root / "annotations" / f"captions_{split}2014.json").read_text())
-        rows[split] = []
-        (root / split).mkdir()
-        for place, image in enumerate(content["images"]):
-            captions = [a["caption"] for a in content["annotations"] if a["image_id"] == image["id"]]
-            category = "alone" if split == "train" and place == 12 else ("harbour", "forest")[place % 3 == 0]
-            name = f"{split}/{image['id']:03d}.jpg"
-            (root / f"{split}2014" / image["file_name"]).rename(root / name)
-            rows[split].append({"image_path": name, "caption": captions, "category": category})
-            if sidecar:
-                (root / name).with_suffix(".txt").write_text("\n".join(captions))
-                (root / name).with_suffix(".json").write_text(json.dumps({"category": category}))
-        (root / f"{split}2014").rmdir()
-        (root / "annotations" / f"captions_{split}2014.json").unlink()
-    (root / "annotations").rmdir()
-    if not sidecar:
-        (root / "annotations.json").write_text(json.dumps({"splits": rows}))
+        captions = {image["id"]: [] for image in content["images"]}
+        for annotation in content["annotations"]:
+            captions[annotation["image_id"]].append(annotation["caption"])
+        rows[split] = [
+            {
+                "image_path": f"{split}2014/{image['file_name']}",
+                "caption": captions[image["id"]],
+                "category": "alone" if place == 12 else ("harbour", "forest")[place % 3 == 0],
+            }
+            for place, image in enumerate(content["images"])
+        ]
+    (root / "annotations.json").write_text(json.dumps({"splits": rows}))
     return root
-
-
-def test_both_documented_forms_give_the_same_table(tmp_path):
-    one = read_captions("json", own_data(tmp_path / "json"))
-    two = read_captions("sidecar", own_data(tmp_path / "sidecar", sidecar=True))
-    assert list(one.captions) == list(two.captions)
-    assert one.paths == two.paths
-    for name in ("splits", "categories", "caption_image_ids"):
-        assert (getattr(one, name) == getattr(two, name)).all()
-    assert one.split_sizes() == {"train": 13, "val": 4}
 
 
 def test_a_balanced_run_leaves_small_categories_out(tmp_path):
@@ -324,18 +309,6 @@ def test_what_cannot_be_says_so(small, settings, message):
 def test_one_category_is_no_balance():
     with pytest.raises(LabError, match="at least two categories, not 1; set balance_by to 'none'"):
         Balance(np.array(["only"] * 5))
-
-
-def test_a_caption_file_without_its_picture_and_the_reverse_are_told(tmp_path):
-    root = own_data(tmp_path / "data", sidecar=True)
-    (root / "train" / "001.txt").unlink()
-    (root / "train" / "001.json").unlink()
-    (root / "train" / "002.jpg").unlink()
-    table = read_captions("sidecar", root)
-    told_of = {(row["kind"], row["where"]): row["what"] for row in table.problems}
-    assert told_of["no caption", "train: 001.jpg"] == "an image without captions"
-    assert told_of["missing image", "train: 002.txt"] == "a caption file without its image"
-    assert len(table.split("train")) == 11
 
 
 def test_plain_settings_give_the_plain_dataset(small):

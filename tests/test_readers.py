@@ -390,6 +390,18 @@ def test_sidecars(tmp_path):
     assert kinds(table) == [("malformed row", "c.json"), ("no caption", "e.jpg")]
 
 
+def test_a_caption_file_without_its_image_and_the_reverse_are_reported(tmp_path):
+    touch(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "gone.txt").write_text("two")
+    table = read_captions("sidecar", tmp_path)
+    assert sorted(kinds(table)) == [("missing image", "gone.txt"), ("no caption", "b.jpg")]
+    assert {row["what"] for row in table.problems} == {
+        "an image without captions",
+        "a caption file without its image",
+    }
+
+
 # ---------------------------------------------------------------- hostile captions.txt
 
 # what was tried (bytes after the header) -> captions of a.jpg and b.jpg, kinds of problems
