@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from config import Config, run_name
 from core.errors import LabError, choose
 from evaluate import finished_runs
-from interface.controls import Control, ExperimentForm
+from interface.controls import Control, ExperimentForm, uploaded
 from metrics import as_text, figures_of, recalls_of, with_interval
 from plots.figures import attention_maps, captioned_images, learning_curves, zero_shot_bars
 from reports.compare import paired_test_of
@@ -182,8 +182,8 @@ def search_box(gallery: Gallery, query: str = "", k: int = 5) -> Control:
     most = max(1, min(10, len(gallery.image_id) - 1))
     search = GallerySearch(gallery)
 
-    def show(upload: Sequence[Any], **asked: Any) -> Figure:
-        return search_figure(search, image=bytes(upload[-1]["content"]) if upload else None, **asked)
+    def show(upload: Any, **asked: Any) -> Figure:
+        return search_figure(search, image=uploaded(upload), **asked)
 
     return Control(
         show,
@@ -219,8 +219,8 @@ def zero_shot_playground(gallery: Gallery, labels: str = "") -> Control:
     first = next(iter(known), 0)
     some = _some_labels(known[first], set(known.values())) if known else SOME_LABELS
 
-    def show(item: int, upload: Sequence[Any], **texts: str) -> Figure:
-        image = bytes(upload[-1]["content"]) if upload else gallery.dataset.pictures([item])[0]
+    def show(item: int, upload: Any, **texts: str) -> Figure:
+        image = uploaded(upload) or gallery.dataset.pictures([item])[0]
         return zero_shot_figure(gallery.run, image, **texts)
 
     return Control(

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 
 import ipywidgets as widgets
 import pandas as pd
+from IPython.display import display
 from matplotlib.figure import Figure
 
 from config import GROUPS, Config, choices, make_config, run_name
@@ -87,8 +88,12 @@ class Control:
         self.image.layout.display = SHOWN if figures else HIDDEN
         self.table.value = "".join(table_html(part) for part in parts if isinstance(part, pd.DataFrame))
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+    def bundle(self) -> dict[str, Any]:
+        """What a cell shows, by mime type."""
         return shown_bundle(self.widget, self.image.value, self.message.value + self.table.value)
+
+    def _ipython_display_(self) -> None:
+        display(self.bundle(), raw=True)
 
 
 def _nothing() -> None:
@@ -96,14 +101,23 @@ def _nothing() -> None:
 
 
 def shown_bundle(widget: widgets.Widget, image: bytes = b"", html: str = "") -> dict[str, Any]:
-    """What a cell shows: the widget, and for pages without widgets the current image and table."""
-    bundle: dict[str, Any] = dict(widget._repr_mimebundle_() or {})
-    bundle["text/plain"] = "(a control; run the notebook to use it)"
+    """What a cell shows: the widget, and for pages without widgets the current image and table.
+
+    Published by `display`, as ipywidgets 7 does, so that Colab's display hook adds its metadata to it.
+    """
+    view = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
+    bundle: dict[str, Any] = {WIDGET_VIEW: view, "text/plain": "(a control; run the notebook to use it)"}
     if image:
         bundle["image/png"] = base64.b64encode(image).decode()
     if html:
         bundle["text/html"] = html
     return bundle
+
+
+def uploaded(value: Any) -> bytes | None:
+    """The last file of a `FileUpload.value`: a dict of files in ipywidgets 7, a tuple in 8; None if there is none."""
+    files = list(value.values() if isinstance(value, dict) else value)
+    return bytes(files[-1]["content"]) if files else None
 
 
 def png(figure: Figure) -> bytes:
@@ -168,16 +182,15 @@ def help_of(name: str) -> str:
 def make_input(name: str, value: Any) -> widgets.Widget:
     """The widget that edits a field: a menu, a checkbox, a number, or text."""
     options, annotation = choices(name), Config.model_fields[name].annotation
-    common = {"tooltip": help_of(name), "layout": INPUT_LAYOUT}
     if options:
         options = options if value in options else (value, *options)
-        return widgets.Dropdown(options=options, value=value, **common)
+        return widgets.Dropdown(options=options, value=value, layout=INPUT_LAYOUT)
     if annotation is bool:
-        return widgets.Checkbox(value=value, indent=False, **common)
+        return widgets.Checkbox(value=value, indent=False, layout=INPUT_LAYOUT)
     if annotation in NUMBERS:
-        return NUMBERS[annotation](value=value, **common)
+        return NUMBERS[annotation](value=value, layout=INPUT_LAYOUT)
     hint = "none" if NoneType in get_args(annotation) else ""
-    return widgets.Text(value=as_text(value), placeholder=hint, continuous_update=False, **common)
+    return widgets.Text(value=as_text(value), placeholder=hint, continuous_update=False, layout=INPUT_LAYOUT)
 
 
 def as_text(value: Any) -> str:
@@ -270,8 +283,8 @@ class ExperimentForm:
         name = f"run <b>{escape(run_name(self.config))}</b>"
         self.summary.value = name + (table_html(table) if len(table) else ", as the preset")
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        return shown_bundle(self.widget, html=self.summary.value)
+    def _ipython_display_(self) -> None:
+        display(shown_bundle(self.widget, html=self.summary.value), raw=True)
 
 
 class FormRow:

@@ -87,10 +87,29 @@ def test_a_control_says_what_is_wrong_and_keeps_its_result():
 
 
 def test_a_page_without_widgets_shows_the_result():
-    bundle = Control(double, number=ipywidgets.IntText(3))._repr_mimebundle_()
+    bundle = Control(double, number=ipywidgets.IntText(3)).bundle()
     assert "<table" in bundle["text/html"]
     assert WIDGET_VIEW in bundle
     json.dumps(bundle)
+
+
+def test_a_cell_publishes_what_colab_adds_its_metadata_to(monkeypatch):
+    published = []
+    monkeypatch.setattr(controls, "display", lambda data, raw: published.append((data, raw)))
+    control, form = Control(double, number=ipywidgets.IntText(3)), controls.ExperimentForm(make_config())
+    for shown in (control, form):
+        shown._ipython_display_()
+    assert [(data[WIDGET_VIEW]["model_id"], raw) for data, raw in published] == [
+        (control.widget.model_id, True),
+        (form.widget.model_id, True),
+    ]
+
+
+def test_an_upload_is_read_in_the_form_of_both_versions():
+    file = {"content": memoryview(b"pixels")}
+    assert controls.uploaded({"a.png": file}) == controls.uploaded(({"content": b"first"}, file)) == b"pixels"
+    assert controls.uploaded({}) is controls.uploaded(()) is None
+    assert controls.uploaded(ipywidgets.FileUpload().value) is None
 
 
 def test_typing_is_waited_for():
@@ -353,5 +372,5 @@ def test_a_cell_run_again_begins_where_the_run_is(monkeypatch, run, home):
 
 
 def test_the_picture_in_the_bundle_is_a_picture(gallery):
-    bundle = widgets.failure_explorer(gallery)._repr_mimebundle_()
+    bundle = widgets.failure_explorer(gallery).bundle()
     assert Image.open(io.BytesIO(base64.b64decode(bundle["image/png"]))).format == "PNG"
