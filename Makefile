@@ -1,7 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
+COLAB := .venv-colab/bin
+COLAB_PYTHON ?= $(lastword $(PYTHON) $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python3.13) $(shell \
+	python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null))
+COLAB_TOOLS := notebook papermill pytest pytest-xdist playwright ranx pytorch-metric-learning efficientnet-lite-pytorch
 
-.PHONY: lab figure picture test assignment browser soak all_heads install jupyter bench clean
+.PHONY: lab figure picture test assignment browser soak all_heads address install jupyter bench clean
 
 lab: install  ## run main.ipynb headless; writes results, the executed notebook, HTML and figures
 	$(BIN)/python -m interface.run_notebook main.ipynb
@@ -15,6 +19,21 @@ test: install  ## lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not browser_labs"
+
+colab-test: .venv-colab/.installed  ## tests and notebooks with the versions of Colab's image, on Python 3.13 if available
+	$(COLAB)/python --version
+	$(COLAB)/pip list --format freeze | grep -iE "^(torch|torchvision|transformers|numpy|ipywidgets|ipython|ipykernel)=="
+	OMP_NUM_THREADS=1 $(COLAB)/pytest -n 2 --dist loadfile -m "not browser and not browser_labs"
+	for notebook in main.ipynb notebooks/*.ipynb; do \
+		$(COLAB)/python -m interface.run_notebook $$notebook -p FAST_RUN=True --folder outputs/colab || exit 1; \
+	done
+	$(COLAB)/pytest tests/browser/test_controls_in_browser.py
+
+.venv-colab/.installed: requirements.txt constraints-colab.txt
+	$(COLAB_PYTHON) -m venv .venv-colab
+	$(COLAB)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt $(COLAB_TOOLS) \
+		-c constraints-colab.txt
+	touch $@
 
 browser: install  ## run every notebook in JupyterLab with a headless Chromium
 	$(BIN)/pytest tests/browser -s
@@ -33,6 +52,9 @@ soak: install  ## kill training at 20 random moments, damage files in 24 places,
 	OMP_NUM_THREADS=1 KILLS=20 DAMAGES=24 DISKS=32 $(BIN)/pytest -n 2 --dist loadfile \
 		tests/test_kill.py tests/test_damage.py tests/test_full_disk.py
 
+address: install  ## write the address in pyproject.toml into the notebooks and the README
+	$(BIN)/python -c "from interface.colab import write_address; write_address()"
+
 install: .venv/.installed
 
 .venv/.installed: requirements.txt requirements-jupyter.txt requirements-dev.txt constraints.txt
@@ -47,5 +69,5 @@ bench: install
 	$(BIN)/python -m benchmarks
 
 clean:  ## delete generated files except data/ and runs/
-	rm -rf .venv cache outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-colab cache outputs .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

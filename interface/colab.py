@@ -8,11 +8,15 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
+
+import core.threads  # noqa: F401  read when torch is imported
 
 from packaging.requirements import Requirement
 
@@ -134,3 +138,17 @@ def runtime_advice(config: Any) -> str:
         return "this runtime has a GPU, which training an image tower needs."
     where = "choose Runtime > Change runtime type > T4 GPU" if on_colab() else "use a machine with one"
     return f"no GPU here, which is enough for quickstart; to train on photographs, {where}."
+
+
+def write_address(root: str | Path = ".") -> None:
+    """Write the address in pyproject.toml into the notebooks' setup cells and the README's Colab badge."""
+    root = Path(root)
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    address = project["urls"]["Repository"]
+    page = address.removeprefix("https://github.com/").removesuffix(".git")
+    page = f"{page}/blob/main/main.ipynb" if page else ""
+    for path in (root / "README.md", root / "main.ipynb", *root.glob("notebooks/*.ipynb")):
+        text = path.read_text(encoding="utf-8")
+        text = re.sub(r'REPOSITORY = \\"[^"]*\\"', lambda _: f'REPOSITORY = \\"{address}\\"', text)
+        text = re.sub(r"(colab\.research\.google\.com/github/)[^)\s]*", rf"\g<1>{page}", text)
+        path.write_text(text, encoding="utf-8")

@@ -1,11 +1,14 @@
 """What a notebook does on Colab and Kaggle, with pretended runtimes, and the packages it asks for."""
 
 import importlib.metadata
+import json
 import re
+import shutil
 import types
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from small_data import ROOT
 
 from config import make_config
@@ -104,6 +107,39 @@ def test_elsewhere_nothing_is_asked_for(tmp_path):
     assert "CPU runtime is enough" in colab.runtime_advice(make_config("flickr8k"))
     assert "use a machine with one" in colab.runtime_advice(make_config("quickstart", device="cpu"))
     assert colab.prepare().endswith("secrets read: none")
+
+
+def test_the_oldest_versions_stated_are_those_that_colab_test_installs():
+    lines = (ROOT / "constraints-colab.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and line[0] != "#")
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if line and line[0] != "#":
+            name, floor = re.match(r"([\w-]+)>=([\d.]+)", line).groups()
+            assert Version(pins[name]).release[: len(floor.split("."))] == Version(floor).release, line
+
+
+def test_the_address_stands_in_one_place(tmp_path):
+    names = [path.relative_to(ROOT) for path in [*ROOT.glob("*.ipynb"), *ROOT.glob("notebooks/*.ipynb")]]
+    names += [Path("README.md"), Path("pyproject.toml")]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    colab.write_address(tmp_path)
+    assert all((tmp_path / name).read_bytes() == (ROOT / name).read_bytes() for name in names)
+    project = tmp_path / "pyproject.toml"
+    project.write_text(
+        re.sub(
+            '(?m)^Repository = "[^"]*"', 'Repository = "https://github.com/a/lab.git"', project.read_text()
+        )
+    )
+    colab.write_address(tmp_path)
+    for name in names[:-2]:
+        source = json.loads((tmp_path / name).read_text())["cells"][2]["source"]
+        assert 'REPOSITORY = "https://github.com/a/lab.git"  # @param {type:"string"}\n' in source
+    assert (
+        "(https://colab.research.google.com/github/a/lab/blob/main/main.ipynb)"
+        in (tmp_path / "README.md").read_text()
+    )
 
 
 def test_on_kaggle_the_line_says_where_outputs_go(monkeypatch):

@@ -58,11 +58,10 @@ def notebook_alone(folder: Path, repository: str) -> Path:
     """main.ipynb in a folder of its own, its form filled in as a reader would."""
     folder.mkdir()
     source = (ROOT / "main.ipynb").read_text(encoding="utf-8")
-    assert source.count('REPOSITORY = \\"\\"') == 1
+    source, count = re.subn(r'REPOSITORY = \\"[^"]*\\"', lambda _: f'REPOSITORY = \\"{repository}\\"', source)
+    assert count == 1
     path = folder / "main.ipynb"
-    path.write_text(
-        source.replace('REPOSITORY = \\"\\"', f'REPOSITORY = \\"{repository}\\"'), encoding="utf-8"
-    )
+    path.write_text(source, encoding="utf-8")
     return path
 
 

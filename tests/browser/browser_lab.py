@@ -68,8 +68,8 @@ def _set_parameters(path: Path, parameters: dict[str, Any]) -> None:
 
 
 @contextmanager
-def serve(home: Path) -> Iterator[str]:
-    """JupyterLab over a folder; its address."""
+def serve(home: Path, program: str = "jupyterlab") -> Iterator[str]:
+    """JupyterLab, or the classic notebook, over a folder; its address."""
     settings = home / ".settings"
     for name, values in SETTINGS.items():
         path = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
@@ -78,8 +78,10 @@ def serve(home: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"]
-    command += ["--IdentityProvider.token=", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0"]
+    command = [sys.executable, "-m", program, "--no-browser", "--allow-root", f"--port={port}"]
+    app = "NotebookApp" if program == "notebook" else "ServerApp"
+    token = "NotebookApp.token" if program == "notebook" else "IdentityProvider.token"
+    command += [f"--{token}=", f"--{app}.ip=127.0.0.1", f"--{app}.port_retries=0"]
     places = {"JUPYTERLAB_SETTINGS_DIR": settings, "JUPYTER_CONFIG_DIR": home / ".jupyter"}
     places |= {"JUPYTER_RUNTIME_DIR": home / ".runtime", "IPYTHONDIR": home / ".ipython"}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **{name: str(path) for name, path in places.items()}}
