@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import core.threads  # noqa: F401  read when torch is imported
+
 import yaml
 from pydantic import (
     AfterValidator,

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import core.threads  # noqa: F401  read when torch is imported
+
 import numpy as np
 import pandas as pd
 import torch

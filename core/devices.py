@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import core.threads  # noqa: F401  read when torch is imported
+
 import torch
 from torch import Tensor
 
