@@ -102,7 +102,11 @@ class RunPlan:
         return not any(name.endswith(UNKNOWN) for name in self.own.values())
 
     def open_data(self) -> None:
-        """Open and describe both data sets; the main process fills the caches first."""
+        """Open and describe both data sets; the main process fills the caches first.
+
+        Validation images that are copies of training images are counted in a sentence, not refused: official data
+        sets contain such duplicates.
+        """
         if self.data:
             return
         config = self.config
@@ -119,6 +123,15 @@ class RunPlan:
         if is_main():
             barrier()
         self.data = {"train": self.train_set.describe(), "val": self.val_set.describe()}
+        train, val = self.train_set.image_digests, self.val_set.image_digests
+        copies = int(np.isin(val, train).sum())
+        if (
+            copies and is_main() and len(np.setxor1d(train, val))
+        ):  # not validated on the training set on purpose
+            print(
+                f"{copies:,} of the {len(val):,} validation images are copies of training images; "
+                "validation figures count them too."
+            )
 
     def finished(self) -> bool:
         """Whether this run is finished; one that cannot be opened is finished again from its checkpoint.
@@ -672,7 +685,7 @@ def fit(
         resume = "never"
     if resume != "auto" or not plan.finished():
         plan.open_data()
-        lock = exclusive_lock(plan.folder) if is_main() else contextlib.nullcontext()
+        lock = exclusive_lock(plan.folder, plan.checkpoints) if is_main() else contextlib.nullcontext()
         with lock, stop_after_step() as stop, algorithms(config.deterministic):
             if resume == "never" and is_main():
                 plan.clear()
@@ -771,4 +784,5 @@ def main(
     if run.finished and is_main():
         with evaluation_lock(run.folder):
             report_run(run, comprehensive=comprehensive, output_file=output_file or None)
-        print(f"{run.folder}: " + ", ".join(sorted(path.name for path in run.folder.iterdir())))
+        files = sorted(path.name for path in run.folder.iterdir() if not path.name.startswith("."))
+        print(f"{run.folder}: {', '.join(files)}")

@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from tqdm.auto import tqdm
 
 from config import Config, run_name
-from core.errors import LabError, nearest
+from core.errors import LabError, StoppedAtOnceError, nearest
 from core.files import disk_full, is_disk_full, locked, read_json, write_json, write_text
 from core.settings_files import load_yaml
 from evaluate import compare_runs, evaluate_run, readable
@@ -310,7 +310,7 @@ def tune(
         timeout: seconds after which no further trial starts.
         trial_settings: fields that differ in trials only, such as `train_splits=("tune",)`.
         train: called with a trial's configuration, `show` and `on_epoch`.
-    Returns: the Optuna study. Interrupted, it raises KeyboardInterrupt; the next call resumes.
+    Returns: the Optuna study. Interrupted (Ctrl-C), it raises a KeyboardInterrupt of one line; the next call resumes.
     Raises: LabError if the folder contains a study of another space, configuration or data, or no trial finished;
         DiskFullError if no space is left, after which the same call resumes.
     """
@@ -328,7 +328,13 @@ def tune(
             with next_trial(folder, num_trials) as path:
                 running = path is not None
                 if path is not None:
-                    run_trial(path, trial_config, space, train)
+                    try:
+                        run_trial(path, trial_config, space, train)
+                    except KeyboardInterrupt:
+                        line = (
+                            f"stopped in trial {int(path.parent.name)} of {folder}; run again to continue it."
+                        )
+                        raise StoppedAtOnceError(line) from None
                     _remove_weights(folder)
     if not completed(study):
         reasons = [t.user_attrs["reason"] for t in study.trials if "reason" in t.user_attrs]

@@ -31,7 +31,7 @@ def shown(value: object) -> str:
 
 
 class StoppedAtOnceError(KeyboardInterrupt):
-    """A second Ctrl-C ended the work in the middle; the message says what is saved."""
+    """Ctrl-C ended the work in the middle; the message says what is saved, and is printed without a traceback."""
 
     def _render_traceback_(self) -> list[str]:
         return [str(self)]

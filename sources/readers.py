@@ -17,7 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from core.errors import LabError, choose, nearest
-from core.files import DamagedFileError, atomic_path, fingerprint
+from core.files import DamagedFileError, atomic_path, fingerprint, sweep
 from core.tensor_files import load_arrays
 from sources.table import (
     IMAGE_SUFFIXES,
@@ -162,6 +162,7 @@ def keep_table(path: Path, table: CaptionTable, stamps: dict[str, tuple[int, int
     names = ("paths", "captions", "problems", "split_source")
     texts = {"stamps": stamps, **{name: getattr(table, name) for name in names}}
     arrays = {name: getattr(table, name) for name in ARRAYS if getattr(table, name) is not None}
+    sweep(path.parent)
     with atomic_path(path) as beside, open(beside, "wb") as file:
         np.savez(file, texts=np.frombuffer(json.dumps(texts).encode(), dtype=np.uint8), **arrays)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +64,13 @@ def add_results(title: str, table: Any) -> None:
 
     path = ROOT / "benchmarks" / "results" / "robustness.md"
     head = (
-        "# Damaged files and full disks\n\nMade by `make soak`; each row counts places tried and survived.\n"
+        "# Killed runs, damaged files, full disks\n\nMade by `make soak`; each row counts what was tried and what "
+        "ended as it should: in the right result, or in one sentence and then in the right result.\n"
     )
     text = path.read_text(encoding="utf-8") if path.is_file() else head
     parts = [part for part in text.split("\n## ") if not part.startswith(f"{title}\n")]
-    part = f"{title}\n\n{markdown_table(table)}"
+    machine = f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, Python {platform.python_version()}"
+    part = (
+        f"{title}\n\n{date.today():%d %B %Y}, {machine}, torch {version('torch')}.\n\n{markdown_table(table)}"
+    )
     path.write_text("\n## ".join([*(p.rstrip("\n") + "\n" for p in parts), part]), encoding="utf-8")

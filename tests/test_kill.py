@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_data import ROOT, write_coco
+from small_data import ROOT, add_results, write_coco
 
 from config import Config, make_config
 from train import fit
@@ -24,6 +25,7 @@ from utils import Run
 
 KILLS = int(os.environ.get("KILLS", "2"))
 TIMINGS = ["images_per_second", "data_share", "train_seconds", "peak_memory_gb"]
+tried: Counter[str] = Counter()
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["train"])
 
@@ -40,6 +42,16 @@ def config(tmp_path_factory) -> Config:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def table():
+    """Under `make soak`, what was tried and what came of it, for benchmarks/results."""
+    yield
+    if "KILLS" in os.environ:
+        add_results(
+            "killed runs", pd.DataFrame([{"outcome": what, "count": n} for what, n in sorted(tried.items())])
+        )
+
+
 @pytest.fixture(scope="module")
 def whole(config) -> tuple[dict[str, torch.Tensor], pd.DataFrame]:
     return outcome(fit(config.updated(runs_dir=config.runs_dir / "whole"), show=False))
@@ -51,9 +63,11 @@ def outcome(run: Run) -> tuple[dict[str, torch.Tensor], pd.DataFrame]:
 
 
 def assert_ends_as(whole, config: Config) -> None:
+    tried["tried"] += 1
     weights, history = outcome(fit(config, show=False))
     assert all(torch.equal(weights[name], whole[0][name]) for name in whole[0])
     pd.testing.assert_frame_equal(history, whole[1], check_exact=True)
+    tried["ended bit for bit as an undisturbed run"] += 1
 
 
 def killed_at_write(config: Config, moment: str, number: int) -> None:

@@ -185,7 +185,9 @@ def test_the_cache_gives_the_same_table_until_a_source_changes(layout, tmp_path)
     if reader != "sidecar":  # there the files themselves are the list, and their positions the ids
         assert third.image_ids.tolist() == first.image_ids.tolist()[1:]
     stored.write_bytes(stored.read_bytes()[:-100])  # a half-written cache
+    (cache / f".{stored.name}.{2**22 + 1}.tmp").touch()  # of a process that was killed: no id is as high
     assert contents(read_captions(reader, data, cache_dir=cache, **options)) == contents(third)
+    assert list(cache.iterdir()) == [stored]
 
 
 def test_changed_captions_are_read_again(tmp_path):

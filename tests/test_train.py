@@ -116,7 +116,7 @@ def test_killed_it_continues_and_ends_the_same(trainable, tmp_path):
 
 def test_two_processes_do_not_train_one_run(small):
     with (
-        exclusive_lock(RunPlan(small, show=False).folder),
+        exclusive_lock((plan := RunPlan(small, show=False)).folder, plan.checkpoints),
         pytest.raises(LabError, match="another process is training"),
     ):
         fit(small, show=False)

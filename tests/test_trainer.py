@@ -87,11 +87,14 @@ def test_checkpoints_lie_where_told_and_bring_a_lost_run_back(small, tmp_path):
         "step_000000009.pt",
     ]
     history, weights = run.history, load_file(run.folder / "best.safetensors")
+    leftover = kept / f".step_000000012.pt.{2**22 + 1}.tmp"  # of a process that was killed: no id is as high
+    leftover.touch()
     for path in run.folder.iterdir():
         if path.is_file():
             path.unlink()
     again = fit(config, show=False)
     assert again.finished
+    assert not leftover.exists()
     pd.testing.assert_frame_equal(again.history, history)
     assert all(
         torch.equal(rows, load_file(again.folder / "best.safetensors")[name])
@@ -292,6 +295,18 @@ def test_a_run_on_the_jpegs_of_a_short_disk_is_not_mixed_with_raw_pixels(small, 
     again = fit(small, resume="never", show=False)
     assert again.training["data"]["train"]["form"] == "raw"
     assert len(set(features.glob("image-*.safetensors"))) == 2 * len(from_jpegs)
+
+
+def test_validation_images_that_are_copies_of_training_images_are_counted(small, tmp_path, capsys):
+    data = shutil.copytree(small.data_dir, tmp_path / "with_copies")
+    originals, copies = sorted((data / "train2014").iterdir()), sorted((data / "val2014").iterdir())
+    for number in range(2):
+        shutil.copyfile(originals[number], copies[number])
+    RunPlan(small.updated(data_dir=data), show=False).open_data()
+    said = capsys.readouterr().out
+    assert f"2 of the {len(copies)} validation images are copies of training images" in said
+    RunPlan(small, show=False).open_data()
+    assert "are copies" not in capsys.readouterr().out
 
 
 def test_a_start_that_has_seen_held_out_images_is_refused(small, tmp_path, capsys):

@@ -23,6 +23,7 @@ from core.errors import LabError
 from core.files import DiskFullError, write_json
 from dataset import embeddings_at
 from interface import cli
+from interface.cli import one_sentence
 from train import fit
 from tune import expand, next_trial, read_space, read_study, suggest, trials_table
 
@@ -238,7 +239,7 @@ def test_a_study_resumes_over_its_own_data_only(tmp_path):
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
 
 
-def test_an_interrupted_trial_is_resumed(tmp_path):
+def test_an_interrupted_trial_is_resumed(tmp_path, capsys):
     config, space = make_config("projection_heads"), read_space(write_space(tmp_path, LINE))
     places = []
 
@@ -248,8 +249,10 @@ def test_an_interrupted_trial_is_resumed(tmp_path):
             return SimpleNamespace(finished=False)
         return trained(config, **options)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"), one_sentence():
         tune.tune(config, space, tmp_path / "study", num_trials=5, show=False, train=interrupted)
+    line = f"stopped in trial 2 of {tmp_path / 'study'}; run again to continue it."
+    assert capsys.readouterr().err.strip() == line
     study = tune.tune(config, space, tmp_path / "study", num_trials=5, show=False, train=interrupted)
     whole = tune.tune(config, space, tmp_path / "whole", num_trials=5, show=False, train=trained)
     assert told(study) == told(whole)

@@ -113,11 +113,15 @@ class Stopped(Exception):  # noqa: N818  a signal, not an error
 
 
 @contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Within, no other process trains in this folder. Raises: LabError if one does."""
+def exclusive_lock(folder: Path, checkpoints: Path) -> Iterator[None]:
+    """Within, no other process trains in this folder; what killed ones left there and beside checkpoints is removed.
+
+    Raises: LabError if another process trains there.
+    """
     try:
         with locked(folder / ".lock", timeout=0):
             sweep(folder)
+            sweep(checkpoints)
             yield
     except Timeout as error:
         raise LabError(f"another process is training {folder}; wait for it, or stop it first.") from error
