@@ -6,12 +6,14 @@ exactly. Everything is a function of (seed, split, index).
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import random
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -192,7 +194,7 @@ def load_scenes(folder: str | Path, split: str) -> dict[int, Scene]:
     """
     path = Path(folder) / "annotations" / f"scenes_{split}2014.json"
     if not path.is_file():
-        raise LabError(f"{path} does not exist; make the set with write_scenes({str(folder)!r})")
+        raise LabError(f"{path} does not exist; make the set with write_scenes({str(folder)!r}).")
     return {
         row["image_id"]: Scene(
             row["background"], row["tint"], tuple(SceneObject(**o) for o in row["objects"])
@@ -213,29 +215,28 @@ def _draw_file(job: _Job) -> None:
     image.save(job.path, quality=95, subsampling=0)  # chroma at full size: the shapes are small
 
 
-def _is_finished(folder: Path, settings: dict[str, int], counts: dict[str, int]) -> bool:
-    """Whether the folder holds this set, complete.
+def _write_set(folder: Path, name: str, settings: dict[str, int], write: Callable[[Path], None]) -> Path:
+    """A folder with a set as `write` makes it, complete or not at all: it is made beside it and renamed.
 
-    Raises: LabError if it holds another set, or files that `write_scenes` did not write.
+    Raises: LabError if the folder holds anything but this set.
     """
-    marker, begun = folder / "scenes.json", folder / "scenes.unfinished.json"
-    if not marker.is_file():
-        others = [folder] if folder.is_file() else [path for path in _own_folders(folder) if path.exists()]
-        if others and not begun.is_file():
-            raise LabError(f"{others[0]} exists and was not made by write_scenes; choose another folder")
-        return False
-    written = read_json(marker)
-    if written != settings:
-        other = sorted(key for key in settings if written.get(key) != settings[key])
-        differences = ", ".join(f"{key} {written.get(key)}, not {settings[key]}" for key in other)
-        raise LabError(
-            f"{folder} holds scenes of other settings ({differences}); choose another folder or delete it"
-        )
-    return all(len(list((folder / f"{s}2014").glob("*.jpg"))) == count for s, count in counts.items())
-
-
-def _own_folders(folder: Path) -> list[Path]:
-    return [folder / name for name in ("annotations", *(f"{split}2014" for split in SPLITS))]
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        written = read_json(folder / f"{name}.json")
+        differing = sorted(key for key in settings if written.get(key) != settings[key])
+        if not differing:
+            return folder
+        changes = ", ".join(f"{key} {written.get(key)}, not {settings[key]}" for key in differing)
+        what = f"holds {name} of other settings ({changes})" if written else f"was not made by write_{name}"
+        raise LabError(f"{folder} {what}; choose another folder or delete it.")
+    beside = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(beside, ignore_errors=True)
+    with write_errors(folder):
+        write(beside)
+        write_json(beside / f"{name}.json", settings)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(beside, folder)
+    return folder
 
 
 def write_scenes(
@@ -249,14 +250,14 @@ def write_scenes(
     seed: int = 0,
     num_workers: int | None = None,
 ) -> Path:
-    """Write the generated set to disk; a finished one is left as it is, an unfinished one written again.
+    """Write the generated set to disk; a finished one is left as it is.
 
     `{split}2014/COCO_{split}2014_{id:012d}.jpg` are the images, `annotations/captions_{split}2014.json` their
     captions (five per image, from brief to full) and `annotations/scenes_{split}2014.json` what they show, see
     `load_scenes`. Every image of the split novel has a pair of `HELD_OUT_PAIRS`; no other image has one.
 
     Args:
-        folder: output folder; created if it does not exist.
+        folder: output folder; it appears complete or not at all.
         num_train, num_val, num_test, num_novel: images in each split.
         image_size: side in pixels.
         seed: decides everything; the number of workers decides nothing.
@@ -264,46 +265,31 @@ def write_scenes(
     Returns: the folder.
     Raises: LabError if the folder holds something else or a number is out of range.
     """
-    folder = Path(folder)
     counts = dict(zip(SPLITS, (num_train, num_val, num_test, num_novel), strict=True))
     for name, value, least, most in (
         *((f"num_{split}", count, 1, IDS_PER_SPLIT) for split, count in counts.items()),
         ("image_size", image_size, 48, 1024),
     ):
         if not least <= value <= most:
-            raise LabError(f"{name} is {value}; set it between {least} and {most}")
+            raise LabError(f"{name} is {value}; set it between {least} and {most}.")
     settings = {f"num_{split}": count for split, count in counts.items()}
     settings |= {"image_size": image_size, "seed": seed, "generator_version": GENERATOR_VERSION}
-    if _is_finished(folder, settings, counts):
-        return folder
-    begun = _begin(folder, settings)
-    jobs = []
-    for split, count in counts.items():
-        scenes = plan_split(split, count, seed)
-        for kind, content in _annotations(split, scenes, seed, image_size).items():
-            path = folder / "annotations" / f"{kind}_{split}2014.json"
-            write_text(path, json.dumps(content))
-        for index, (image_id, scene) in enumerate(zip(image_ids(split, count), scenes, strict=True)):
-            path = folder / f"{split}2014" / _file_name(split, image_id)
-            jobs.append(_Job(path, scene, f"{seed}/{split}/{index}/pixels", image_size))
-    with write_errors(folder / "scenes.json"):
+
+    def write(place: Path) -> None:
+        jobs = []
+        for split, count in counts.items():
+            (place / f"{split}2014").mkdir(parents=True)
+            scenes = plan_split(split, count, seed)
+            for kind, content in _annotations(split, scenes, seed, image_size).items():
+                write_text(place / "annotations" / f"{kind}_{split}2014.json", json.dumps(content))
+            for index, (image_id, scene) in enumerate(zip(image_ids(split, count), scenes, strict=True)):
+                path = place / f"{split}2014" / _file_name(split, image_id)
+                jobs.append(_Job(path, scene, f"{seed}/{split}/{index}/pixels", image_size))
         workers = 1 if num_workers is None and sys.platform != "linux" else num_workers
         results = in_processes(_draw_file, jobs, workers)
         list(tqdm(results, "drawing scenes", len(jobs), unit="img", mininterval=0.5))
-    os.replace(begun, folder / "scenes.json")
-    return folder
 
-
-def _begin(folder: Path, settings: dict[str, int]) -> Path:
-    """Clear what an earlier attempt left, and mark the folder as begun."""
-    begun = folder / "scenes.unfinished.json"
-    write_json(begun, settings)
-    (folder / "scenes.json").unlink(missing_ok=True)
-    for path in _own_folders(folder):
-        if path.exists():
-            shutil.rmtree(path)
-        path.mkdir()
-    return begun
+    return _write_set(Path(folder), "scenes", settings, write)
 
 
 # --- Class folders of one shape each, for side-by-side images ---
@@ -343,37 +329,19 @@ def write_shapes(
     Returns: the folder.
     Raises: LabError if the folder holds something else or another set.
     """
-    folder = Path(folder)
     settings = dict(num_train=num_train, num_test=num_test, image_size=image_size, seed=seed)
     settings["generator_version"] = SHAPES_VERSION
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        _check_same(folder, settings)
-        return folder
-    beside = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(beside, ignore_errors=True)
     counts = {"train": num_train, "test": num_test}
-    total = len(PAIR_CLASSES) * sum(counts.values())
-    with write_errors(folder), tqdm(total=total, desc="drawing shapes", unit="img") as bar:
-        for split, count in counts.items():
-            for colour, shape in PAIR_CLASSES:
-                place = beside / split / f"{colour}_{shape}"
-                place.mkdir(parents=True)
-                for number in range(count):
+
+    def write(place: Path) -> None:
+        with tqdm(total=len(PAIR_CLASSES) * sum(counts.values()), desc="drawing shapes", unit="img") as bar:
+            for split, (colour, shape) in itertools.product(counts, PAIR_CLASSES):
+                class_folder = place / split / f"{colour}_{shape}"
+                class_folder.mkdir(parents=True)
+                for number in range(counts[split]):
                     rng = random.Random(f"{seed}/{split}/{colour} {shape}/{number}")
                     image = render(sample_scene(colour, shape, rng), rng, image_size)
-                    image.save(place / f"{number:04d}.png")
+                    image.save(class_folder / f"{number:04d}.png")
                     bar.update()
-    write_json(beside / "shapes.json", settings)
-    if folder.exists():
-        folder.rmdir()  # empty, or it would have been checked
-    os.replace(beside, folder)
-    return folder
 
-
-def _check_same(folder: Path, settings: dict[str, int]) -> None:
-    """Raises: LabError if the folder holds anything but the set of these settings."""
-    marker = folder / "shapes.json"
-    written = read_json(marker)
-    if written != settings:
-        what = f"holds shapes of other settings ({written})" if written else "was not made by write_shapes"
-        raise LabError(f"{folder} {what}; choose another folder or delete it.")
+    return _write_set(Path(folder), "shapes", settings, write)
