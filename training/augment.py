@@ -46,8 +46,6 @@ def augment(
     jitter: float = 0.0,
     rotation: float = 0.0,
     erasing: float = 0.0,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
 ) -> Tensor:
     """A random view of each image: crop, flip and rotation, then colour, then erasing.
 
@@ -61,12 +59,14 @@ def augment(
         jitter: brightness, contrast and saturation are each scaled by up to 1 +- jitter, in this order.
         rotation: largest angle in degrees; corners are filled by reflection.
         erasing: probability that a rectangle is overwritten with gray.
-        mean: (3,) of channels in [0, 1]; with `std`, the result is normalized.
-        std: (3,) of channels in [0, 1].
-    Returns: (B, 3, H, W), `channels_last`: uint8, or normalized float32.
+    Returns: (B, 3, H, W) uint8, `channels_last`.
     Raises: LabError if images are not (B, 3, H, W) uint8, or a setting is out of range.
     """
-    _check(images, crop_scale, mean, std)
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        given = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
+        raise LabError(f"augmentation takes (B, 3, H, W) uint8 images, as a cache gathers them, not {given}.")
+    if not 0 < crop_scale <= 1:
+        raise LabError(f"crop_scale is the least area of a crop, above 0 and at most 1, not {crop_scale}.")
     numbers = uniforms(image_ids, seed=seed, epoch=epoch)
     if len(numbers["flip"]) != len(images):
         raise LabError(f"augment takes one image id per image, not {len(numbers['flip'])} for {len(images)}.")
@@ -81,7 +81,8 @@ def augment(
         view = _jitter(view, some, jitter) if jitter else view
         return _erase(view, some, erasing) if erasing else view
 
-    return _finish(pixels, change, mean, std)
+    views = _in_threads(pixels.shape, change) if pixels.device.type == "cpu" else change(slice(None))
+    return views.permute(0, 3, 1, 2)
 
 
 def augment_parts(images: Tensor, part_ids: Tensor, **options: Any) -> Tensor:
@@ -99,40 +100,17 @@ def augment_parts(images: Tensor, part_ids: Tensor, **options: Any) -> Tensor:
 Change = Callable[[slice], Tensor]  # some of the images -> (b, H, W, 3) uint8
 
 
-def _finish(
-    pixels: Tensor, change: Change, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Tensor:
-    """(B, 3, H, W): `change` of all (B, H, W, 3) pixels, normalized if mean and std are given."""
-    rows = None
-    if (
-        mean is not None and std is not None
-    ):  # a number for each of a line's W * 3 values makes long, fast loops
-        m, s = (np.tile(np.array(values, dtype=np.float32), pixels.shape[2]) for values in (mean, std))
-        rows = np.stack([1 / (255 * s), m / s])  # (2, W * 3)
-    if pixels.device.type == "cpu":
-        return _in_threads(pixels.shape, change, rows).permute(0, 3, 1, 2)
-    views = change(slice(None))
-    if rows is not None:
-        scale, shift = torch.from_numpy(rows).to(pixels.device)
-        views = (views.flatten(2) * scale - shift).view_as(pixels)
-    return views.permute(0, 3, 1, 2)
-
-
-def _in_threads(shape: torch.Size, change: Change, rows: np.ndarray | None) -> Tensor:
+def _in_threads(shape: torch.Size, change: Change) -> Tensor:
     """(B, H, W, 3), some images at a time: 4 times as fast as torch's own threads on a busy machine."""
-    count, height, width, _ = shape
-    views = np.empty((count, height, width * 3), dtype=np.uint8 if rows is None else np.float32)
+    views = np.empty(shape, dtype=np.uint8)  # a thread may not write to a tensor of inference mode
 
     def fill(start: int) -> None:
         part = slice(start, start + CPU_CHUNK)
-        views[part] = change(part).flatten(2).numpy()
-        if rows is not None:
-            views[part] *= rows[0]
-            views[part] -= rows[1]
+        views[part] = change(part).numpy()
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(fill, range(0, count, CPU_CHUNK)))
-    return torch.from_numpy(views).view(shape)
+        list(pool.map(fill, range(0, shape[0], CPU_CHUNK)))
+    return torch.from_numpy(views)
 
 
 def uniforms(image_ids: Tensor | np.ndarray | Sequence[int], *, seed: int, epoch: int) -> Uniforms:
@@ -156,18 +134,6 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def _check(
-    images: Tensor, crop_scale: float, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        given = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
-        raise LabError(f"augmentation takes (B, 3, H, W) uint8 images, as a cache gathers them, not {given}.")
-    if not 0 < crop_scale <= 1:
-        raise LabError(f"crop_scale is the least area of a crop, above 0 and at most 1, not {crop_scale}.")
-    if (mean is None) != (std is None):
-        raise LabError("give both mean and std, or neither.")
 
 
 def _boxes(
