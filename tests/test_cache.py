@@ -79,16 +79,6 @@ def test_a_truncated_cache_is_refused_and_rebuilt(tmp_path, capsys, keep):
     assert "is damaged" in capsys.readouterr().out
 
 
-def test_a_file_of_other_contents_is_no_cache(tmp_path):
-    path = tmp_path / "a.safetensors"
-    save_file({"weights": torch.zeros(2, 2)}, path)
-    with pytest.raises(StaleCacheError):
-        open_features(path, HEADER)
-    path.write_bytes(b"<html>" * 100)
-    with pytest.raises(StaleCacheError, match="is damaged"):
-        open_features(path, HEADER)
-
-
 @pytest.mark.parametrize(
     "value", [float("nan"), float("inf"), 70_000.0]
 )  # the last is infinite in half precision
@@ -235,18 +225,6 @@ def test_a_changed_caption_or_order_is_encoded_again(letters, tmp_path):
     assert len(list((tmp_path / "features").glob("*.safetensors"))) == 4
 
 
-def test_a_stale_file_under_the_right_name_is_rebuilt(letters, tmp_path, capsys):
-    config = text_config(tmp_path)
-    cached(config, CAPTIONS)
-    (old,) = (tmp_path / "features").glob("*.safetensors")
-    stale = old.read_bytes()
-    cached(config, CAPTIONS[::-1])
-    (new,) = set((tmp_path / "features").glob("*.safetensors")) - {old}
-    new.write_bytes(stale)
-    assert torch.equal(cached(config, CAPTIONS[::-1]), LetterTower()(CAPTIONS[::-1]).half())
-    assert "belongs to another captions" in capsys.readouterr().out
-
-
 def test_another_encoder_or_revision_has_a_cache_of_its_own(letters, tmp_path, monkeypatch):
     cached(text_config(tmp_path), CAPTIONS)
     cached(text_config(tmp_path, text_tower="sentence", text_model=towers_text.packaged_minilm()), CAPTIONS)
@@ -264,21 +242,3 @@ def test_a_models_revision_knows_weights_and_tokenizer(tmp_path, file):
     (tmp_path / file).write_bytes(b"something else")
     os.utime(tmp_path / file, ns=(1, 1))
     assert towers_features.model_revision(str(tmp_path)) != before
-
-
-def test_interrupted_captions_continue(letters, tmp_path, monkeypatch):
-    config, many = text_config(tmp_path), [f"caption {row}" for row in range(5000)]
-    whole = towers_features.encode_texts
-    calls = []
-
-    def fragile(tower, texts, bar=None):
-        calls.append(texts[0])
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return whole(tower, texts, bar)
-
-    monkeypatch.setattr(towers_features, "encode_texts", fragile)
-    with pytest.raises(KeyboardInterrupt):
-        cached(config, many)
-    assert cached(config, many)[:, 2].float().allclose(torch.arange(5000).half().float())
-    assert calls == ["caption 0", "caption 2048", "caption 2048", "caption 4096"]

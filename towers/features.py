@@ -37,6 +37,7 @@ from towers.text import TEXT_SETTINGS, TextTower, build_text_tower, text_model_n
 
 
 Header = dict[str, str]
+WHOLE = (0, 1)  # the share of a single process
 
 
 def write_features(path: str | Path, features: Tensor, header: Header) -> None:
@@ -76,15 +77,20 @@ def cached_features(
     num_rows: int,
     compute: Callable[[Sequence[int]], Tensor],
     chunk: int = 2048,
+    shard: tuple[int, int] = WHOLE,
 ) -> Tensor:
     """Open the cache at `path`, or compute it in chunks that survive an interruption and open it.
 
     Args:
         compute: maps row numbers to their (n, width) features; called once per chunk, in order.
         chunk: rows per file that is written.
+        shard: (rank, world) of several processes that compute a share each; no rows are returned then.
     Returns: (N, width) float16, memory-mapped.
     """
     path = Path(path)
+    if shard != WHOLE:
+        fill_share(path, header, num_rows, compute, shard, chunk)
+        return torch.empty(0, 0)
     with locked(f"{path}.lock"):
         sweep(path.parent)
         # a second process waits here and then opens the complete cache
@@ -106,7 +112,7 @@ def fill_share(
     header: Header,
     num_rows: int,
     compute: Callable[[Sequence[int]], Tensor],
-    shard: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] = WHOLE,
     chunk: int = 2048,
 ) -> None:
     """Compute one process's share of a cache: every `world`-th chunk from `rank` on.
@@ -140,7 +146,6 @@ def _is_good(path: Path, header: Header) -> bool:
 
 TOKENS_PER_BATCH = 4096
 TEXTS_PER_FILE, IMAGES_PER_FILE = 2048, 1024  # rows between two writes
-WHOLE = (0, 1)
 PIXELS_PER_BATCH = {
     "cpu": 4 * 224**2
 }  # activations fit the processor's cache: 2.5 to 3.6 times as fast as 64 images
@@ -247,15 +252,13 @@ def cached_text_features(
         "captions": fingerprint(captions),
     }
     path = _cache_path(config, "text", config.text_tower, header)
-    tower: list[TextTower] = []
+    tower = functools.cache(lambda: frozen_tower(config, "text"))  # built if a row is missing
 
     def compute(rows: Sequence[int]) -> Tensor:
-        if not tower:
-            tower.append(frozen_tower(config, "text"))
-        return encode_texts(tower[0], [captions[row] for row in rows], bar)
+        return encode_texts(tower(), [captions[row] for row in rows], bar)
 
     with tqdm(total=len(captions), desc="captions", unit="", disable=not progress, delay=1) as bar:
-        return _fill(path, header, len(captions), compute, shard, TEXTS_PER_FILE)
+        return cached_features(path, header, len(captions), compute, TEXTS_PER_FILE, shard)
 
 
 def cached_image_features(
@@ -274,35 +277,18 @@ def cached_image_features(
     header = image_header(config, images)
     rows = np.setdiff1d(np.arange(len(table)), np.fromiter(images.bad, np.int64, len(images.bad)))
     path = _cache_path(config, "image", config.image_tower, header)
-    tower: list[ImageTower] = []
+    tower = functools.cache(lambda: frozen_tower(config, "image").to(memory_format=torch.channels_last))
 
     def compute(chunk: Sequence[int]) -> Tensor:
-        if not tower:
-            tower.append(frozen_tower(config, "image").to(memory_format=torch.channels_last))
-        return encode_images(tower[0], images, rows[np.asarray(chunk)], bar)
+        return encode_images(tower(), images, rows[np.asarray(chunk)], bar)
 
     with tqdm(total=len(rows), desc="images", unit="", disable=not progress, delay=1) as bar:
-        good = _fill(path, header, len(rows), compute, shard, IMAGES_PER_FILE)
+        good = cached_features(path, header, len(rows), compute, IMAGES_PER_FILE, shard)
     if len(rows) == len(table) or not len(good):
         return good, images
     features = torch.full((len(table), good.shape[1]), float("nan"), dtype=good.dtype)
     features[as_rows(rows)] = good
     return features, images
-
-
-def _fill(
-    path: Path,
-    header: dict[str, str],
-    num_rows: int,
-    compute: Callable[[Sequence[int]], Tensor],
-    shard: tuple[int, int],
-    chunk: int,
-) -> Tensor:
-    """All rows of the cache; no rows after computing one process's share."""
-    if shard == WHOLE:
-        return cached_features(path, header, num_rows, compute, chunk)
-    fill_share(path, header, num_rows, compute, shard, chunk)
-    return torch.empty(0, 0)
 
 
 def _cache_path(config: Config, kind: str, encoder: str, header: dict[str, str]) -> Path:
