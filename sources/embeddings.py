@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -256,7 +257,8 @@ def _read_once(folder: Path, split: str, stamps: tuple[tuple[int, int], ...]) ->
         counts = ", ".join(f"{count:,} {name}" for name, count in lengths.items())
         raise LabError(f"split {split!r} in {folder} has {counts}; a pair needs one of each.")
     ids, names = _number(metadata["image_ids"], file)
-    first, image_of_row = _first_rows(ids)
+    image_of_row, _ = pd.factorize(ids)  # numbers images in order of appearance
+    first = np.unique(image_of_row, return_index=True)[1]  # each image's first row
     _refuse_different(
         images, first, image_of_row, metadata["image_ids"], folder / f"{split}_image_embeddings.pt"
     )
@@ -289,22 +291,6 @@ def joined(sources: Sequence[Pairs]) -> Pairs:
     )
     images = stacked([pairs.images for pairs in sources])
     return Pairs(table, images, stacked([pairs.text_features for pairs in sources]))
-
-
-def read_splits(folder: str | Path, *splits: str) -> dict[str, Pairs]:
-    """Some splits of one folder. Raises: LabError as `read_pairs`, or if an image is in two of them."""
-    pairs_of = {split: read_pairs(folder, split) for split in splits}
-    owner: dict[int, str] = {}
-    for split, pairs in pairs_of.items():
-        named = zip(pairs.table.image_ids.tolist(), pairs.table.paths, strict=True)
-        shared = [name for ident, name in named if owner.setdefault(ident, split) != split]
-        if shared:
-            names = ", ".join(shared[:NAMES_SHOWN]) + (", ..." if len(shared) > NAMES_SHOWN else "")
-            raise LabError(
-                f"{len(shared):,} images of split {split!r} are in another split too: {names}; "
-                "leave each in one split only."
-            )
-    return pairs_of
 
 
 def write_pairs(
@@ -364,20 +350,20 @@ def _open_tensor(folder: Path, split: str, kind: str) -> Tensor:
             f"{path} is refused: it is damaged, or contains more than a tensor and would run code; "
             "write it with torch.save(tensor, path)."
         ) from error
-    if isinstance(loaded, Tensor) and (loaded.layout is not torch.strided or loaded.device.type != "cpu"):
-        kind = "no values (device meta)" if loaded.device.type == "meta" else f"layout {loaded.layout}"
+    is_table = (
+        isinstance(loaded, Tensor)
+        and (loaded.layout, loaded.device.type, loaded.ndim) == (torch.strided, "cpu", 2)
+        and loaded.is_floating_point()
+        and loaded.nbytes <= loaded.untyped_storage().nbytes()  # an expanded tensor repeats one row
+    )
+    if not is_table:
+        what = type(loaded).__name__
+        if isinstance(loaded, Tensor):
+            what = f"{loaded.dtype} of shape {tuple(loaded.shape)} ({loaded.layout}, {loaded.device})"
         raise LabError(
-            f"{path} has a tensor with {kind}; write it with torch.save(tensor.to_dense().cpu(), path)."
+            f"{path} must be one dense (rows, width) tensor of floating point numbers with every row stored, not "
+            f"{what}; write it with torch.save(tensor.to_dense().cpu().clone(), path)."
         )
-    if isinstance(loaded, Tensor) and loaded.nbytes > loaded.untyped_storage().nbytes():
-        raise LabError(
-            f"{path} repeats its rows (an expanded tensor); write it with torch.save(tensor.clone(), path)."
-        )
-    if not isinstance(loaded, Tensor) or loaded.ndim != 2 or not loaded.is_floating_point():
-        what = (
-            f"{loaded.dtype} of shape {tuple(loaded.shape)}" if isinstance(loaded, Tensor) else type(loaded)
-        )
-        raise LabError(f"{path} must be one (rows, width) tensor of floating point numbers, not {what}.")
     for start in tqdm(range(0, len(loaded), ROWS_PER_WRITE), desc=f"checking {path.name}", delay=2):
         finite = torch.isfinite(loaded[start : start + ROWS_PER_WRITE]).all(dim=1)
         if not finite.all():
@@ -424,15 +410,6 @@ def _number(ids: list[Any], path: Path) -> tuple[np.ndarray, list[str]]:
     digests = {ident: hashlib.sha256(ident.encode("utf-8", "surrogatepass")).digest() for ident in set(ids)}
     numbers = {ident: int.from_bytes(digest[:8], "big") >> 1 for ident, digest in digests.items()}
     return np.array([numbers[ident] for ident in ids], dtype=np.int64), ids
-
-
-def _first_rows(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First row of each distinct id, in order of appearance, and each row's position among these."""
-    _, first, position = np.unique(ids, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return first[order], rank[position]
 
 
 def _refuse_different(
@@ -483,8 +460,12 @@ def split_pairs(
     if not division:
         sources = file_splits(folder)
         pairs = joined([_read_file(folder, source) for source in sources])
-        if len(np.unique(pairs.table.image_ids)) < len(pairs.table):
-            read_splits(folder, *sources)  # raises the LabError that explains it
+        repeated = pd.Series(pairs.table.paths)[pd.Series(pairs.table.image_ids).duplicated()].tolist()
+        if repeated:
+            names = ", ".join(repeated[:NAMES_SHOWN]) + (", ..." if len(repeated) > NAMES_SHOWN else "")
+            raise LabError(
+                f"{len(repeated):,} images are in several files of {folder}: {names}; leave each in one file only."
+            )
         division = {
             "wanted": sizes,
             "sources": {source: _ids_digest(folder, source) for source in sources},

@@ -1,6 +1,8 @@
-"""Pairwise embeddings as data sets: divided by image, opened by name, trained on, and what is refused."""
+"""Pre-encoded embeddings: read, divided by image, opened by name, trained on, and what is refused."""
 
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,10 +13,10 @@ from small_data import DAMAGES, damage
 
 from config import make_config
 from core.errors import LabError
-from dataset import embeddings_at, make_loader, open_dataset
+from dataset import COCOClipDataset, embeddings_at, make_loader, open_dataset
 from evaluate import evaluate_run
 from interface import cli
-from sources.embeddings import Rows, divide, read_pairs, same_rows, split_pairs, stacked
+from sources.embeddings import Rows, divide, read_pairs, split_pairs, stacked
 from sources.table import CaptionTable
 from train import fit
 
@@ -43,7 +45,7 @@ def coco2017(tmp_path):
     return write_split(folder, "val2017", list(range(160, 200)), seed=1)
 
 
-# ---------------------------------------------------------------- rows
+# --- rows ---
 
 
 def test_rows_are_views_of_several_tensors():
@@ -58,14 +60,7 @@ def test_rows_are_views_of_several_tensors():
         Rows([torch.zeros(1, 2), torch.zeros(1, 3)])
 
 
-def test_equal_rows_get_one_number():
-    rows = Rows([torch.tensor([[1.0, 2], [3, 4], [1, 2], [1, 2.001]])])
-    numbers = same_rows(rows).tolist()
-    assert numbers[0] == numbers[2]
-    assert len(set(numbers)) == 3
-
-
-# ---------------------------------------------------------------- dividing
+# --- dividing ---
 
 
 def test_a_folder_is_divided_by_image_once(coco2017, capsys, monkeypatch):
@@ -119,32 +114,28 @@ def test_a_division_without_a_checksum_still_opens(coco2017):
     assert len(read_pairs(coco2017, "val").table) == 20
 
 
-def test_the_seed_draws_and_the_sizes_hold(coco2017):
-    ids = np.arange(1000)
-    table = CaptionTable(coco2017, ids, [""] * 1000, ids, [""] * 5000, np.repeat(ids, 5))
-    wanted = {"train": 2000, "tune": 400, "val": 50, "test": 200, "seed": 3}
-    found = divide(table, ids, wanted)
-    assert found["pairs"] == {"train": 2000, "tune": 400, "val": 50, "test": 200, "unused": 2750}
-    assert divide(table, ids, wanted) == found
-    assert divide(table, ids, {**wanted, "seed": 4}) != found
+@pytest.mark.parametrize(
+    ("images", "sizes", "unused"),
+    [
+        (1000, {"train": 2000, "tune": 400, "val": 50, "test": 200}, 2750),
+        (123_287, {"train": 473_000, "tune": 100_000, "val": 5_000, "test": 24_000}, 114_435),  # COCO
+    ],
+)
+def test_the_seed_draws_and_the_sizes_hold(images, sizes, unused):
+    ids = np.arange(images)
+    table = CaptionTable(Path(), ids, [""] * images, ids, [""] * (5 * images), np.repeat(ids, 5))
+    division = divide(table, ids, {**sizes, "seed": 3})
+    assert division["pairs"] == {**sizes, "unused": unused}
+    assert divide(table, ids, {**sizes, "seed": 3}) == division
+    assert divide(table, ids, {**sizes, "seed": 4}) != division
 
 
-def test_documented_sizes_at_cocos_size(coco2017):
-    ids = np.arange(123_287)
-    table = CaptionTable(coco2017, ids, [""] * len(ids), ids, [""] * (5 * len(ids)), np.repeat(ids, 5))
-    wanted = {"train": 473_000, "tune": 100_000, "val": 5_000, "test": 24_000, "seed": 0}
-    pairs = divide(table, ids, wanted)["pairs"]
-    assert {name: round(count, -3) for name, count in pairs.items() if name != "unused"} == {
-        name: count for name, count in wanted.items() if name != "seed"
-    }
-
-
-def test_a_picture_under_two_ids_stays_on_one_side(tmp_path):
+def test_an_image_under_two_ids_stays_on_one_side(tmp_path):
     folder = write_split(tmp_path / "twins", "all", list(range(100)))
     for kind in ("image", "text"):
         path = folder / f"all_{kind}_embeddings.pt"
         rows = torch.load(path)
-        torch.save(torch.cat([rows, rows]), path)  # every picture again, as image 100 to 199
+        torch.save(torch.cat([rows, rows]), path)  # every image again, as image 100 to 199
     ids = [ident for ident in range(200) for _ in range(3)]
     (folder / "all_metadata.json").write_text(json.dumps({"image_ids": ids}))
     split_pairs(folder)
@@ -162,7 +153,176 @@ def test_too_small_a_folder_is_not_divided(tmp_path):
     assert not (folder / "splits.json").exists()
 
 
-# ---------------------------------------------------------------- opening
+# --- reading ---
+
+
+def _write(folder: Path, images, texts, metadata, split: str = "train") -> Path:
+    folder.mkdir(exist_ok=True)
+    torch.save(images, folder / f"{split}_image_embeddings.pt")
+    torch.save(texts, folder / f"{split}_text_embeddings.pt")
+    (folder / f"{split}_metadata.json").write_text(
+        metadata if isinstance(metadata, str) else json.dumps(metadata), encoding="utf-8"
+    )
+    return folder
+
+
+def _pairs(ids, dtype=torch.float32):
+    """Embeddings in which a row says its image and its place."""
+    images = torch.tensor([[float(len(str(ident))), hash(ident) % 7 + 1.0] for ident in ids], dtype=dtype)
+    return images, torch.arange(float(len(ids)))[:, None].to(dtype)
+
+
+def test_each_image_is_stored_once_and_captions_follow_it(tmp_path):
+    ids = [40, 7, 40, 7, 9, 40]
+    images, texts = _pairs(ids)
+    images[2] *= 1 + 1e-3  # rounding
+    pairs = read_pairs(_write(tmp_path, images, texts, {"image_ids": ids}))
+    assert pairs.table.image_ids.tolist() == [40, 7, 9]
+    assert torch.equal(pairs.images[:], images[[0, 1, 4]])
+    assert pairs.text_features[:].flatten().tolist() == [0, 2, 5, 1, 3, 4]
+    assert list(pairs.table.captions) == [""] * 6
+    dataset = COCOClipDataset("train", **pairs._asdict())
+    batch = next(iter(make_loader(dataset, 3)))
+    assert batch["text_id"].tolist() == [40, 40, 40, 7, 7, 9]
+    assert batch["text"].flatten().tolist() == [0, 2, 5, 1, 3, 4]
+    assert torch.equal(batch["image"], pairs.images[:])
+
+
+def test_ids_may_be_texts_and_captions_given(tmp_path):
+    ids = ["b.jpg", "b.jpg", "a.jpg"]
+    metadata = {"image_ids": ids, "captions": ["one", "two", "three"]}
+    pairs = read_pairs(_write(tmp_path, *_pairs(ids, torch.bfloat16), metadata))
+    assert list(pairs.table.paths) == ["b.jpg", "a.jpg"]
+    assert pairs.table.captions_of(0) == ["one", "two"]
+    again = read_pairs(_write(tmp_path, *_pairs(ids[2:]), {"image_ids": ids[2:]}, "val"), "val")
+    assert again.table.image_ids[0] == pairs.table.image_ids[1]  # the same number in every split
+
+
+def test_an_image_in_two_files_is_named(tmp_path):
+    _write(tmp_path, *_pairs(["a", "b", "c"]), {"image_ids": ["a", "b", "c"]})
+    _write(tmp_path, *_pairs(["d", "b"]), {"image_ids": ["d", "b"]}, "val")
+    with pytest.raises(LabError, match="1 images are in several files of .*: b; leave each in one file"):
+        split_pairs(tmp_path)
+
+
+def test_the_format_before_torch_1_6_is_read(tmp_path):
+    images, texts = _pairs([1, 2])
+    _write(tmp_path, images, texts, {"image_ids": [1, 2]})
+    torch.save(images, tmp_path / "train_image_embeddings.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_pairs(tmp_path).images[:], images)
+
+
+GOOD = torch.ones(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "metadata", "message"),
+    [
+        (GOOD, GOOD[:2], {"image_ids": [1, 2, 3]}, "has 3 image rows, 2 text rows, 3 image_ids"),
+        (GOOD, GOOD, {"image_ids": [1, 2]}, "has 3 image rows, 3 text rows, 2 image_ids"),
+        (GOOD, GOOD, {"ids": [1, 2, 3]}, "has no list 'image_ids'"),
+        (GOOD, GOOD, [1, 2, 3], "has no list 'image_ids'"),
+        (GOOD, GOOD, "image_ids: 1", "is not JSON"),
+        (GOOD, GOOD, {"image_ids": [1, 2, -3]}, r"image_ids\[0\] .* all whole numbers from 0, or all texts"),
+        (GOOD, GOOD, {"image_ids": ["a", None, "b"]}, r"image_ids\[1\] in .* is None"),
+        (GOOD, GOOD, {"image_ids": [1, 2, 3], "captions": ["x"]}, "'captions' in .* must be a list of 3 texts"),
+        (GOOD, GOOD.index_fill(0, torch.tensor([1]), float("nan")), {"image_ids": [1, 2, 3]},
+         "row 1 of .*text_embeddings.pt is not finite"),
+        (GOOD.cumsum(0), GOOD, {"image_ids": [5, 6, 5]}, "rows 0 and 2 of .* have the same image id 5 but have"),
+        (GOOD.long(), GOOD, {"image_ids": [1, 2, 3]}, "must be one .* not torch.int64 of shape"),
+        ({"features": GOOD}, GOOD, {"image_ids": [1, 2, 3]}, "must be one .* not dict"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(tmp_path, images, texts, metadata, message):
+    with pytest.raises(LabError, match=message) as caught:
+        read_pairs(_write(tmp_path, images, texts, metadata))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.eye(3, 4).to_sparse(), "torch.sparse_coo, cpu.*write it with"),
+        (torch.eye(3, 4).to_sparse_csr(), "torch.sparse_csr, cpu"),
+        (torch.empty(3, 4, device="meta"), "torch.strided, meta"),
+        (torch.ones(1, 4).expand(10**12, 4), "must be one dense .* with every row stored"),
+        ({"a": torch.ones(3, 4)}, "must be one"),
+    ],
+)
+def test_a_tensor_that_is_no_plain_table_is_refused(tmp_path, tensor, message):
+    _write(tmp_path, GOOD, GOOD, {"image_ids": [1, 2, 3]})
+    torch.save(tensor, tmp_path / "train_text_embeddings.pt")
+    with pytest.raises(LabError, match=f"train_text_embeddings.pt .*{message}"):
+        read_pairs(tmp_path)
+
+
+def test_flipped_bytes_of_embeddings_never_end_in_a_traceback(tmp_path):
+    _write(tmp_path, GOOD, GOOD, {"image_ids": [1, 2, 3]})
+    path = tmp_path / "train_text_embeddings.pt"
+    good = path.read_bytes()
+    for place in range(0, len(good), 23):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :])
+        with contextlib.suppress(LabError):
+            read_pairs(tmp_path)
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, zipped):
+    _write(tmp_path, GOOD, GOOD, {"image_ids": [1, 2, 3]})
+    path = tmp_path / "train_text_embeddings.pt"
+    torch.save(Trap(tmp_path / "trapped"), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(LabError, match="would run code"):
+        read_pairs(tmp_path)
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 3, 200, -40])
+def test_a_damaged_file_is_refused(tmp_path, keep):
+    _write(tmp_path, GOOD, GOOD, {"image_ids": [1, 2, 3]})
+    path = tmp_path / "train_image_embeddings.pt"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(LabError, match="is refused: it is damaged"):
+        read_pairs(tmp_path)
+
+
+def test_a_missing_file_names_the_splits_there(tmp_path):
+    _write(tmp_path, GOOD, GOOD, {"image_ids": [1, 2, 3]})
+    with pytest.raises(LabError, match=r"val_image_embeddings.pt does not exist; splits in .*: train\."):
+        read_pairs(tmp_path, "val")
+
+
+def test_images_are_shown_from_below_the_folder_or_image_root_alone(tmp_path):
+    folder, elsewhere = tmp_path / "pairs", tmp_path / "images"
+    elsewhere.mkdir()
+    for place in (tmp_path / "secret.jpg", elsewhere / "a.jpg"):
+        place.write_bytes(b"x")
+    names = ["a.jpg", "../secret.jpg", str(tmp_path / "secret.jpg")]
+    metadata = {"image_ids": [0, 1, 2], "image_paths": names, "image_root": str(elsewhere)}
+    _write(folder, torch.rand(3, 4), torch.rand(3, 4), metadata)
+    table = read_pairs(folder).table
+    assert not any(table.path_of(row).is_file() for row in range(3))
+    assert "set image_root to it" in table.problems[0]["what"]
+    table = read_pairs(folder, image_root=elsewhere).table
+    assert [table.path_of(row).is_file() for row in range(3)] == [True, False, False]
+    assert table.problems == []
+    _write(folder, torch.rand(3, 4), torch.rand(3, 4), metadata | {"image_root": "/"})
+    assert read_pairs(folder, image_root=elsewhere).table.root == folder
+    _write(folder, torch.rand(3, 4), torch.rand(3, 4), metadata | {"image_root": 5})
+    with pytest.raises(LabError, match="image_root in .* must be text"):
+        read_pairs(folder)
+
+
+# --- opening ---
 
 
 def _config(folder, tmp_path, **settings):
@@ -171,7 +331,7 @@ def _config(folder, tmp_path, **settings):
     return make_config("projection_heads", **{**embeddings_at(folder), **places, **small, **settings})
 
 
-def test_what_a_folder_holds_is_told_by_its_files(coco2017):
+def test_files_say_what_a_folder_holds(coco2017):
     with pytest.raises(
         LabError, match="has the splits train2017, val2017 but no train or val; divide it with"
     ):
@@ -243,7 +403,7 @@ def test_a_run_knows_the_embeddings_it_was_trained_on(coco2017, tmp_path):
         fit(config, show=False)
 
 
-# ---------------------------------------------------------------- size
+# --- size ---
 
 
 def test_text_embeddings_of_shuffled_pairs_are_one_mapping_whatever_the_split(coco2017):
