@@ -15,7 +15,7 @@ import pandas as pd
 
 from config import make_config
 from dataset import prepare_data
-from labs.side_by_side import FIGURES, PairResult, evaluate_pairs
+from labs.side_by_side import PairResult, evaluate_pairs
 from metrics import as_text
 from reports.compare import settings_label
 from retrieval.statistics import compare_settings
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CIFAR10 = [ROOT.parent / "shared" / "cifar10", ROOT / "data" / "cifar10"]
 SETTINGS = (("paired_small_baseline", 0.0), ("paired_small", 0.0), ("paired_small", 1.0))
 """Preset, and weight of the swap margin."""
+FIGURES = ("top1", "top10", "top100", "top1_same", "top1_different", "swapped", "order")
 SEEDS = (0, 1, 2)
 PAIRS_PER_EPOCH = 4000  # of CIFAR-10's 18,000 training images, in turn
 TINY: dict[str, Any] = dict(

@@ -15,16 +15,13 @@ from config import Config
 from core.errors import LabError
 from dataset import open_dataset
 from evaluate import measure_split, report_run
-from metrics import with_interval
 from plots.figures import captioned_images
 from reports.gallery import load_or_encode, results_of
 from reports.report import save_table
 from sources.side_by_side import PairedImages, PairRanks
-from training.augment import augment_parts
-from utils import Run
+from utils import Run, augmented
 
 TRAIN_PAIRS = 2000  # as many as the published figure was measured on
-FIGURES = ("top1", "top10", "top100", "top1_same", "top1_different", "swapped", "order")
 
 
 @dataclass
@@ -57,32 +54,6 @@ def evaluate_pairs(
     return results
 
 
-# --- tables ---
-
-
-def pairs_table(results: dict[str, PairResult]) -> pd.DataFrame:
-    """One row per split, in percent with 95 % intervals over pairs, and one row of chance levels.
-
-    Raises: LabError if there is no split.
-    """
-    if not results:
-        raise LabError("there is no evaluated split to show; name one of the run's splits.")
-    rows = []
-    for split, result in results.items():
-        metrics = result.metrics
-        sizes = {"split": split, "pairs": metrics["num_images"], "captions": metrics["num_texts"]}
-        counts = {"swap count": f"{metrics['num_swapped']} of {metrics['num_different']}"}
-        rows.append(
-            {**sizes, **{name: with_interval(metrics, name) for name in FIGURES if name in metrics}, **counts}
-        )
-    chance = {name: f"{100 * metrics[f'{name}_chance']:g}" for name in FIGURES if f"{name}_chance" in metrics}
-    rows.append({"split": "chance", "pairs": "", "captions": metrics["num_texts"], **chance})
-    return pd.DataFrame(rows).fillna("").set_index("split")
-
-
-# --- examples ---
-
-
 def caption_similarity(pairs: PairedImages) -> pd.DataFrame:
     """Mean cosine between text features: of any two captions, and of a caption and its swapped version."""
     if pairs.text_features is None:
@@ -100,14 +71,7 @@ def caption_similarity(pairs: PairedImages) -> pd.DataFrame:
 
 def augmented_views(batch: dict[str, Any], config: Config, epochs: int = 4) -> list[np.ndarray]:
     """The first image of a batch as training sees it in each of some epochs."""
-    options = {
-        "flip": config.augment_flip,
-        "jitter": config.augment_jitter,
-        "rotation": config.augment_rotation,
-    }
-    images, ids = batch["image"][:1], batch["view_id"][:1]
-    views = [augment_parts(images, ids, seed=config.seed, epoch=epoch, **options) for epoch in range(epochs)]
-    return [view[0].numpy() for view in views]
+    return [augmented(batch, config, epoch)[0].numpy() for epoch in range(epochs)]
 
 
 def guesses(result: PairResult, items: Sequence[int]) -> list[str]:
@@ -134,16 +98,12 @@ def show_examples(result: PairResult, path: str | Path | None = None, count: int
     return captioned_images(list(images), guesses(result, items), path)
 
 
-# --- a run's files ---
-
-
 def report_pairs(run: Run, *, show: bool = True) -> dict[str, PairResult]:
-    """Write a run's report, and tables by split and by class and a figure of examples into its folder."""
+    """Write a run's report, a table by class and a figure of examples into its folder."""
     splits = dict.fromkeys([*run.config.train_splits, *run.config.val_splits, *run.config.test_splits])
     results = evaluate_pairs(run, list(splits), show=show)
     report_run(run, show=show)
     last = results[list(splits)[-1]]
-    save_table(pairs_table(results), results_of(run) / "tables" / "pairs")
     save_table(last.ranks.by_class(last.pairs.names), results_of(run) / "tables" / "pairs_by_class")
     show_examples(last, results_of(run) / "figures" / "pair_examples.png")
     return results
