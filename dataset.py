@@ -9,7 +9,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     raise SystemExit
 import functools
 import hashlib
-import inspect
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -176,21 +175,17 @@ class COCOClipDataset(ImageTextDataset):
         """Choose the epoch of the draws; has an effect only with `captions_per_image`."""
         self.epoch = epoch
 
-    def caption_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the captions of the table's images `rows`, and the number of captions per image."""
-        starts, counts = self.table.offsets[rows], np.diff(self.table.offsets)[rows]
+    def caption_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of the captions of the table's images `rows`."""
         if self.captions_per_image is None:
-            first = np.cumsum(counts) - counts
-            return np.repeat(starts - first, counts) + np.arange(counts.sum()), counts
-        drawn = [
-            self._draw(int(row), int(count)) + start
-            for row, start, count in zip(rows, starts, counts, strict=True)
-        ]
-        return np.concatenate(drawn), np.array([len(some) for some in drawn])
+            return self.table.caption_rows(rows)
+        return np.concatenate([self._draw(row) for row in rows.tolist()])
 
-    def _draw(self, row: int, count: int) -> np.ndarray:
+    def _draw(self, row: int) -> np.ndarray:
+        """Some of the caption rows of an image."""
+        start, stop = self.table.offsets[row : row + 2]
         rng = np.random.default_rng((self.seed, self.epoch, int(self.table.image_ids[row])))
-        return rng.permutation(count)[: self.captions_per_image]
+        return start + rng.permutation(stop - start)[: self.captions_per_image]
 
     def __getitem__(self, item: int) -> Batch:
         batch = self.batch([item])
@@ -204,23 +199,22 @@ class COCOClipDataset(ImageTextDataset):
 
     def text_rows(self, items: np.ndarray) -> np.ndarray:
         """Rows of the captions that a batch of these items contains."""
-        return self.caption_rows(self.rows[items])[0]
+        return self.caption_rows(self.rows[items])
 
     def batch(self, items: list[int]) -> Batch:
         """Some items as one batch."""
         rows, texts = self.rows[np.asarray(items)], self.text_rows(np.asarray(items))
-        return {
+        batch = {
             "image": self._images(rows),
             "text": self._texts(texts),
             "image_id": torch.from_numpy(self.table.image_ids[rows]),
             "text_id": torch.from_numpy(self.table.caption_image_ids[texts]),
-            **({} if self.table.categories is None else self._matches(rows, texts)),
         }
-
-    def _matches(self, rows: np.ndarray, texts: np.ndarray) -> Batch:
-        """Compared by losses in place of ids: equal captions of one class are not each other's negatives."""
+        if self.table.categories is None:
+            return batch
+        # Compared in place of ids: equal captions of one class are not each other's negatives.
         image, text = self.table.match_ids[rows], self.table.caption_match_ids[texts]
-        return {"image_match": torch.from_numpy(image), "text_match": torch.from_numpy(text)}
+        return {**batch, "image_match": torch.from_numpy(image), "text_match": torch.from_numpy(text)}
 
     def _images(self, rows: np.ndarray) -> Tensor:
         return self.images.gather(rows) if isinstance(self.images, ImageCache) else self.images[as_rows(rows)]
@@ -230,9 +224,83 @@ class COCOClipDataset(ImageTextDataset):
             return self.text_features[as_rows(rows)]
         return [self.table.captions[row] for row in rows.tolist()]
 
-    def pictures(self, items: list[int]) -> list[Path]:
+    def image_files(self, items: list[int]) -> list[Path]:
         """Image files of some items, for figures."""
         return [self.table.path_of(int(row)) for row in self.rows[np.asarray(items, dtype=np.int64)]]
+
+
+def collate(items: Any) -> Batch:
+    """Single items as one batch; a complete batch is returned unchanged.
+
+    Args: items: dictionaries of `image` (3, S, S) or (width,), `text` (a caption, a list of them, (width,) or
+        (T, width) features) and `image_id`; `text_id` (T,) where it is not the image's. More keys hold tensors.
+    Raises: LabError if an item is something else.
+    """
+    if isinstance(items, dict):
+        return items
+    needed = {"image", "text", "image_id"}
+    for item in items:
+        if not isinstance(item, dict) or not needed <= item.keys():
+            raise LabError(
+                "an item of a data set is a dictionary with image, text and image_id (a whole number that no other "
+                f"image has), not a {type(item).__name__}"
+                + (f" of {', '.join(map(str, item))}." if isinstance(item, dict) else ".")
+            )
+    texts = [_several(item["text"]) for item in items]
+    image_id = torch.tensor([int(item["image_id"]) for item in items])
+    text_ids = [
+        torch.as_tensor(item.get("text_id", [number] * len(text)))
+        for item, number, text in zip(items, image_id.tolist(), texts, strict=True)
+    ]
+    return {
+        "image": torch.stack([torch.as_tensor(item["image"]) for item in items]),
+        "text": torch.cat(texts)
+        if isinstance(texts[0], Tensor)
+        else list(itertools.chain.from_iterable(texts)),
+        "image_id": image_id,
+        "text_id": torch.cat(text_ids),
+        **{
+            name: torch.cat([item[name] for item in items]) for name in items[0].keys() - needed - {"text_id"}
+        },
+    }
+
+
+def _several(text: Any) -> Any:
+    """An item's captions, where it may have a single one."""
+    if isinstance(text, str):
+        return [text]
+    return text[None] if isinstance(text, Tensor) and text.ndim == 1 else text
+
+
+def make_loader(
+    dataset: Any,
+    batch_size: int = 128,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader:
+    """Batches of images, each with its captions; `loader.batch_sampler.epoch` chooses the order.
+
+    Args: dataset: ours, or any of torch's whose items are as `collate` takes them.
+    """
+    dataset = with_defaults(dataset)
+    count = dataset.items_per_epoch if shuffle else len(dataset)
+
+    def order(epoch: int) -> np.ndarray:
+        return dataset.epoch_order(epoch, seed) if shuffle else np.arange(count)
+
+    return DataLoader(
+        dataset,
+        batch_sampler=EpochBatches(count, batch_size, order, rank=rank, world_size=world_size),
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # its own, so that starting an epoch draws nothing from the global one
+    )
 
 
 OFF: dict[str, Any] = {
@@ -247,43 +315,226 @@ OFF: dict[str, Any] = {
 """Settings of training alone, each turned off, as a split is opened for evaluation."""
 
 
+def open_dataset(
+    config: Config, splits: Sequence[str], *, evaluation: bool = False, progress: bool = True
+) -> Any:
+    """The data set of some splits, a COCOClipDataset or PairedImages, its images decoded and its features cached.
+
+    Args: evaluation: without the settings of training alone, even for a split that is trained on.
+    Raises: LabError on an unknown reader, or if a split is both trained on and validated on.
+    """
+    shared = sorted(set(config.train_splits) & set(config.val_splits))
+    if shared:
+        raise LabError(
+            f"train_splits and val_splits share {', '.join(shared)}; the epoch must be chosen on images that are not "
+            "trained on."
+        )
+    openers = {**dict.fromkeys(READERS, _open_captioned), **OPENERS}
+    open_splits = choose(openers, config.reader, "reader")
+    config = config.updated(**OFF) if evaluation else config
+    trains = tuple(splits) == config.train_splits and not evaluation
+    return open_splits(config, tuple(splits), trains, progress)
+
+
+DRAWN: dict[str, Callable[[Path], Path]] = {"scenes": write_scenes, "shapes": write_shapes}
+"""Sources that are generated on the spot."""
+
+
+def prepare_data(config: Config) -> Path:
+    """Generate or download a configuration's data where its folder is missing and named after the source.
+
+    An interrupted fetch is resumed, whichever set it is; files already on disk are not downloaded again.
+    Raises: LabError if another folder was named and does not exist, or the fetch fails.
+    """
+    folder, source = config.data_dir, config.source
+    if is_interrupted(folder):
+        return fetch(folder.name, folder.parent)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        return folder
+    if source is None or folder.name != source:
+        raise LabError(
+            f"data_dir {folder} does not exist or is empty; give the folder of a captioned image set."
+        )
+    return DRAWN[source](folder) if source in DRAWN else fetch(source, folder.parent)
+
+
+def load_table(config: Config, splits: tuple[str, ...] | None = None) -> CaptionTable:
+    """A configuration's images and captions, of all splits or the named ones; `max_samples` limits each split."""
+    table = read_captions(
+        config.reader,
+        config.data_dir,
+        split_seed=config.split_seed,
+        cache_dir=config.cache_dir / "captions",
+        follow_links=is_linked(config.data_dir),
+        image_root=config.image_root,
+        karpathy_file=config.karpathy_file,
+        annotation_file=config.annotation_file,
+    )
+    if splits is None:
+        splits = tuple(table.split_sizes())
+    rows = []
+    for split in splits:
+        table.split(split)  # an error that lists the splits, where this one is empty
+        in_split = np.flatnonzero(table.splits == split)
+        rows.append(in_split[evenly_spread(len(in_split), config.max_samples)])
+    return table.take(np.concatenate(rows))
+
+
+# --- Openers, by reader ---
+
+
+def _open_captioned(config: Config, splits: tuple[str, ...], trains: bool, progress: bool) -> COCOClipDataset:
+    """Images with captions; either side may be cached features."""
+    table = load_table(config, splits)
+    texts = None
+    if config.text_tower_mode == "cached":
+        texts = cached_text_features(config, table.captions, progress=progress)
+    images: Any
+    if config.image_tower_mode == "cached":
+        images, decoded = cached_image_features(config, table, progress=progress)
+    else:
+        images = decoded = open_images(
+            table, config.cache_dir, config.image_size, config.image_resize, config.num_workers
+        )
+    return _captioned(
+        config, splits, trains, table=table, images=images, decoded=decoded, text_features=texts
+    )
+
+
+def _open_embeddings(
+    config: Config, splits: tuple[str, ...], trains: bool, progress: bool
+) -> COCOClipDataset:
+    """Splits of pre-encoded embeddings, see `sources.embeddings.read_pairs`."""
+    _refuse_leaks(config)
+    parts = [read_pairs(config.data_dir, split, config.image_root) for split in splits]
+    pairs = joined([part.take(evenly_spread(len(part.table), config.max_samples)) for part in parts])
+    _check_widths(config, pairs)
+    return _captioned(config, splits, trains, **pairs._asdict())
+
+
+def _captioned(config: Config, splits: tuple[str, ...], trains: bool, **parts: Any) -> COCOClipDataset:
+    """A TrainingSet where the settings of training need one, else a COCOClipDataset.
+
+    Raises: LabError if more negatives are asked for than there are images.
+    """
+    name = "+".join(splits)
+    draws: dict[str, Any] = {"captions_per_image": config.captions_per_image, "seed": config.seed}
+    varies = any(config[field] != off for field, off in OFF.items() if field not in draws)
+    dataset = (
+        TrainingSet(name, config, **parts) if trains and varies else COCOClipDataset(name, **draws, **parts)
+    )
+    if trains:
+        check_negatives(config, len(dataset))
+    return dataset
+
+
+def _open_side_by_side(config: Config, splits: tuple[str, ...], trains: bool, progress: bool) -> PairedImages:
+    """Pairs that are drawn in each epoch for training, else one fixed pair per image for every run and seed."""
+    if len(splits) != 1:
+        raise LabError(f"side-by-side images have one split at a time, not {', '.join(splits)}.")
+    singles = open_labeled_images(
+        config.data_dir, splits[0], size=config.image_size, cache_dir=config.cache_dir
+    )
+    draws: Any = {"num_pairs": config.pairs_per_epoch, "seed": config.seed} if trains else {"fixed": True}
+    pairs = PairedImages(
+        singles if config.max_samples is None else subset(singles, config.max_samples),
+        split=splits[0],
+        different_class_prob=config.different_class_prob,
+        swapped_captions=config.swap_weight > 0,
+        **draws,
+    )
+    if config.text_tower_mode == "cached":
+        pairs.text_features = cached_text_features(config, pairs.captions, progress=progress)
+    return pairs
+
+
+OPENERS: dict[str, Callable[..., Any]] = {"pairs": _open_embeddings, "paired_cifar": _open_side_by_side}
+"""Layouts other than images with captions, by `config.reader`: `open(config, splits, trains, progress)`."""
+
+
+def _check_widths(config: Config, pairs: Pairs) -> None:
+    """Raises: LabError if the embeddings have another width than the configuration's towers."""
+    sides = (("image", pairs.images, build_image_tower), ("text", pairs.text_features, build_text_tower))
+    for side, rows, build in sides:
+        if config[f"{side}_tower_mode"] != "cached":
+            raise LabError(f"reader {config.reader!r} reads embeddings; set {side}_tower_mode to 'cached'.")
+        expected: Any = build(config).width
+        width = rows.shape[1]
+        if width != expected:
+            tower = config[f"{side}_tower"]
+            raise LabError(
+                f"{side} embeddings in {config.data_dir} have width {width}, but {side}_tower {tower!r} has "
+                f"{expected}; name the tower that made them, or set {side}_tower to 'embeddings' and {side}_width "
+                f"to {width}."
+            )
+
+
+def _refuse_leaks(config: Config) -> None:
+    """Raises: LabError if two of a configuration's groups of splits share images."""
+    ids = {
+        splits: np.concatenate([image_ids(config.data_dir, split) for split in splits])
+        for splits in config.split_groups()
+    }
+    for first, second in itertools.combinations(ids, 2):
+        shared = np.intersect1d(ids[first], ids[second])
+        if len(shared):
+            raise LabError(
+                f"splits {'+'.join(first)} and {'+'.join(second)} in {config.data_dir} share {len(shared):,} "
+                f"images, such as {shared[0]}; choose other splits, or divide the folder with "
+                "`python encode.py split`."
+            )
+
+
+def embeddings_at(path: str | Path) -> dict[str, Any]:
+    """The configuration's fields for the pre-encoded embeddings in a folder.
+
+    Returns: data_dir, reader, the splits, and the towers or their widths.
+    Raises: LabError if it has no such files, or no splits train and val.
+    """
+    folder = Path(path)
+    names = list(read_division(folder).get("splits", {})) or file_splits(folder)
+    missing = [name for name in ("train", "val") if name not in names]
+    if missing:
+        raise LabError(
+            f"{folder} has the splits {', '.join(names)} but no {' or '.join(missing)}; divide it with "
+            f"`python encode.py split {folder}`."
+        )
+    tests = tuple(name for name in names if name not in ("train", "tune", "val"))
+    splits = {"train_splits": ("train",), "val_splits": ("val",), "test_splits": tests or ("val",)}
+    towers = encoders(folder)
+    if not towers:
+        _, images, texts = read_pairs(folder, "train")
+        towers = {"image_tower": "embeddings", "image_width": images.shape[1]}
+        towers |= {"text_tower": "embeddings", "text_width": texts.shape[1]}
+    return {"data_dir": folder, "reader": "pairs", **splits, **towers}
+
+
+# --- What training adds, and data sets of your own ---
+
+
 class TrainingSet(COCOClipDataset):
     """A COCOClipDataset with balanced categories, varied captions, flips and mined captions; see config.Config.
 
     Mined captions are additional texts of a batch with their own images' ids, so a mined caption whose image is
     in the same batch is a match. Where images may be flipped, a batch also has `flip` (I,).
 
-    Args:
-        balance_by: "category" draws all categories equally often; images of a category with fewer than
-            `min_per_category` are left out, and an epoch has `max_per_category` of each (default: the median).
-        augment_flip: probability that an image is flipped; an image whose captions name a side is not, unless
-            augment_swap_sides exchanges left and right in them.
-        augment_word_dropout, augment_reorder, max_caption_variations: variations of the captions' texts.
+    With balance_by "category" all categories are drawn equally often; images of a category with fewer than
+    `min_per_category` are left out, and an epoch has `max_per_category` of each (default: the median). An image
+    whose captions name a side is not flipped, unless `augment_swap_sides` exchanges left and right in them.
+
+    Args: options: of COCOClipDataset.
     Raises: LabError if captions should vary but are cached features, or categories are missing.
     """
 
-    def __init__(
-        self,
-        split: str = "train",
-        *,
-        balance_by: str = "none",
-        min_per_category: int = 2,
-        max_per_category: int | None = None,
-        augment_flip: float = 0.0,
-        augment_swap_sides: bool = False,
-        augment_word_dropout: float = 0.0,
-        augment_reorder: float = 0.0,
-        max_caption_variations: int = 1,
-        **options: Any,
-    ) -> None:
-        super().__init__(split, **options)
+    def __init__(self, split: str, config: Config, **options: Any) -> None:
+        super().__init__(split, captions_per_image=config.captions_per_image, seed=config.seed, **options)
         self.balance: Balance | None = None
-        if balance_by != "none":
-            self._balance(min_per_category, max_per_category)
-        self.word_dropout, self.reorder = augment_word_dropout, augment_reorder
-        self.variations = max_caption_variations if augment_word_dropout or augment_reorder else 1
-        self.flip = augment_flip if isinstance(self.images, ImageCache) else 0.0
-        self.swap_sides = augment_swap_sides and self.flip > 0
+        if config.balance_by != "none":
+            self._balance(config.min_per_category, config.max_per_category)
+        self.word_dropout, self.reorder = config.augment_word_dropout, config.augment_reorder
+        self.variations = config.max_caption_variations if self.word_dropout or self.reorder else 1
+        self.flip = config.augment_flip if isinstance(self.images, ImageCache) else 0.0
+        self.swap_sides = config.augment_swap_sides and self.flip > 0
         self._check_captions()
         self.upright = np.array([]) if self.swap_sides or not self.flip else self._naming_sides()
         self.mined = np.empty((len(self), 0), dtype=np.int64)  # rows of captions for each item
@@ -445,49 +696,6 @@ def _mining_features(
     return features
 
 
-def collate(items: Any) -> Batch:
-    """Single items as one batch; a complete batch is returned unchanged.
-
-    Args: items: dictionaries of `image` (3, S, S) or (width,), `text` (a caption, a list of them, (width,) or
-        (T, width) features) and `image_id`; `text_id` (T,) where it is not the image's. More keys hold tensors.
-    Raises: LabError if an item is something else.
-    """
-    if isinstance(items, dict):
-        return items
-    needed = {"image", "text", "image_id"}
-    for item in items:
-        if not isinstance(item, dict) or not needed <= item.keys():
-            raise LabError(
-                "an item of a data set is a dictionary with image, text and image_id (a whole number that no other "
-                f"image has), not a {type(item).__name__}"
-                + (f" of {', '.join(map(str, item))}." if isinstance(item, dict) else ".")
-            )
-    texts: list[Any] = [
-        [text]
-        if isinstance(text, str)
-        else text[None]
-        if isinstance(text, Tensor) and text.ndim == 1
-        else text
-        for text in (item["text"] for item in items)
-    ]
-    image_id = torch.tensor([int(item["image_id"]) for item in items])
-    text_ids = [
-        torch.as_tensor(item.get("text_id", [number] * len(text)))
-        for item, number, text in zip(items, image_id.tolist(), texts, strict=True)
-    ]
-    return {
-        "image": torch.stack([torch.as_tensor(item["image"]) for item in items]),
-        "text": torch.cat(texts)
-        if isinstance(texts[0], Tensor)
-        else list(itertools.chain.from_iterable(texts)),
-        "image_id": image_id,
-        "text_id": torch.cat(text_ids),
-        **{
-            name: torch.cat([item[name] for item in items]) for name in items[0].keys() - needed - {"text_id"}
-        },
-    }
-
-
 class PlainDataset(ImageTextDataset):
     """Any of torch's data sets whose items are as `collate` takes them."""
 
@@ -520,239 +728,7 @@ def with_defaults(dataset: Any) -> ImageTextDataset:
     return dataset if isinstance(dataset, ImageTextDataset) else PlainDataset(dataset)
 
 
-def make_loader(
-    dataset: Any,
-    batch_size: int = 128,
-    *,
-    shuffle: bool = False,
-    seed: int = 0,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-) -> DataLoader:
-    """Batches of images, each with its captions; `loader.batch_sampler.epoch` chooses the order.
-
-    Args: dataset: ours, or any of torch's whose items are as `collate` takes them.
-    """
-    dataset = with_defaults(dataset)
-    count = dataset.items_per_epoch if shuffle else len(dataset)
-
-    def order(epoch: int) -> np.ndarray:
-        return dataset.epoch_order(epoch, seed) if shuffle else np.arange(count)
-
-    return DataLoader(
-        dataset,
-        batch_sampler=EpochBatches(count, batch_size, order, rank=rank, world_size=world_size),
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # its own, so that starting an epoch draws nothing from the global one
-    )
-
-
-def open_dataset(
-    config: Config, splits: Sequence[str], *, evaluation: bool = False, progress: bool = True
-) -> Any:
-    """The data set of some splits, a COCOClipDataset or PairedImages, its images decoded and its features cached.
-
-    Args: evaluation: without the settings of training alone, even for a split that is trained on.
-    Raises: LabError on an unknown reader, or if a split is both trained on and validated on.
-    """
-    shared = sorted(set(config.train_splits) & set(config.val_splits))
-    if shared:
-        raise LabError(
-            f"train_splits and val_splits share {', '.join(shared)}; the epoch must be chosen on images that are not "
-            "trained on."
-        )
-    openers = {**dict.fromkeys(READERS, _open_captioned), **OPENERS}
-    open_splits = choose(openers, config.reader, "reader")
-    config = config.updated(**OFF) if evaluation else config
-    trains = tuple(splits) == config.train_splits and not evaluation
-    return open_splits(config, tuple(splits), trains, progress)
-
-
-def _open_captioned(config: Config, splits: tuple[str, ...], trains: bool, progress: bool) -> COCOClipDataset:
-    """Images with captions; either side may be cached features."""
-    table = load_table(config, splits)
-    texts = None
-    if config.text_tower_mode == "cached":
-        texts = cached_text_features(config, table.captions, progress=progress)
-    images: Any
-    if config.image_tower_mode == "cached":
-        images, decoded = cached_image_features(config, table, progress=progress)
-    else:
-        images = decoded = open_images(
-            table, config.cache_dir, config.image_size, config.image_resize, config.num_workers
-        )
-    return _captioned(
-        config, splits, trains, table=table, images=images, decoded=decoded, text_features=texts
-    )
-
-
-def _open_embeddings(
-    config: Config, splits: tuple[str, ...], trains: bool, progress: bool
-) -> COCOClipDataset:
-    """Splits of pre-encoded embeddings, see `sources.embeddings.read_pairs`."""
-    _refuse_leaks(config)
-    parts = [read_pairs(config.data_dir, split, config.image_root) for split in splits]
-    pairs = joined([part.take(evenly_spread(len(part.table), config.max_samples)) for part in parts])
-    _check_widths(config, pairs)
-    return _captioned(config, splits, trains, **pairs._asdict())
-
-
-def _captioned(config: Config, splits: tuple[str, ...], trains: bool, **parts: Any) -> COCOClipDataset:
-    """A TrainingSet where the settings of training need one, else a COCOClipDataset.
-
-    Raises: LabError if more negatives are asked for than there are images.
-    """
-    parts = {"captions_per_image": config.captions_per_image, "seed": config.seed, **parts}
-    if not trains:
-        return COCOClipDataset("+".join(splits), **parts)
-    kind: Any = COCOClipDataset
-    if any(config[name] != off for name, off in OFF.items() if name != "captions_per_image"):
-        kind = TrainingSet
-        names = inspect.signature(TrainingSet).parameters.keys() & config.keys()
-        parts = {**{name: config[name] for name in names}, **parts}
-    dataset = kind("+".join(splits), **parts)
-    check_negatives(config, len(dataset))
-    return dataset
-
-
-def _open_side_by_side(config: Config, splits: tuple[str, ...], trains: bool, progress: bool) -> PairedImages:
-    """Pairs that are drawn in each epoch for training, else one fixed pair per image for every run and seed."""
-    if len(splits) != 1:
-        raise LabError(f"side-by-side images have one split at a time, not {', '.join(splits)}.")
-    singles = open_labeled_images(
-        config.data_dir, splits[0], size=config.image_size, cache_dir=config.cache_dir
-    )
-    draws: Any = {"num_pairs": config.pairs_per_epoch, "seed": config.seed} if trains else {"fixed": True}
-    pairs = PairedImages(
-        singles if config.max_samples is None else subset(singles, config.max_samples),
-        split=splits[0],
-        different_class_prob=config.different_class_prob,
-        swapped_captions=config.swap_weight > 0,
-        **draws,
-    )
-    if config.text_tower_mode == "cached":
-        pairs.text_features = cached_text_features(config, pairs.captions, progress=progress)
-    return pairs
-
-
-OPENERS: dict[str, Callable[..., Any]] = {"pairs": _open_embeddings, "paired_cifar": _open_side_by_side}
-"""Layouts other than images with captions, by `config.reader`: `open(config, splits, trains, progress)`."""
-
-
-def _check_widths(config: Config, pairs: Pairs) -> None:
-    """Raises: LabError if the embeddings have another width than the configuration's towers."""
-    sides = (("image", pairs.images, build_image_tower), ("text", pairs.text_features, build_text_tower))
-    for side, rows, build in sides:
-        if config[f"{side}_tower_mode"] != "cached":
-            raise LabError(f"reader {config.reader!r} reads embeddings; set {side}_tower_mode to 'cached'.")
-        expected: Any = build(config).width
-        width = rows.shape[1]
-        if width != expected:
-            tower = config[f"{side}_tower"]
-            raise LabError(
-                f"{side} embeddings in {config.data_dir} have width {width}, but {side}_tower {tower!r} has "
-                f"{expected}; name the tower that made them, or set {side}_tower to 'embeddings' and {side}_width "
-                f"to {width}."
-            )
-
-
-def _refuse_leaks(config: Config) -> None:
-    """Raises: LabError if two of a configuration's groups of splits share images."""
-    ids = {
-        splits: np.concatenate([image_ids(config.data_dir, split) for split in splits])
-        for splits in config.split_groups()
-    }
-    for first, second in itertools.combinations(ids, 2):
-        shared = np.intersect1d(ids[first], ids[second])
-        if len(shared):
-            raise LabError(
-                f"splits {'+'.join(first)} and {'+'.join(second)} in {config.data_dir} share {len(shared):,} "
-                f"images, such as {shared[0]}; choose other splits, or divide the folder with "
-                "`python encode.py split`."
-            )
-
-
-def load_table(config: Config, splits: tuple[str, ...] | None = None) -> CaptionTable:
-    """A configuration's images and captions, of all splits or the named ones; `max_samples` limits each split."""
-    table = read_captions(
-        config.reader,
-        config.data_dir,
-        split_seed=config.split_seed,
-        cache_dir=config.cache_dir / "captions",
-        follow_links=is_linked(config.data_dir),
-        image_root=config.image_root,
-        karpathy_file=config.karpathy_file,
-        annotation_file=config.annotation_file,
-    )
-    if splits is None:
-        splits = tuple(table.split_sizes())
-    rows = []
-    for split in splits:
-        table.split(split)  # an error that lists the splits, where this one is empty
-        in_split = np.flatnonzero(table.splits == split)
-        rows.append(in_split[evenly_spread(len(in_split), config.max_samples)])
-    return table.take(np.concatenate(rows))
-
-
-def embeddings_at(path: str | Path) -> dict[str, Any]:
-    """The configuration's fields for the pre-encoded embeddings in a folder.
-
-    Returns: data_dir, reader, the splits, and the towers or their widths.
-    Raises: LabError if it has no such files, or no splits train and val.
-    """
-    folder = Path(path)
-    names = list(read_division(folder).get("splits", {})) or file_splits(folder)
-    missing = [name for name in ("train", "val") if name not in names]
-    if missing:
-        raise LabError(
-            f"{folder} has the splits {', '.join(names)} but no {' or '.join(missing)}; divide it with "
-            f"`python encode.py split {folder}`."
-        )
-    tests = tuple(name for name in names if name not in ("train", "tune", "val"))
-    splits = {"train_splits": ("train",), "val_splits": ("val",), "test_splits": tests or ("val",)}
-    return {"data_dir": folder, "reader": "pairs", **splits, **_towers_of(folder)}
-
-
-def _towers_of(folder: Path) -> dict[str, Any]:
-    """The encoders that a folder's metadata names, or their widths."""
-    named = encoders(folder)
-    if named:
-        return named
-    pairs = read_pairs(folder, "train")
-    return {
-        "image_tower": "embeddings",
-        "image_width": pairs.images.shape[1],
-        "text_tower": "embeddings",
-        "text_width": pairs.text_features.shape[1],
-    }
-
-
-DRAWN: dict[str, Callable[[Path], Path]] = {"scenes": write_scenes, "shapes": write_shapes}
-"""Sources that are generated on the spot."""
-
-
-def prepare_data(config: Config) -> Path:
-    """Generate or download a configuration's data where its folder is missing and named after the source.
-
-    An interrupted fetch is resumed, whichever set it is; files already on disk are not downloaded again.
-    Raises: LabError if another folder was named and does not exist, or the fetch fails.
-    """
-    folder, source = config.data_dir, config.source
-    if (folder / "scenes.unfinished.json").is_file():
-        return write_scenes(folder)
-    if is_interrupted(folder):
-        return fetch(folder.name, folder.parent)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        return folder
-    if source is None or folder.name != source:
-        raise LabError(
-            f"data_dir {folder} does not exist or is empty; give the folder of a captioned image set."
-        )
-    return DRAWN[source](folder) if source in DRAWN else fetch(source, folder.parent)
+# --- Reports and the command line ---
 
 
 def split_sizes(config: Config) -> pd.DataFrame:

@@ -220,7 +220,7 @@ def zero_shot_playground(gallery: Gallery, labels: str = "") -> Control:
     some = _some_labels(known[first], set(known.values())) if known else SOME_LABELS
 
     def show(item: int, upload: Any, **texts: str) -> Figure:
-        image = uploaded(upload) or gallery.dataset.pictures([item])[0]
+        image = uploaded(upload) or gallery.dataset.image_files([item])[0]
         return zero_shot_figure(gallery.run, image, **texts)
 
     return Control(

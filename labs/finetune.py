@@ -262,7 +262,7 @@ def save_rankings(gallery: Gallery, path: str | Path, k: int = DEPTH) -> Path:
 def captions_in(gallery: Gallery) -> np.ndarray:
     """(T,) the gallery's captions, in the order of its text features."""
     dataset = gallery.dataset
-    rows, _ = dataset.caption_rows(dataset.rows)
+    rows = dataset.caption_rows(dataset.rows)
     return np.array([dataset.table.captions[row] for row in rows.tolist()], dtype=object)
 
 
@@ -314,7 +314,7 @@ def _found(gallery: Gallery, row: int, k: int) -> list[Cell]:
     best, items = scores.topk(min(k, len(scores)))
     right = (gallery.image_id[items] == gallery.text_id[row]).tolist()
     texts = [f"{place}  ·  {score:.3f}" for place, score in enumerate(best.tolist(), start=1)]
-    pictures = gallery.dataset.pictures(items.tolist())
+    pictures = gallery.dataset.image_files(items.tolist())
     return [Cell(*parts) for parts in zip(pictures, texts, right, strict=True)]
 
 

@@ -74,13 +74,13 @@ class Gallery:
     @property
     def has_images(self) -> bool:
         """Whether its items have image files and captions to show."""
-        return self.dataset.table is not None and self.dataset.pictures([0])[0].is_file()
+        return self.dataset.table is not None and self.dataset.image_files([0])[0].is_file()
 
     @functools.cached_property
     def captions(self) -> list[str]:
         """T captions, in the order of `text_features`."""
         table = self.dataset.table
-        rows, _ = self.dataset.caption_rows(self.dataset.rows)
+        rows = self.dataset.caption_rows(self.dataset.rows)
         return [table.captions[row] for row in rows.tolist()]
 
     def metrics(self) -> dict[str, Any]:

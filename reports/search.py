@@ -109,7 +109,7 @@ class GallerySearch:
         """The k nearest captions of each picture. Raises: as `by_picture`."""
         features, ids = self._picture_features(pictures)
         hits = self.captions.query(features, k)
-        rows = self.gallery.dataset.caption_rows(self.gallery.dataset.rows)[0]  # of the table, in text order
+        rows = self.gallery.dataset.caption_rows(self.gallery.dataset.rows)  # of the table, in text order
         texts = self.gallery.dataset.table.captions
         return [
             FoundCaptions(
@@ -185,7 +185,7 @@ class GallerySearch:
 
     @cached_property
     def _files(self) -> dict[str, int]:
-        files = self.gallery.dataset.pictures(range(len(self.images)))
+        files = self.gallery.dataset.image_files(range(len(self.images)))
         return {os.path.abspath(file): item for item, file in enumerate(files)}
 
     def _encoded(self, picture: Picture) -> Tensor:
@@ -194,11 +194,11 @@ class GallerySearch:
         return image_features(run.model, run.config, torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
 
     def _pictures(self, rows: Tensor, scores: Tensor) -> tuple[list[Any], list[float]]:
-        return self.gallery.dataset.pictures(rows.tolist()), scores.tolist()
+        return self.gallery.dataset.image_files(rows.tolist()), scores.tolist()
 
     def _shown(self, picture: Picture) -> Picture:
         if isinstance(picture, Integral):
-            return self.gallery.dataset.pictures([int(picture)])[0]
+            return self.gallery.dataset.image_files([int(picture)])[0]
         return decode(picture) if isinstance(picture, bytes) else picture
 
     def _owned(self, text: str, ids: Tensor) -> list[bool] | None:

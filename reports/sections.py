@@ -156,7 +156,7 @@ def failure_figure(
         rank, own = int(ranks.best[worst[place]]), items_of[int(ranks.image_id[worst[place]])]
         order = scores[place].argsort(descending=True).tolist()
         items = [own, *[item for item in order if item != own][: min(above, rank - 1)]]
-        image, *wrong = gallery.dataset.pictures(items)
+        image, *wrong = gallery.dataset.image_files(items)
         failed.append(Failure(gallery.captions[row], image, rank, wrong, scores[place, items].tolist()))
     return failures(failed, len(gallery.image_id), path)
 
@@ -179,7 +179,7 @@ def similarities(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
     scores = gallery.image_features[items] @ gallery.text_features[rows].T  # (I, T)
     matches = gallery.image_id[items][:, None] == gallery.text_id[rows][None]
     captions = [gallery.captions[row] for row in rows]
-    similarity_matrix(scores, captions, gallery.dataset.pictures(items), matches, path)
+    similarity_matrix(scores, captions, gallery.dataset.image_files(items), matches, path)
     yield Exhibit(
         "similarity", f"Cosine similarities of {len(items)} pictures of split {gallery.split}.", figure=path
     )
@@ -209,7 +209,7 @@ def maps(gallery: Gallery, folder: Path) -> Iterator[Exhibit]:
     joined, thumbnails = None, None
     if gallery.has_images:
         items = evenly_spread(len(gallery.image_id), THUMBNAILS).tolist()
-        thumbnails = dict(zip(items, gallery.dataset.pictures(items), strict=True))
+        thumbnails = dict(zip(items, gallery.dataset.image_files(items), strict=True))
         joined = [(n, row) for n in items for row in np.flatnonzero(gallery.text_id == gallery.image_id[n])]
     for method, told in {"pca": "principal components", "tsne": "t-SNE"}.items():
         path = _file(folder, f"map_{method}", gallery)

@@ -81,7 +81,7 @@ def test_an_epoch_continues_from_any_step():
     assert len(batches) == len(whole) == 5
 
 
-def test_captions_are_drawn_anew_each_epoch(coco, tmp_path):
+def test_captions_are_drawn_again_each_epoch(coco, tmp_path):
     dataset = COCOClipDataset(data_dir=coco, cache_dir=tmp_path, image_size=16, captions_per_image=1, seed=5)
     drawn = []
     for epoch in range(8):
@@ -94,7 +94,7 @@ def test_captions_are_drawn_anew_each_epoch(coco, tmp_path):
     assert {texts[0] for texts in drawn} == set(dataset.table.captions_of(0))
 
 
-def test_cached_features_stand_in_for_pictures_and_captions(dataset):
+def test_cached_features_stand_in_for_images_and_captions(dataset):
     table = dataset.table
     images, texts = torch.arange(24.0)[:, None], torch.arange(72.0)[:, None]
     batch = COCOClipDataset(table=table, images=images, text_features=texts).__getitems__([2, 7])
@@ -104,7 +104,7 @@ def test_cached_features_stand_in_for_pictures_and_captions(dataset):
         COCOClipDataset(table=table, images=images[:-1])
 
 
-def test_an_undecodable_picture_is_left_out_and_counted(tmp_path):
+def test_an_undecodable_image_is_left_out_and_counted(tmp_path):
     root = write_coco(tmp_path / "coco", {"train": 6})
     broken = root / "train2014" / "COCO_train2014_000000000003.jpg"
     broken.write_bytes(broken.read_bytes()[:200])

@@ -181,14 +181,14 @@ class Plain(nn.Module):
     encode_text = encode_image
 
 
-def cached_set(images: int = 12, **options) -> TrainingSet:
+def cached_set(images: int = 12) -> TrainingSet:
     ids = np.arange(images) * 3 + 5
     captions = [f"picture {n} told {turn} times over" for n in range(images) for turn in range(2)]
     names = [f"{n}.jpg" for n in range(images)]
     table = CaptionTable(None, ids, names, np.array(["train"] * images), captions, ids.repeat(2))
     pictures = features(images)
     texts = F.normalize(pictures.repeat_interleave(2, 0) + 0.3 * features(2 * images, seed=1), dim=1)
-    return TrainingSet(table=table, images=pictures, text_features=texts, **options)
+    return TrainingSet("train", config_for(), table=table, images=pictures, text_features=texts)
 
 
 def config_for(**settings):

@@ -69,7 +69,7 @@ def search(gallery):
 
 
 def files_of(gallery, items):
-    return gallery.dataset.pictures(list(items))
+    return gallery.dataset.image_files(list(items))
 
 
 def nearest(gallery, features, without=()):
@@ -218,7 +218,7 @@ def test_the_command_shows_all_images_of_a_small_gallery(run, gallery, tmp_path)
     small = load_run(run.folder, max_samples=4)
     by_text = search_command(small, "red", folder=tmp_path)
     by_image = search_command(
-        small, image=open_search(small).gallery.dataset.pictures([0])[0], folder=tmp_path
+        small, image=open_search(small).gallery.dataset.image_files([0])[0], folder=tmp_path
     )
     assert [len(pd.read_csv(path.with_suffix(".csv"))) for path in (by_text, by_image)] == [4, 3]
     with pytest.raises(LabError, match="k is 10 but the gallery has 4 rows; choose k from 1 to 4"):

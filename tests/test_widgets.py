@@ -212,7 +212,7 @@ def test_search_is_the_exact_ranking(gallery):
 
 def test_search_takes_words_away_and_adds_a_picture(gallery):
     search = GallerySearch(gallery)
-    path = gallery.dataset.pictures([2])[0]
+    path = gallery.dataset.image_files([2])[0]
     plain = widgets.search_figure(search, "a red circle", k=3)
     without = widgets.search_figure(search, "a red circle", minus="a circle", k=3)
     like = widgets.search_figure(search, "", k=3, image=path)
@@ -223,7 +223,7 @@ def test_search_takes_words_away_and_adds_a_picture(gallery):
 def test_zero_shot_follows_labels_and_an_upload(gallery):
     control = widgets.zero_shot_playground(gallery, "a red circle; a blue square")
     before = control.image.value
-    path = gallery.dataset.pictures([int(control.inputs["item"].value)])[0]
+    path = gallery.dataset.image_files([int(control.inputs["item"].value)])[0]
     same = control.function(item=0, upload=[{"content": memoryview(path.read_bytes())}],
                             labels="a red circle; a blue square", templates="a photo of {}.")  # fmt: skip
     assert isinstance(same, Figure)

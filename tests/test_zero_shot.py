@@ -58,7 +58,7 @@ def test_an_ensemble_is_the_normalised_mean_of_its_prompts(run):
 
 
 def test_any_picture_is_classified(run, gallery):
-    path = gallery.dataset.pictures([3])[0]
+    path = gallery.dataset.image_files([3])[0]
     found = zero_shot.classify(run, path, LABELS)
     assert found["probability"].is_monotonic_decreasing
     assert found["probability"].sum() == pytest.approx(1, abs=1e-5)
