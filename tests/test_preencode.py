@@ -23,7 +23,7 @@ from towers import features as towers_features
 from towers import image as towers_image
 from towers import text as towers_text
 from towers.base import load_weights
-from towers.features import cached_features, cached_image_features, cached_text_features, fill_share
+from towers.features import cached_image_features, cached_text_features
 
 SIDE = 32
 TINY = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -226,28 +226,6 @@ def test_two_processes_encode_half_each(coco, tmp_path, siglip_folder, mistral_f
     preencode(config, tmp_path / "out", progress=False)
     for path in sorted((tmp_path / "expected").iterdir()):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
-
-
-def test_a_share_that_was_cut_goes_on(tmp_path):
-    path, header = tmp_path / "text.safetensors", {"of": "numbers"}
-    seen: list[list[int]] = []
-
-    def compute(rows, fail_at=None):
-        seen.append(list(rows))
-        if fail_at in rows:
-            raise RuntimeError("cut")
-        return torch.tensor([[float(row)] for row in rows])
-
-    with pytest.raises(RuntimeError, match="cut"):
-        fill_share(path, header, 10, lambda rows: compute(rows, 8), (0, 2), chunk=2)
-    assert seen == [[0, 1], [4, 5], [8, 9]]
-    fill_share(path, header, 10, compute, (0, 2), chunk=2)
-    assert seen[3:] == [[8, 9]]
-    fill_share(path, header, 10, compute, (1, 2), chunk=2)
-    assert seen[4:] == [[2, 3], [6, 7]]
-    found = cached_features(path, header, 10, compute, chunk=2)
-    assert found.flatten().tolist() == list(range(10))
-    assert len(seen) == 6
 
 
 def _stamps(folder: Path) -> dict[str, int]:

@@ -38,7 +38,7 @@ GROUND = re.compile(
 
 
 @dataclass
-class Told:
+class Claims:
     """What a caption says: attributes by pair, (pair, where, pair), the background, a lone object's place."""
 
     things: dict[tuple[str, str], dict[str, str]]
@@ -49,7 +49,7 @@ class Told:
     lone: bool
 
 
-def read(caption: str) -> Told:
+def read(caption: str) -> Claims:
     text = caption.lower().rstrip(".")
     nouns = list(NOUN.finditer(text))
     pairs = [(noun[3], noun[4]) for noun in nouns]
@@ -73,7 +73,7 @@ def read(caption: str) -> Told:
     spot = re.search(r"(?:at the|on the|in the) (top left|top right|bottom left|bottom right|top|bottom"
                      r"|left side|right side|middle)", text)  # fmt: skip
     lone = LONE.search(text) is not None
-    return Told(things, relations, ground[2] if ground else None, kind, spot[1] if spot else None, lone)
+    return Claims(things, relations, ground[2] if ground else None, kind, spot[1] if spot else None, lone)
 
 
 def place_of(thing: SceneObject) -> str:
@@ -82,24 +82,24 @@ def place_of(thing: SceneObject) -> str:
     return f"{row} {column}".strip() if row else f"{column} side" if column else "middle"
 
 
-def fits(told: Told, scene: Scene, closed: bool) -> bool:
-    """Whether all that is told is true; `closed` also takes what is not told to be absent."""
+def fits(claims: Claims, scene: Scene, closed: bool) -> bool:
+    """Whether every claim is true; `closed` also takes what is not claimed to be absent."""
     by_pair = {thing.pair: thing for thing in scene.objects}
-    if not told.things.keys() <= by_pair.keys():
+    if not claims.things.keys() <= by_pair.keys():
         return False
-    if len(scene.objects) != len(told.things) and (closed or told.lone):
+    if len(scene.objects) != len(claims.things) and (closed or claims.lone):
         return False
-    for pair, said in told.things.items():
+    for pair, said in claims.things.items():
         if any(getattr(by_pair[pair], name) != value for name, value in said.items()):
             return False
-    for a, where, b in told.relations:
+    for a, where, b in claims.relations:
         dx, dy = by_pair[a].x - by_pair[b].x, by_pair[a].y - by_pair[b].y
         sure = {"left": -dx > abs(dy), "right": dx > abs(dy), "above": -dy > abs(dx), "below": dy > abs(dx)}
         if not sure[where]:
             return False
-    if told.tint not in (None, scene.tint) or told.kind not in (None, scene.background):
+    if claims.tint not in (None, scene.tint) or claims.kind not in (None, scene.background):
         return False
-    return told.place is None or told.place == place_of(scene.objects[0])
+    return claims.place is None or claims.place == place_of(scene.objects[0])
 
 
 def planned(split: str, count: int, seed: int = 0) -> list[tuple[Scene, list[str]]]:
@@ -111,16 +111,16 @@ def planned(split: str, count: int, seed: int = 0) -> list[tuple[Scene, list[str
 
 
 def test_reader_on_captions_written_by_hand():
-    told = read(
+    claims = read(
         "An orange star with a small spotted red ring to its left, and a blue cross is under the red ring."
     )
     star, ring, cross = ("orange", "star"), ("red", "ring"), ("blue", "cross")
-    assert told.things == {star: {}, ring: {"size": "small", "surface": "dotted"}, cross: {}}
-    assert told.relations == [(ring, "left", star), (cross, "below", ring)]
-    told = read(
+    assert claims.things == {star: {}, ring: {"size": "small", "surface": "dotted"}, cross: {}}
+    assert claims.relations == [(ring, "left", star), (cross, "below", ring)]
+    claims = read(
         "A single big plain pink heart at the top left of the picture; behind it is a cloudy grey background."
     )
-    assert (told.place, told.kind, told.tint, told.lone) == ("top left", "cloudy", "grey", True)
+    assert (claims.place, claims.kind, claims.tint, claims.lone) == ("top left", "cloudy", "grey", True)
 
 
 @pytest.mark.parametrize("split", ["train", "novel"])
@@ -144,10 +144,10 @@ def test_captions_are_five_distinct_sentences_of_right_english():
 
 def test_last_caption_tells_everything():
     for scene, captions in planned("test", 200):
-        told = read(captions[-1])
-        assert (told.tint, told.kind) == (scene.tint, scene.background)
-        assert told.things == {o.pair: {"size": o.size, "surface": o.surface} for o in scene.objects}
-        assert len(told.relations) == len(scene.objects) - 1
+        claims = read(captions[-1])
+        assert (claims.tint, claims.kind) == (scene.tint, scene.background)
+        assert claims.things == {o.pair: {"size": o.size, "surface": o.surface} for o in scene.objects}
+        assert len(claims.relations) == len(scene.objects) - 1
 
 
 @pytest.mark.parametrize(("split", "count"), [("val", 200), ("test", 500), ("novel", 500)])
@@ -156,12 +156,12 @@ def test_a_perfect_reader_finds_the_image(split, count):
     shown = [frozenset(thing.pair for thing in scene.objects) for scene, _ in plan]
     only: Counter[bool] = Counter()
     for _, captions in plan:
-        for told in map(read, captions):
+        for claims in map(read, captions):
             near = [
-                scene for (scene, _), pairs in zip(plan, shown, strict=True) if told.things.keys() <= pairs
+                scene for (scene, _), pairs in zip(plan, shown, strict=True) if claims.things.keys() <= pairs
             ]
             for closed in (True, False):
-                only[closed] += sum(fits(told, scene, closed) for scene in near) == 1
+                only[closed] += sum(fits(claims, scene, closed) for scene in near) == 1
     print(f"{split}, of {5 * count} captions fit one image: {only[True]} closed, {only[False]} open world")
     assert only[True] == 5 * count
     assert only[False] >= 0.99 * 5 * count
@@ -291,7 +291,7 @@ def test_foreign_files_are_never_overwritten(tmp_path):
         write_scenes(tmp_path / "file", **SMALL)
 
 
-def test_bad_input_is_told(tmp_path):
+def test_bad_input_is_one_sentence(tmp_path):
     with pytest.raises(LabError, match="num_val is 0; set it between 1 and"):
         write_scenes(tmp_path, num_val=0)
     with pytest.raises(LabError, match="image_size is 8; set it between 48 and 1024"):

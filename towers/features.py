@@ -313,7 +313,6 @@ def tower_of(model: Any, config: Config, side: str) -> Any:
     return towers[side]
 
 
-@torch.inference_mode()
 def text_features(model: Any, config: Config, texts: Sequence[str]) -> Tensor:
     """(T, D) joint-space features of any texts, by the encoder and pooling used in training.
 
@@ -323,19 +322,16 @@ def text_features(model: Any, config: Config, texts: Sequence[str]) -> Tensor:
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise LabError(f"the text {text!r} is not valid Unicode; correct it.")
     model.eval()
-    if config.text_tower_mode != "cached":
-        return model.encode_text(list(texts)).float().cpu()
-    device = model.logit_scale.device
-    features = encode_texts(tower_of(model, config, "text"), texts)
-    return model.encode_text(features.to(device)).float().cpu()
+    inputs: Any = list(texts)
+    if config.text_tower_mode == "cached":
+        inputs = encode_texts(tower_of(model, config, "text"), texts)
+    return encode_in_batches(model.encode_text, [inputs], model.logit_scale.device)
 
 
-@torch.inference_mode()
 def image_features(model: Any, config: Config, images: Tensor) -> Tensor:
     """(I, D) joint-space features of decoded images, (I, 3, S, S) uint8."""
     model.eval()
     device = model.logit_scale.device
-    images = images.to(device)
     if config.image_tower_mode == "cached":
-        images = tower_of(model, config, "image")(images)
-    return model.encode_image(images).float().cpu()
+        images = encode_in_batches(tower_of(model, config, "image"), [images], device)
+    return encode_in_batches(model.encode_image, [images], device)
