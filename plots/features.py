@@ -202,7 +202,7 @@ def modality_map(
     joined = np.zeros((0, 2), int) if pairs is None else to_numpy(pairs).astype(int).reshape(-1, 2)
     given = () if thumbnails is None else thumbnails
     images = dict(given if isinstance(given, Mapping) else enumerate(given))
-    required = ([*images, *joined[:, 0]], joined[:, 1])
+    required: list[Sequence[int]] = [[*images, *joined[:, 0]], joined[:, 1].tolist()]
     samples = [_sample(len(rows), limit, first, seed) for rows, first in zip(sides, required, strict=True)]
     rows = np.concatenate([rows[sample] for rows, sample in zip(sides, samples, strict=True)])
     if len(np.unique(rows, axis=0)) < 3:
@@ -225,7 +225,8 @@ def modality_map(
         some, total = len(points[order]), len(sides[order])
         label = f"{some:,} of {total:,} {name}" if some < total else f"{total:,} {name}"
         look: dict[str, Any] = {"marker": "os"[order], "color": color(order), "alpha": 0.7, "linewidth": 0}
-        axes.scatter(*zip(*points[order].values(), strict=True), 16, label=label, **look)
+        x, y = np.stack([*points[order].values()]).T
+        axes.scatter(x, y, 16, label=label, **look)
     axes.set(xlabel=labels[0], ylabel=labels[1])
     axes.legend(ncols=2, markerscale=1.6, **LEGEND_ABOVE)
     figure.draw_without_rendering()  # so that the limits and the layout are final

@@ -222,7 +222,7 @@ def alignment(image_features: Any, text_features: Any, image_id: Any, text_id: A
     Source: Wang & Isola 2020, section 4.1, alpha = 2.
     """
     ids = [torch.as_tensor(each).cpu().numpy() for each in (image_id, text_id)]
-    shared = np.intersect1d(*ids)
+    shared = np.intersect1d(ids[0], ids[1])
     shared = shared[shared != -1]
     if not len(shared):
         raise LabError("no image and text share an id; alignment needs matching pairs.")
