@@ -6,10 +6,10 @@ import json
 import os
 import platform
 import random
+from collections import Counter
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -58,14 +58,22 @@ def damage(path: Path, number: int) -> None:
     path.write_bytes(data)
 
 
-def add_results(title: str, table: Any) -> None:
-    """Put a table of what was tried and survived into benchmarks/results/robustness.md, in place of its last one."""
+def add_results(title: str, tried: Counter[tuple[str, str]]) -> None:
+    """Put a table into benchmarks/results/robustness.md, in place of its last one.
+
+    Args: tried: what was damaged or stopped, with `tried` or `survived` -> how often.
+    """
+    import pandas as pd
+
     from reports.report import markdown_table
 
+    counts = pd.Series(tried).unstack(fill_value=0)
+    table = counts.reindex(columns=["tried", "survived"], fill_value=0).rename_axis("what")
     path = ROOT / "benchmarks" / "results" / "robustness.md"
     head = (
-        "# Killed runs, damaged files, full disks\n\nMade by `make soak`; each row counts what was tried and what "
-        "ended as it should: in the right result, or in one sentence and then in the right result.\n"
+        "# Killed runs, damaged files, full disks\n\nMade by `make soak`. Survived: a killed run that continues ends "
+        "bit for bit as an undisturbed one; a damaged file or a full disk gives the right result, at once or after one "
+        "sentence that says what to do.\n"
     )
     text = path.read_text(encoding="utf-8") if path.is_file() else head
     parts = [part for part in text.split("\n## ") if not part.startswith(f"{title}\n")]

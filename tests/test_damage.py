@@ -76,10 +76,7 @@ def table():
     """Under `make soak`, what was tried and what came of it, for benchmarks/results."""
     yield
     if "DAMAGES" in os.environ:
-        rows = [
-            {"file": kind, "outcome": what, "count": count} for (kind, what), count in sorted(tried.items())
-        ]
-        add_results("damaged files", pd.DataFrame(rows))
+        add_results("damaged files", tried)
 
 
 def outcome(run: Run) -> dict[str, Any]:
