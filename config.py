@@ -13,70 +13,31 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import core.threads  # noqa: F401  read when torch is imported
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic import ValidationError as PydanticError
 
 from core.errors import LabError, choose, nearest, shown
+from core.field_types import (
+    Cosine,
+    Count,
+    CountOrZero,
+    Dropout,
+    Layers,
+    LearningRate,
+    NameOrPath,
+    Place,
+    Probability,
+    Ratio,
+    SomeSplits,
+    Splits,
+    Trackers,
+    Weight,
+    Width,
+    explain,
+)
 from core.files import write_text
-from core.presets import ALIASES, FAST_RUN, NAMES, PRESETS, START
-from core.settings_files import read_settings
-
-
-def _path(path: Path) -> Path:
-    """Expand `~`. Raises: ValueError for a text that cannot be a path or cannot be written to a file."""
-    if "\0" in str(path) or any(len(part) > 255 for part in path.parts):
-        raise ValueError("a path contains no null byte, and no part of more than 255 characters")
-    str(path).encode("utf-8")  # a UnicodeEncodeError is a ValueError
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise ValueError(str(error)) from None
-
-
-def _name_or_path(text: str) -> str:
-    path = str(_path(Path(text)))
-    return path if text.startswith("~") else text
-
-
-def _distinct(names: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(set(names)) < len(names):
-        raise ValueError("a name appears twice")
-    return names
-
-
-def _listed(names: Any) -> Any:
-    """Names with commas between them as a list."""
-    if not isinstance(names, str):
-        return names
-    return [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
-
-
-Count = Annotated[int, Field(ge=1, le=10**9)]
-CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
-Width = Annotated[int, Field(ge=1, le=1 << 16)]
-Layers = Annotated[int, Field(ge=1, le=1000)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
-Ratio = Annotated[float, Field(ge=0.01, le=100)]
-LearningRate = Annotated[float, Field(gt=0, le=100)]
-Weight = Annotated[float, Field(ge=0, le=1000)]
-Cosine = Annotated[float, Field(gt=0, le=2)]
-"""A difference of two cosines."""
-Place = Annotated[Path, AfterValidator(_path)]
-NameOrPath = Annotated[str, Field(min_length=1), AfterValidator(_name_or_path)]
-Split = Annotated[str, Field(pattern=r"^[^./\\+\x00-\x1f][^/\\+\x00-\x1f]*$", max_length=100)]
-"""A split's name is part of file names; several are joined by "+"."""
-Splits = Annotated[tuple[Split, ...], AfterValidator(_distinct)]
-SomeSplits = Annotated[Splits, Field(min_length=1)]
-Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+from core.presets import FAST_RUN, NAMES, PRESETS, START
+from core.settings_files import current, former, read_settings, unknown
 
 
 class Config(BaseModel):
@@ -359,7 +320,7 @@ class Config(BaseModel):
     """Minutes between checkpoints within an epoch."""
     keep_every_epochs: Count | None = None
     """Also keep the weights and a whole checkpoint of every this many epochs; none: only the best weights."""
-    trackers: Annotated[tuple[Tracker, ...], BeforeValidator(_listed), AfterValidator(_distinct)] = ()
+    trackers: Trackers = ()
     """Experiment trackers that also log the history, such as tensorboard,wandb; empty: none."""
 
     # --- evaluation (not part of a run's name) ---
@@ -379,26 +340,25 @@ class Config(BaseModel):
 
     def __init__(self, **values: Any) -> None:
         try:
-            super().__init__(**_resolve_aliases(values))
+            super().__init__(**current(values))
         except PydanticError as error:
-            raise LabError(_explain(error)) from None
+            raise _explained(error) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in type(self).model_fields or (name == "preset" and value != self.preset):
             raise LabError(_unknown(name))
         try:
-            for field, setting in _resolve_aliases({name: value}).items():
+            for field, setting in current({name: value}).items():
                 super().__setattr__(field, setting)
         except PydanticError as error:
-            raise LabError(_explain(error)) from None
+            raise _explained(error) from None
 
     def __getitem__(self, name: str) -> Any:
         if name not in type(self).model_fields:
             raise LabError(_unknown(name))
         return getattr(self, name)
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self, name, value)
+    __setitem__ = __setattr__
 
     def keys(self) -> Iterator[str]:
         """Names of the fields; `dict(**config)` uses them."""
@@ -408,7 +368,7 @@ class Config(BaseModel):
         """A copy with some fields changed; raises LabError as an assignment does."""
         if overrides.get("preset", self.preset) != self.preset:
             raise LabError(_unknown("preset"))
-        return Config(**{**self.model_dump(), **_resolve_aliases(overrides)})
+        return Config(**{**self.model_dump(), **current(overrides)})
 
     def differences(self, other: Config | None = None) -> dict[str, tuple[Any, Any]]:
         """Fields that differ: name -> (value here, value in `other`); `other` is DEFAULT_CONFIG if not given."""
@@ -434,55 +394,15 @@ class Config(BaseModel):
 def _unknown(name: str) -> str:
     if name in ("preset", "base_data_dir"):
         return f"{name} cannot be changed in a configuration; pass it to make_config(PRESET, ...)."
-    hint = nearest(name, list(Config.model_fields))
-    return f"configuration field {name!r} does not exist{hint or '; see the fields of config.Config.'}"
+    return unknown(name, list(Config.model_fields))
 
 
-def _explain(error: PydanticError) -> str:
-    """One sentence about the first error."""
+def _explained(error: PydanticError) -> LabError:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else "?"
     if first["type"] == "extra_forbidden":
-        return _unknown(name)
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, LabError):
-        return str(cause)
-    annotation = Config.model_fields[name].annotation if name in Config.model_fields else None
-    kind = getattr(annotation, "__name__", None)
-    kind = kind or re.sub(r"typing\.|Annotated\[(\w+).*?\]", r"\1", str(annotation))
-    return f"configuration field {name!r} takes {kind}: {first['msg']}, not {shown(first['input'])}."
-
-
-REMOVED: dict[str, Any] = {"tensorboard": False, "compile": False, "allow_tf32": True, "schedule_cycles": 3}
-"""Fields of earlier versions, with the value that every run has now."""
-
-
-def _resolve_removed(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings without fields of earlier versions. Raises: LabError if one has a value that no run has now."""
-    known = {name: value for name, value in values.items() if name not in REMOVED}
-    for name in REMOVED.keys() & values.keys():
-        if name == "tensorboard" and values[name]:
-            known.setdefault("trackers", ("tensorboard",))
-        elif values[name] != REMOVED[name]:
-            raise LabError(
-                f"configuration field {name!r} no longer exists and is always {shown(REMOVED[name])}, not "
-                f"{shown(values[name])}; delete it."
-            )
-    return known
-
-
-def _resolve_aliases(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings with the loss by its standard name; `queue_infonce` also sets the queue."""
-    values = _resolve_removed(values)
-    loss = values.get("loss")
-    if loss == "queue_infonce":
-        if values.get("negatives", "queue") != "queue":
-            raise LabError(
-                "loss 'queue_infonce' is loss 'infonce' with negatives 'queue'; leave negatives out, or set loss to "
-                "'infonce'."
-            )
-        values = {**values, "negatives": "queue"}
-    return {**values, "loss": ALIASES[loss]} if isinstance(loss, str) and loss in ALIASES else values
+        return LabError(_unknown(name))
+    return LabError(explain(name, first, Config.model_fields.get(name)))
 
 
 GROUPS = {
@@ -547,9 +467,6 @@ def make_config(
     return config
 
 
-NAMES_IN_FILES = (*Config.model_fields, *REMOVED, "base_data_dir", "fast_run")
-
-
 def run_file(folder: str | Path) -> Path:
     """The configuration file of a run. Raises: LabError if the folder is missing or is not a run's."""
     path = Path(folder) / "config.yaml"
@@ -568,7 +485,7 @@ def load_config(path: str | Path, **overrides: Any) -> Config:
 
     Raises: LabError if the file is missing, not a mapping, or contains an unknown field or one twice.
     """
-    values = read_settings(path, NAMES_IN_FILES)
+    values = read_settings(path, [*Config.model_fields, *former(), "base_data_dir", "fast_run"])
     config = make_config(**{**values, **overrides})
     name = re.sub(r"[^\w-]+", "_", Path(path).stem)[:60]
     if "settings_file" not in values and name not in ("config", "best_config"):

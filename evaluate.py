@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from config import load_config
 from core.errors import LabError, choose
-from core.files import csv_text, fingerprint, make_folder, write_json, write_text
+from core.files import csv_text, file_digest, fingerprint, make_folder, write_json, write_text
+from core.tensor_files import save_tensors
 from metrics import as_text, chance, figures_of, metrics_table, recalls_of
 from plots.figures import learning_curves, recall_bars
 from reports.compare import BASELINE, Setting, comparison_table, settings_label
@@ -29,7 +31,7 @@ from reports.report import COPIES, comparison_page, free_name, run_page, save_se
 from reports.search import GallerySearch, check_captioned, file_name, found_table, search_grid
 from reports.sections import Exhibit, examine, zero_shot_exhibits
 from reports.zero_shot import DEFAULT_TEMPLATES, Labelled, known_labels, measure, open_labelled
-from training.checkpoints import evaluation_lock, read_metrics
+from training.checkpoints import evaluation_lock, load_any_weights, read_metrics
 from utils import Run, load_run
 
 # --- measuring ---
@@ -385,6 +387,36 @@ def evaluate_command(folder: str, places: dict[str, Any], **options: Any) -> Non
         report_run(run, **options)
     print(metrics_table(run.metrics).T.to_string())
     print(f"{results_of(run)}: metrics.json, tables/, figures/, report.html")
+
+
+def evaluate_weights(
+    model_path: str,
+    config_path: str | None,
+    places: dict[str, Any],
+    *,
+    comprehensive: bool = False,
+    output_file: str | None = None,
+) -> None:
+    """Evaluate a file of weights that is in no run's folder, and print its table and the output paths.
+
+    Its own folder in `runs_dir` holds a copy, the settings and the results; there is no report without a history.
+    """
+    copy = None if output_file is None else choose(COPIES, Path(output_file).suffix, "output_file ending")
+    path = Path(model_path)
+    settings = Path(config_path) if config_path else path.parent / "config.yaml"
+    config = load_config(settings).updated(**places)
+    folder = config.runs_dir / f"{path.stem}_{file_digest(path)[:6]}"
+    config.save(folder / "config.yaml")
+    save_tensors(folder / "best.safetensors", load_any_weights(path), {"copy_of": path.name})
+    run = load_run(folder)
+    measure_run(run)
+    for split in config.test_splits * comprehensive:
+        exhibits = examine(open_gallery(run, split), results_of(run) / "figures")
+        save_sections(exhibits, results_of(run) / "tables", split)
+    if output_file is not None and copy is not None:
+        write_text(output_file, copy(run))
+    print(metrics_table(run.metrics).T.to_string())
+    print(f"{results_of(run)}: metrics.json{', tables/, figures/' * comprehensive}")
 
 
 def compare_command(folders: list[str], folder: str, baseline: str | None, places: dict[str, Any]) -> None:

@@ -17,15 +17,6 @@ del PRESETS["groups"]
 FAST_RUN: dict[str, Any] = dict(max_samples=64, num_epochs=2, batch_size=32, warmup_steps=2)
 """Overrides with which any preset runs every section in well under a minute."""
 
-ALIASES: dict[str, str] = {
-    "InfoNCELoss": "infonce",
-    "softmax_infonce": "infonce",
-    "info_nce": "infonce",
-    "queue_infonce": "infonce",
-    "sigmoid_infonce": "sigmoid",
-}
-"""Other documented names of the losses; `queue_infonce` also sets `negatives: queue`."""
-
 _HEADS = "mlp linear standardised identity projection siglip clip attention"
 _METRICS = (
     "recall ndcg mrr map r_precision rsum image_spread text_spread top1 top10 top100 top1_same top1_different order "

@@ -61,9 +61,42 @@ def read_settings(path: str | Path, fields: Collection[str]) -> Settings:
 
 
 @functools.cache
-def layouts() -> dict[str, Any]:
-    """The table of other labs' names, aliases.yaml."""
+def _aliases() -> dict[str, Any]:
     return load_yaml(Path(__file__).with_name("aliases.yaml"))
+
+
+def layouts() -> dict[str, Any]:
+    """Other labs' names of settings, by lab."""
+    return _aliases()["layouts"]
+
+
+def former() -> dict[str, Any]:
+    """Other values of fields, and fields of earlier versions by value: the settings that each stands for."""
+    return _aliases()["former"]
+
+
+def current(values: Settings) -> Settings:
+    """Settings without former names. Raises: LabError if one contradicts another setting, or has no effect now."""
+    result: Settings = {}
+    for name, value in values.items():
+        by_value = former().get(name, {})
+        if not isinstance(value, str | int) or value not in by_value:
+            if by_value and name != "loss":
+                always = next(iter(by_value))
+                raise LabError(
+                    f"configuration field {name!r} no longer exists and is always {always}, not {shown(value)}; "
+                    "delete it."
+                )
+            result[name] = value
+            continue
+        for field, setting in by_value[value].items():
+            if field != name and values.get(field, setting) != setting:
+                raise LabError(
+                    f"{name} {value!r} stands for {by_value[value]}, and {field} is {values[field]!r}; "
+                    f"leave {field} out."
+                )
+            result[field] = setting
+    return result
 
 
 def translate(
@@ -118,11 +151,14 @@ def _translated(
             texts = {str(key): settings for key, settings in target.items()}
             return choose(texts, str(value), name)
     if name not in fields:
-        hint = nearest(name, [*fields, *names_of_flags()])
-        raise LabError(
-            f"configuration field {name!r} does not exist{hint or '; see the fields of config.Config.'}"
-        )
+        raise LabError(unknown(name, [*fields, *names_of_flags()]))
     return {name: value}
+
+
+def unknown(name: str, names: list[str]) -> str:
+    """One sentence about a name that no setting has."""
+    hint = nearest(name, names) or "; see the fields of config.Config."
+    return f"configuration field {name!r} does not exist{hint}"
 
 
 def names_of_flags() -> set[str]:

@@ -275,6 +275,12 @@ def evaluate(arguments: list[str] | None = None) -> None:
     compare = _verb(verbs, "compare", "evaluate.compare_command", "compare finished runs")
     search = _verb(verbs, "search", "evaluate.search_run", "find a run's test images by text or image")
     export = _verb(verbs, "export", "evaluate.export_command", "write a run's model for other libraries")
+    weights = _verb(verbs, "weights", "evaluate.evaluate_weights", "evaluate a file of weights alone")
+    weights.add_argument("--model_path", required=True, metavar="FILE", help="weights, .safetensors or .pth")
+    weights.add_argument(
+        "--config_path", metavar="FILE", help="their settings (default: config.yaml beside them)"
+    )
+    weights.add_argument("--batch_size", type=int, help="images per batch (default: as trained)")
     compare.add_argument("folders", metavar="RUN", nargs="+", help="folders of runs, such as runs/*")
     for verb in (run, search, export):
         verb.add_argument("folder", metavar="RUN", help="folder of a run, such as runs/quickstart_s0")
@@ -284,13 +290,14 @@ def evaluate(arguments: list[str] | None = None) -> None:
             verb.add_argument(
                 f"--{place}", help=f"{Config.model_fields[place].description} (default: as trained)"
             )
-    run.add_argument("--comprehensive", action="store_true", help="write every table and figure")
+    for verb in (run, weights):
+        verb.add_argument("--comprehensive", action="store_true", help="write every table and figure")
+        verb.add_argument(
+            "--output_file", help="a further copy of the report, metrics or results: .html, .json, .csv, .md"
+        )
     run.add_argument("--labelled", action="append", default=[], metavar="DIR",
                      help="class folders or CIFAR files to classify; may be given again")  # fmt: skip
     run.add_argument("--again", action="store_true", help="measure again what metrics.json holds")
-    run.add_argument(
-        "--output_file", help="a further copy of the report, metrics or results: .html, .json, .csv, .md"
-    )
     compare.add_argument(
         "--folder", default="outputs/comparison", help="output folder (default: %(default)s)"
     )
@@ -302,14 +309,14 @@ def evaluate(arguments: list[str] | None = None) -> None:
     export.add_argument("--folder", dest="output", help="output folder (default: RUN/export)")
     words = sys.argv[1:] if arguments is None else arguments
     if words and words[0] not in (*verbs.choices, "-h", "--help"):
-        words = ["run", *words]
+        words = ["weights" if "--model_path" in words else "run", *words]
     given = parser.parse_args(words)
-    values = {place: vars(given).pop(place) for place in places}
+    values = {place: vars(given).pop(place, None) for place in (*places, "batch_size")}
     given.places = {place: value for place, value in values.items() if value is not None}
     with one_sentence():
         if "folders" in given:
             given.folders = [_run_folder(folder) for folder in given.folders]
-        else:
+        elif "folder" in given:
             given.folder = _run_folder(given.folder)
             run_file(given.folder)
     _call(given)

@@ -20,7 +20,7 @@ CAPTION = "a man in a red shirt and a black hat rides a brown horse along the be
 
 
 def memory_need(config: Config, batch_size: int | None = None) -> pd.DataFrame:
-    """GB that a float32 training step of both towers needs, one row per part.
+    """GB that a float32 training step of the towers and heads needs, one row per part.
 
     Activations are those kept for the backward pass, counted for pictures with their captions, each of the
     length of `CAPTION`; what a library allocates beside them, and its fragments, come on top. With
@@ -32,7 +32,7 @@ def memory_need(config: Config, batch_size: int | None = None) -> pd.DataFrame:
     """
     batch_size = batch_size or config.batch_size
     model = build_model(config.updated(gradient_checkpointing=False)).train()
-    two, one = (_kept(model, config, images) for images in (2, 1))
+    two, one = (_kept(model, config, images) for images in (3, 2))
     kept, inputs = batch_size * (two[0] - one[0]), batch_size * (two[1] - one[1])
     blocks = sum(isinstance(part, Block) for part in model.modules())
     weights = sum(p.nbytes for p in model.parameters())
@@ -65,7 +65,11 @@ def _kept(model: CLIPModel, config: Config, images: int) -> tuple[int, int]:
 
     shape = getattr(model.image_encoder, "picture_shape", (config.image_size,) * 2)
     pictures = torch.zeros(images, 3, *shape, dtype=torch.uint8)
-    captions = [CAPTION] * images * (config.captions_per_image or 5)
+    captions: Any = [CAPTION] * images * (config.captions_per_image or 5)
+    if config.text_tower_mode == "cached":
+        captions = torch.zeros(len(captions), model.text_encoder.width)
+    if config.image_tower_mode == "cached":
+        pictures = torch.zeros(images, model.image_encoder.width)
     handles = [part.register_forward_pre_hook(note) for part in model.modules() if isinstance(part, Block)]
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         features = model(pictures, captions)  # its graph keeps what `kept` counts

@@ -1,14 +1,20 @@
 """What the pages of other labs print works here as it stands, or is listed with its counterpart."""
 
+import re
+import shlex
 from pathlib import Path
 
+import coming_from
 import pytest
 import yaml
 from small_data import ROOT
 
-from config import Config, load_config
+from config import Config, load_config, make_config
 from core.errors import LabError
+from core.presets import PRESETS
 from core.settings_files import layouts
+from interface import cli
+from labs.scratch import memory_need
 from training.effects import check
 
 SNIPPETS = yaml.safe_load((ROOT / "tests" / "other_labs.yaml").read_text(encoding="utf-8"))
@@ -99,3 +105,93 @@ def test_the_heads_files_are_what_they_say():
     assert [config.loss for config in heads.values()] == ["sigmoid", "infonce", "infonce", "infonce"]
     assert heads["attention"].negatives == "queue"
     assert heads["clip"].learn_temperature
+
+
+# --- the tables ---
+
+ROWS = [(lab, row) for lab in coming_from.LABS for row in coming_from.rows_of(lab)]
+
+
+def test_no_feature_is_left_out():
+    """As many rows as features that the other labs' pages describe."""
+    counts = {lab: len(coming_from.rows_of(lab)) for lab in coming_from.LABS}
+    assert counts == {
+        "coco": 43, "projection_heads": 55, "paired_cifar": 75, "retrieval_finetuning": 50, "flickr30k": 42,
+    }  # fmt: skip
+    for _, row in ROWS:
+        assert set(row) == {"feature", "what to type here", "status", "test"}
+        assert row["status"] in coming_from.STATUS
+        assert (ROOT / "tests" / row["test"]).is_file() or (row["status"], row["test"]) == ("no", "-")
+
+
+def test_the_pages_are_those_of_the_tables():
+    for lab in coming_from.LABS:
+        text = (coming_from.PAGES / f"{lab}.md").read_text(encoding="utf-8")
+        assert text == coming_from.page(lab), "run `python -m tests.coming_from`"
+    assert (coming_from.PAGES / "README.md").read_text(encoding="utf-8") == coming_from.index()
+
+
+PLACES = {"DIR": "data", "OUT": "out", "FILE": "file", "NAME": "quickstart_s0", "OTHER": "quickstart_s1"}
+
+
+def commands() -> list[tuple[str, str]]:
+    """(script, arguments) of every command and list of flags in the tables."""
+    found = []
+    for lab, row in ROWS:
+        for code in re.findall(r"`([^`]+)`", row["what to type here"]):
+            code = re.sub(r"\b(DIR|OUT|FILE|NAME|OTHER)\b", lambda match: PLACES[match[1]], code)
+            if match := re.match(r"python (train|tune|encode|evaluate|dataset)\.py(?: (.*))?$", code):
+                found.append((match[1], (match[2] or "").partition(" 2>&1")[0].replace("...", "").strip()))
+            elif code.startswith("--"):
+                words = set(re.findall(r"--(\w+)", code))
+                script = (
+                    "tune"
+                    if words & {"timeout", "n_jobs", "num_trials", "space", "tune_split", "folder"}
+                    else "train"
+                )
+                script = "encode" if "test_pairs" in words else script
+                if " " in code or code in ("--no_plotting", "--use_augmentation", "--eval_only"):
+                    found.append((script, f"--preset {coming_from.LABS[lab][1]} {code}"))
+    return [pair for pair in dict.fromkeys(found) if "test_pairs" not in pair[1]]
+
+
+@pytest.mark.parametrize(("script", "arguments"), commands(), ids=lambda text: str(text)[:80])
+def test_every_command_is_understood(script, arguments, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "_function", lambda name: lambda *config, **options: None)
+    monkeypatch.setattr(cli, "require_data", lambda config: None)
+    monkeypatch.setattr(cli, "run_file", lambda folder: None)
+    load = cli.load_config
+    monkeypatch.setattr(
+        cli,
+        "load_config",
+        lambda path, **fields: load(path, **fields) if Path(path).exists() else Config(**fields),
+    )
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *shlex.split(arguments)])
+    getattr(cli, script)()
+
+
+def test_files_that_the_tables_name_exist():
+    for lab, row in ROWS:
+        for name in re.findall(
+            r"`((?:configs|docs|towers|labs|sources|plots)/[\w./]+|\w+\.py)`", row["what to type here"]
+        ):
+            assert (ROOT / name).exists(), (lab, row["feature"])
+
+
+def test_other_labs_defaults_are_in_the_presets():
+    assert {name: PRESETS["clip_from_scratch"][name] for name in ("batch_size", "learning_rate", "num_epochs")} == {
+        "batch_size": 64, "learning_rate": 1e-4, "num_epochs": 20,
+    }  # fmt: skip
+    assert PRESETS["clip_from_scratch"]["weight_decay"] == 1e-4
+    assert "MIT License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["license"] == "MIT"
+
+
+def test_the_table_of_needs_is_computed():
+    text = (coming_from.PAGES / "needs.md").read_text(encoding="utf-8")
+    towers = dict(text_tower="embeddings", text_width=384)
+    for preset, changes in (("clip_from_scratch_small", {}), ("paired_small", towers)):
+        config = make_config(preset, **changes)
+        plain, checkpointing = memory_need(config).loc["total"].round(1)
+        assert f"| `{preset}` | {config.batch_size} | {plain:.1f} | {checkpointing:.1f} |" in text

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import json
 import math
 import re
 import shutil
@@ -26,6 +27,7 @@ from config import Config, load_config, make_config
 from core.errors import LabError
 from dataset import open_dataset
 from evaluate import evaluate_run
+from interface import cli
 from losses import InfoNCELoss, LabelledLoss
 from metrics import recalls_of
 from models import MAX_LOGIT_SCALE
@@ -529,6 +531,32 @@ def test_a_finished_run_trains_longer(small, capsys):
     assert "was to train for 3 epochs; optimizer and data order continue" in capsys.readouterr().out
     again = fit(small, resume=str(first.folder / "checkpoints" / "epoch_002.pt"), show=False)
     assert again.history["train_loss"].tolist() == first.history["train_loss"].tolist()
+
+
+def test_a_file_of_weights_alone_is_evaluated(small, tmp_path, capsys):
+    run = fit(small, show=False)
+    weights, settings = tmp_path / "model.pth", tmp_path / "config.yaml"
+    torch.save({"epoch": 3, "model": run.model.state_dict()}, weights)
+    small.updated(runs_dir=tmp_path / "alone").save(settings)
+    output = tmp_path / "results.json"
+    cli.evaluate(
+        [
+            "--model_path",
+            str(weights),
+            "--config_path",
+            str(settings),
+            "--batch_size",
+            "3",
+            "--output_file",
+            str(output),
+        ]
+    )
+    assert "i2t_recall@1" in capsys.readouterr().out
+    measured = json.loads(output.read_text())["val"]
+    assert recalls_of(measured) == recalls_of(evaluate_run(run, show=False)["val"])
+    weights.write_bytes(b"no weights")
+    with pytest.raises(SystemExit, match="model.pth is no file of weights"):
+        cli.evaluate(["--model_path", str(weights)])
 
 
 def test_a_settings_file_that_changed_is_not_the_run_it_made(small, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import signal
 import threading
@@ -234,6 +235,24 @@ def load_weights_file(path: Path) -> dict[str, Tensor]:
         raise LabError(f"{path} does not exist; train the run first.") from error
     _refuse_old_names(weights, path)
     return weights
+
+
+def load_any_weights(path: Path) -> dict[str, Tensor]:
+    """Weights by name of a .safetensors file, or of a file of `torch.save`, alone or in a checkpoint.
+
+    Raises: LabError if there are none; no code in the file is executed.
+    """
+    if path.suffix == ".safetensors":
+        return load_weights_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise LabError(f"{path} is no file of weights: {str(error).splitlines()[0]}.") from error
+    for name in ("model", "model_state_dict", "state_dict"):
+        content = content.get(name, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise LabError(f"{path} holds no weights by name; save model.state_dict().")
+    return content
 
 
 def _refuse_old_names(weights: Any, path: str | Path) -> None:
