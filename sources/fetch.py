@@ -200,6 +200,9 @@ def _fetch_kaggle(label: str, part: Part, folder: Path, archive: Path) -> dict[s
     """Download a Kaggle set to kagglehub's cache, link its folder and copy its files into `folder`."""
     import kagglehub
 
+    for place in (Path.cwd(), Path.cwd().parent):  # beside the notebook, where a file is uploaded to
+        if (place / "kaggle.json").is_file():
+            os.environ.setdefault("KAGGLE_CONFIG_DIR", str(place))
     for name in part.members:
         if (folder / name).is_dir() and not (folder / name).is_symlink():
             raise LabError(f"{folder / name} is incomplete; complete it by hand, or move it and fetch again")

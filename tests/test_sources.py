@@ -433,6 +433,15 @@ def test_credentials(kaggle, server, data, monkeypatch):
     assert not any("authorization" in request.headers for request in server.requests)
 
 
+def test_credentials_beside_the_notebook(kaggle, server, data, monkeypatch):
+    monkeypatch.delenv("KAGGLE_CONFIG_DIR", raising=False)
+    monkeypatch.chdir(data.parent)
+    (data.parent / "kaggle.json").write_text('{"username": "somebody", "key": "secret"}')
+    fetch("flickr8k", data)
+    assert all("authorization" in request.headers for request in kaggle.requests)
+    monkeypatch.delenv("KAGGLE_CONFIG_DIR")
+
+
 def test_a_wrong_checksum(kaggle, server, data):
     server.headers["x-goog-hash"] = goog_hash(b"something else")
     message = refused(data)
