@@ -25,11 +25,11 @@ from core.tensor_files import save_tensors
 from metrics import as_text, chance, figures_of, metrics_table, recalls_of
 from plots.figures import learning_curves, recall_bars
 from reports.compare import BASELINE, Setting, comparison_table, settings_label
-from reports.export import FORMATS, largest_difference, model_card
+from reports.export import FORMATS, model_card, write_format
 from reports.gallery import Gallery, data_digest, load_or_encode, open_split, results_folder, results_of
 from reports.report import COPIES, comparison_page, free_name, run_page, save_sections, save_table
-from reports.search import GallerySearch, check_captioned, file_name, found_table, search_grid
-from reports.sections import Exhibit, examine, zero_shot_exhibits
+from reports.search import GallerySearch, check_captioned, file_name, search_grid
+from reports.sections import Section, split_sections, zero_shot_sections
 from reports.zero_shot import DEFAULT_TEMPLATES, Labelled, known_labels, measure, open_labelled
 from training.checkpoints import evaluation_lock, load_any_weights, read_metrics
 from utils import Run, load_run
@@ -127,7 +127,7 @@ def zero_shot_accuracy(gallery: Gallery, templates: Sequence[str] = DEFAULT_TEMP
     truth = np.array([[label == name for name in labels] for label in known.values()])
     labelled = Labelled(gallery.split, labels, truth, gallery.image_features[list(known)])
     summary = measure(gallery.run, labelled, templates).summary
-    return {name: summary[name] for name in ("top1", "top5", "chance", "pictures", "labels")}
+    return {name: summary[name] for name in ("top1", "top5", "chance", "images", "labels")}
 
 
 # --- search ---
@@ -168,14 +168,11 @@ def search_command(
     run = run if isinstance(run, Run) else load_run(run)
     search = open_search(run)
     k = max(1, min(10, len(search.images) - (image is not None))) if k is None else k
-    if len(terms) > 1:
-        found = search.combined(terms, k)
-    else:
-        found = (search.by_text([text], k) if image is None else search.by_picture([Path(image)], k))[0]
+    result = search.combined(terms, k)
     folder = results_of(run) / "search" if folder is None else Path(folder)
-    path = folder / f"{file_name(found.query)}.png"
-    search_grid([found], path, f"{run.name}, {search.gallery.split}: {len(search.images):,} pictures")
-    write_text(path.with_suffix(".csv"), csv_text(found_table([found]), index=False))
+    path = folder / f"{file_name(result.query)}.png"
+    search_grid([result], path, f"{run.name}, {search.gallery.split}: {len(search.images):,} images")
+    write_text(path.with_suffix(".csv"), csv_text(result.table(), index=False))
     return path
 
 
@@ -313,21 +310,21 @@ def report_run(
     if weights and weights != {run.weights}:  # figures of other weights do not stay beside the new ones
         for name in ("figures", "tables"):
             shutil.rmtree(run.folder / name, ignore_errors=True)
-    exhibits: dict[str, list[Exhibit]] = {}
+    sections: dict[str, list[Section]] = {}
     for split in run.config.test_splits * comprehensive:  # encoded once, for the metrics too
         gallery = open_gallery(run, split, show=show)
         run.metrics[split] = measure_split(run, split, gallery=gallery, again=again)
-        exhibits[split] = examine(gallery, results_of(run) / "figures", show=show)
+        sections[split] = split_sections(gallery, results_of(run) / "figures", show=show)
     evaluate_run(run, again=again and not comprehensive, show=show)
     results = results_of(run)
     for folder in dict.fromkeys(Path(each).resolve() for each in labelled):
-        name = free_name(folder, {*exhibits, *run.config.test_splits})
+        name = free_name(folder, {*sections, *run.config.test_splits})
         result = measure(run, replace(open_labelled(run, folder, show=show), name=name))
-        exhibits[name] = list(zero_shot_exhibits([result], results / "figures", name))
-    for where, sections in exhibits.items():
-        save_sections(sections, results / "tables", where)
+        sections[name] = list(zero_shot_sections([result], results / "figures", name))
+    for where, parts in sections.items():
+        save_sections(parts, results / "tables", where)
     save_table(metrics_table(run.metrics), results / "tables" / "results")
-    page = run_page(run, exhibits).save(results / "report.html")
+    page = run_page(run, sections).save(results / "report.html")
     if output_file is not None and copy is not None:
         write_text(output_file, copy(run))
     return page
@@ -352,7 +349,7 @@ def export_run(run: Run, folder: str | Path) -> list[Path]:
     """Write every format that fits the run's model, and a model card that says why others do not.
 
     `clip/` for transformers' CLIPModel, `text/` for sentence-transformers, `model/` as safetensors with a
-    loader of its own. Each is read back, and kept only if it gives the model's features to 1e-5.
+    loader of its own. Each is read back, and kept only if its features equal the model's to 1e-5.
 
     Returns: the card, and the folder of each format written.
     Raises: LabError if the run has no weights.
@@ -360,21 +357,15 @@ def export_run(run: Run, folder: str | Path) -> list[Path]:
     folder = make_folder(folder)
     written: list[Path] = []
     notes: list[str] = []
-    run.model  # noqa: B018  a run without weights is no matter of formats
-    for name, (write, what) in FORMATS.items():
-        shutil.rmtree(folder / name, ignore_errors=True)
+    run.model  # noqa: B018  raises if the run has no weights
+    for name in FORMATS:
         try:
-            difference = largest_difference(write(run, folder / name), folder / name)
+            notes.append(f"- `{name}/`: {write_format(run, name, folder / name)}")
+            written.append(folder / name)
         except LabError as error:
-            shutil.rmtree(folder / name, ignore_errors=True)
             notes.append(f"- `{name}/` is left out: {error}")
             print(notes[-1])
-        else:
-            written.append(folder / name)
-            notes.append(f"- `{name}/`: {what} Largest difference from the run's features: {difference:.0e}.")
-    card = folder / "README.md"
-    write_text(card, model_card(run, notes))
-    return [card, *written]
+    return [write_text(folder / "README.md", model_card(run, notes)), *written]
 
 
 # --- commands ---

@@ -1,9 +1,9 @@
-"""A CLIP-shaped model as a folder that transformers' CLIPModel loads; heads as the plain layers that libraries know."""
+"""A run's model in the formats of other libraries: transformers, sentence-transformers, safetensors with a loader."""
 
 from __future__ import annotations
 
-import re
 import runpy
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,63 +13,62 @@ import core.devices  # noqa: F401  before torchvision
 
 import torch
 import transformers
+from jinja2 import Template
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import fuse_linear_bn_eval
 
 from config import Config
 from core.errors import LabError
-from core.files import atomic_path, write_json, write_text
+from core.files import atomic_path, write_json
+from metrics import metrics_table
 from models import CLIPModel, build_model
+from reports.gallery import INTERVALS
+from reports.report import markdown_table
 from towers.image import ClipVisionTower
 from towers.text import CONTEXT
 from towers.transformer import ACTIVATIONS, Encoder, TextTransformer, VisionTransformer
 from training.checkpoints import own_image_weights
 from utils import Run
 
-# --- Heads as plain layers ---
+TOLERANCE = 1e-5
+TEXTS = ["a red square beside a blue circle", "two dogs run through the snow", "a man"]
+HERE = Path(__file__).parent
+
+FeaturePairs = list[tuple[Tensor, Tensor]]
+"""Features by the run's model, and the same by the model that was written and read again."""
 
 
-PLAIN = (nn.Linear, nn.LayerNorm, nn.GELU)
+# --- heads as plain layers ---
 
 
 def plain_layers(head: nn.Module) -> list[nn.Module]:
-    """A head in evaluation as linear layers, LayerNorms and GELUs: no dropout, BatchNorm folded in.
+    """A head in eval mode as linear layers, LayerNorms and GELUs: without dropout, BatchNorm folded in.
 
-    Raises: LabError if it holds anything else.
+    Raises: LabError if it has any other layer.
     """
     layers: list[nn.Module] = []
     for layer in _leaves(head):
         if isinstance(layer, (nn.Dropout, nn.Identity)):
             continue
         if isinstance(layer, nn.BatchNorm1d) and layers and isinstance(layers[-1], nn.Linear):
-            layers[-1] = fold_batch_norm(layers[-1], layer)
-        elif isinstance(layer, PLAIN):
+            layers[-1] = fuse_linear_bn_eval(layers[-1], layer)
+        elif isinstance(layer, (nn.Linear, nn.LayerNorm, nn.GELU)):
             layers.append(layer)
         else:
             raise LabError(
-                f"a head with {type(layer).__name__} is no chain of linear layers; heads 'identity', 'linear', "
+                f"a head with {type(layer).__name__} is not a chain of linear layers; heads 'identity', 'linear', "
                 "'projection', 'mlp', 'siglip' and 'clip' are."
             )
     return layers
 
 
-def _leaves(head: nn.Module) -> list[nn.Module]:
+def _leaves(head: nn.Module) -> Iterator[nn.Module]:
     if isinstance(head, nn.Sequential):
-        return [leaf for part in head for leaf in _leaves(part)]
-    return [head]
-
-
-@torch.no_grad()
-def fold_batch_norm(linear: nn.Linear, norm: nn.BatchNorm1d) -> nn.Linear:
-    """One linear layer that does what `linear` and then `norm` in evaluation do."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    bias = 0.0 if linear.bias is None else linear.bias.double()
-    folded = nn.Linear(linear.in_features, linear.out_features)
-    folded.weight.copy_(gain[:, None] * linear.weight.double())
-    folded.bias.copy_(gain * (bias - norm.running_mean.double()) + norm.bias.double())
-    return folded
+        for part in head:
+            yield from _leaves(part)
+    else:
+        yield head
 
 
 def linear_map(head: nn.Module, width: int) -> Tensor:
@@ -87,48 +86,92 @@ def linear_map(head: nn.Module, width: int) -> Tensor:
     return layers[0].weight.detach().cpu()
 
 
-# --- CLIPModel ---
+# --- the whole model ---
 
 
-def write_clip(model: CLIPModel, image_resize: str, folder: Path) -> Path:
-    """Write a model that transformers.CLIPModel, CLIPProcessor and AutoTokenizer load from `folder`.
+def whole_model(run: Run) -> tuple[CLIPModel, Config]:
+    """The run's model on the CPU, with towers instead of their cached features, and its configuration."""
+    modes = {name: run.config[name] for name in ("image_tower_mode", "text_tower_mode")}
+    config = run.config.updated(**{name: "frozen" if m == "cached" else m for name, m in modes.items()})
+    if modes["image_tower_mode"] != "cached":
+        config = config.updated(image_weights=own_image_weights(config))  # the run's file has them
+    model = build_model(config)
+    model.load_state_dict(run.model.state_dict(), strict=False)
+    return model.eval(), config
+
+
+def _images(config: Config) -> Tensor:
+    """(2, 3, S, S) random uint8."""
+    size, generator = config.image_size, torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (2, 3, size, size), generator=generator).to(torch.uint8)
+
+
+def _cpu(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in module.state_dict().items()}
+
+
+# --- transformers ---
+
+
+def write_clip(run: Run, folder: Path) -> FeaturePairs:
+    """Write a model that transformers.CLIPModel, AutoTokenizer and AutoImageProcessor load from `folder`.
 
     Linear heads without bias become CLIP's projections.
-    Raises: LabError where a tower or a head is not CLIP's.
+    Raises: LabError where a tower or a head differs from CLIP's.
     """
-    vision, vision_state = vision_half(model)
-    text, text_state = text_half(model)
-    scale = model.logit_parts()["logit_scale"].log().cpu()
-    width = len(vision_state["visual_projection.weight"])  # the halves' own may be another
-    config = transformers.CLIPConfig(
-        text_config={**text.to_dict(), "projection_dim": width},
-        vision_config={**vision.to_dict(), "projection_dim": width},
-        projection_dim=width,
-        logit_scale_init_value=scale.item(),
+    ours, config = whole_model(run)
+    vision, vision_state = _vision_half(ours)
+    text, text_state = _text_half(ours)
+    scale = ours.logit_parts()["logit_scale"].log().cpu()
+    width = {"projection_dim": len(vision_state["visual_projection.weight"])}  # the halves' own may differ
+    clip = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config={**text.to_dict(), **width},
+            vision_config={**vision.to_dict(), **width},
+            logit_scale_init_value=scale.item(),
+            **width,
+        )
     )
-    whole = transformers.CLIPModel(config)
-    whole.load_state_dict({**vision_state, **text_state, "logit_scale": scale})
-    whole.save_pretrained(folder)
-    model.text_encoder.tokenizer.save_pretrained(str(folder))
-    image_processor(model, vision.image_size, image_resize).save_pretrained(folder)
-    return folder
+    clip.load_state_dict({**vision_state, **text_state, "logit_scale": scale})
+    clip.save_pretrained(folder)
+    ours.text_encoder.tokenizer.save_pretrained(str(folder))
+    crop, size = config.image_resize == "crop", vision.image_size
+    transformers.CLIPImageProcessor(
+        size={"shortest_edge": size} if crop else {"height": size, "width": size},
+        do_center_crop=crop,
+        crop_size={"height": size, "width": size},
+        image_mean=ours.image_encoder.mean.flatten().tolist(),
+        image_std=ours.image_encoder.std.flatten().tolist(),
+    ).save_pretrained(folder)
+
+    theirs = transformers.CLIPModel.from_pretrained(folder).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(
+        TEXTS, padding=True, truncation=True, max_length=CONTEXT, return_tensors="pt"
+    )
+    pixels = ours.image_encoder.normalise(_images(config))
+    image = theirs.get_image_features(pixel_values=pixels).pooler_output
+    text_features = theirs.get_text_features(**tokens).pooler_output
+    return [
+        (ours.encode_image(pixels), nn.functional.normalize(image, dim=-1)),
+        (ours.encode_text(TEXTS), nn.functional.normalize(text_features, dim=-1)),
+    ]
 
 
-def vision_half(model: CLIPModel) -> tuple[Any, dict[str, Tensor]]:
-    """Configuration and weights of the image side. Raises: LabError if it is not CLIP's."""
+def _vision_half(model: CLIPModel) -> tuple[Any, dict[str, Tensor]]:
+    """Configuration and weights of the image side. Raises: LabError if it differs from CLIP's."""
     tower = model.image_encoder
     if model.image_pooling is not None:
-        raise LabError("CLIP's image tower reads its class token; this model pools by attention.")
+        raise LabError("CLIP's image tower uses its class token; this model has attention pooling.")
     head = linear_map(model.image_head, tower.width)
     if isinstance(tower, ClipVisionTower):
         state = _cpu(tower.body)
         state["visual_projection.weight"] = head @ state["visual_projection.weight"]
         return tower.body.config, state
     if not isinstance(tower, VisionTransformer):
-        raise LabError("transformers' CLIPModel takes image towers 'vit' and 'clip' only.")
+        raise LabError("transformers' CLIPModel has image towers 'vit' and 'clip' only.")
     height, across = tower.picture_shape
     if height != across or tower.pooling != "class":
-        raise LabError("CLIP's image tower takes square pictures and reads its class token.")
+        raise LabError("CLIP's image tower needs square images and uses its class token.")
     config = transformers.CLIPVisionConfig(
         **_shape(tower.encoder), image_size=height, patch_size=height // tower.grid[0]
     )
@@ -136,8 +179,8 @@ def vision_half(model: CLIPModel) -> tuple[Any, dict[str, Tensor]]:
     return config, {**state, "visual_projection.weight": head}
 
 
-def text_half(model: CLIPModel) -> tuple[Any, dict[str, Tensor]]:
-    """Configuration and weights of the text side. Raises: LabError if it is not CLIP's."""
+def _text_half(model: CLIPModel) -> tuple[Any, dict[str, Tensor]]:
+    """Configuration and weights of the text side. Raises: LabError if it differs from CLIP's."""
     encoder = getattr(model.text_encoder, "encoder", None)
     head = linear_map(model.text_head, model.text_encoder.width)
     if isinstance(encoder, transformers.CLIPTextModelWithProjection):
@@ -145,13 +188,13 @@ def text_half(model: CLIPModel) -> tuple[Any, dict[str, Tensor]]:
         state["text_projection.weight"] = head @ state["text_projection.weight"]
         return encoder.config, state
     if not isinstance(encoder, TextTransformer):
-        raise LabError("transformers' CLIPModel takes text towers 'transformer' and 'clip' only.")
+        raise LabError("transformers' CLIPModel has text towers 'transformer' and 'clip' only.")
     state = {f"text_model.{name}": value for name, value in _cpu(encoder).items()}
     return text_config(encoder), {**state, "text_projection.weight": head}
 
 
 def text_config(encoder: TextTransformer) -> Any:
-    """A text transformer's shape, as transformers writes it."""
+    """A built-in text transformer's shape as a configuration of transformers."""
     return transformers.CLIPTextConfig(
         **_shape(encoder.encoder),
         vocab_size=encoder.end + 1,
@@ -175,64 +218,38 @@ def _shape(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _cpu(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().cpu() for name, value in module.state_dict().items()}
-
-
-def image_processor(model: CLIPModel, size: int, image_resize: str) -> Any:
-    """What makes a picture into pixels as this lab does: centre crop, or squashed to the square."""
-    crop = image_resize == "crop"
-    tower = model.image_encoder
-    return transformers.CLIPImageProcessor(
-        size={"shortest_edge": size} if crop else {"height": size, "width": size},
-        do_center_crop=crop,
-        crop_size={"height": size, "width": size},
-        image_mean=tower.mean.flatten().tolist(),
-        image_std=tower.std.flatten().tolist(),
-    )
-
-
-@torch.no_grad()
-def clip_features(folder: Path, pixels: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """(I, D) and (T, D) normalised features by transformers alone, of normalised pictures and of captions."""
-    model = transformers.CLIPModel.from_pretrained(folder).eval()
-    tokens = transformers.AutoTokenizer.from_pretrained(folder)(
-        texts, padding=True, truncation=True, max_length=CONTEXT, return_tensors="pt"
-    )
-    image = model.get_image_features(pixel_values=pixels).pooler_output
-    text = model.get_text_features(**tokens).pooler_output
-    return nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1)
-
-
 # --- sentence-transformers ---
 
 
-def write_sentence_transformer(model: CLIPModel, folder: Path) -> Path:
+def write_sentence_transformer(run: Run, folder: Path) -> FeaturePairs:
     """Write the text tower and its head as a SentenceTransformer.
 
-    Raises: LabError where the head is no chain of linear layers, or its library pools the tower otherwise.
+    Raises: LabError if the head is not a chain of linear layers, or the tower pools in a way of its own.
     """
     from sentence_transformers import SentenceTransformer  # takes seconds
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
+    model, _ = whole_model(run)
     tower = model.text_encoder
     if tower.pooling == "last":
-        raise LabError("text tower 'e5' adds its end mark itself, which sentence-transformers does not.")
-    body, projection = backbone(tower.encoder)
-    head = _modules([*projection, *plain_layers(model.text_head)])
+        raise LabError("text tower 'e5' adds its end token itself, which sentence-transformers does not.")
+    body, projection = _backbone(tower.encoder)
+    head = _sentence_modules([*projection, *plain_layers(model.text_head)])
     with tempfile.TemporaryDirectory() as plain:
         body.save_pretrained(plain)
         tower.tokenizer.save_pretrained(plain)
         encoder = Transformer(plain, max_seq_length=tower.max_length)
-    mean = tower.pooling == "mean"  # else at the end mark, the last token that is no padding
+    mean = tower.pooling == "mean"  # otherwise at the end token, the last one that is not padding
     pooling = Pooling(body.config.hidden_size, "mean" if mean else "lasttoken")
-    unit = [Normalize()] if mean else []
-    SentenceTransformer(modules=[encoder, pooling, *unit, *head, Normalize()], device="cpu").save(str(folder))
-    return folder
+    modules = [encoder, pooling, *([Normalize()] if mean else []), *head, Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder))
+    written = SentenceTransformer(str(folder), device="cpu")
+    features = written.encode(TEXTS, convert_to_tensor=True, show_progress_bar=False)
+    return [(model.encode_text(TEXTS), features)]
 
 
-def backbone(encoder: nn.Module) -> tuple[Any, list[nn.Module]]:
-    """The transformers model that AutoModel loads, and the projection that stands behind it, if any."""
+def _backbone(encoder: nn.Module) -> tuple[Any, list[nn.Module]]:
+    """The transformers model that AutoModel loads, and the projection after it, if any."""
     if isinstance(encoder, transformers.CLIPTextModelWithProjection):
         return encoder.text_model, [encoder.text_projection]
     if not isinstance(encoder, TextTransformer):
@@ -242,118 +259,66 @@ def backbone(encoder: nn.Module) -> tuple[Any, list[nn.Module]]:
     return body, []
 
 
-def _modules(layers: list[nn.Module]) -> list[nn.Module]:
-    """Linear layers, each with the GELU behind it, and LayerNorms, as sentence-transformers has them."""
+def _sentence_modules(layers: list[nn.Module]) -> list[nn.Module]:
+    """Linear layers, each with the GELU after it, and LayerNorms, as modules of sentence-transformers."""
     from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm
 
-    made: list[nn.Module] = []
-    for layer, behind in zip(layers, [*layers[1:], None], strict=True):
+    modules: list[nn.Module] = []
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
         if isinstance(layer, nn.Linear):
-            activation = nn.GELU() if isinstance(behind, nn.GELU) else nn.Identity()
+            activation = nn.GELU() if isinstance(following, nn.GELU) else nn.Identity()
             dense = Dense(layer.in_features, layer.out_features, layer.bias is not None, activation)
             dense.linear.load_state_dict(layer.state_dict())
-            made.append(dense)
+            modules.append(dense)
         elif isinstance(layer, nn.LayerNorm):
             norm = LayerNorm(layer.normalized_shape[0])
             norm.norm.load_state_dict(layer.state_dict())
-            made.append(norm)
-    return made
+            modules.append(norm)
+    return modules
 
 
-def sentence_features(folder: Path, texts: list[str]) -> Tensor:
-    """(T, D) features of texts by sentence-transformers alone."""
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(str(folder), device="cpu")
-    with torch.no_grad():
-        return model.encode(texts, convert_to_tensor=True, show_progress_bar=False).clone()
+# --- safetensors and a loader ---
 
 
-# --- safetensors and its loader ---
+def write_model(run: Run, folder: Path) -> FeaturePairs:
+    """Write a whole model that `load_model.py` builds with the lab's modules; of cached towers the heads only."""
+    if run.config.image_tower_mode == run.config.text_tower_mode == "cached":
+        return _write_heads(run, folder)
+    ours, config = whole_model(run)
+    config = config.updated(image_weights=own_image_weights(config))  # the file has them
+    content = config.model_dump(mode="json", exclude={"start_from"})
+    theirs = _written(folder, _cpu(ours), content, "load_model.txt")
+    images = _images(config)
+    return [
+        (ours.encode_image(images), theirs.encode_image(images)),
+        (ours.encode_text(TEXTS), theirs.encode_text(TEXTS)),
+    ]
 
 
-MODEL_LOADER = '''"""Loads this folder's model; it needs the lab's own modules: put their folder on PYTHONPATH.
-
-    from load_model import load_model
-    model = load_model()
-    model.encode_image(pictures)      # (B, 3, S, S) uint8 -> (B, D), L2-normalised
-    model.encode_text(["a caption"])  # -> (1, D), L2-normalised
-"""
-
-import json
-from pathlib import Path
-
-from safetensors.torch import load_file
-
-from config import Config
-from models import build_model
-
-FOLDER = Path(__file__).parent
-
-
-def load_model():
-    config = Config(**json.loads((FOLDER / "config.json").read_text(encoding="utf-8")))
-    model = build_model(config)
-    model.load_state_dict(load_file(FOLDER / "model.safetensors"))
-    return model.eval()
-'''
-
-HEADS_LOADER = '''"""Loads this folder's two heads; it needs torch and safetensors, nothing else.
-
-    from load_model import load_model
-    heads = load_model()
-    heads["image"](image_features)  # features of the image tower in config.json -> (B, D), L2-normalised
-    heads["text"](text_features)    # features of the text tower in config.json -> (B, D), L2-normalised
-"""
-
-import json
-from pathlib import Path
-
-from safetensors.torch import load_file
-from torch import nn
-
-FOLDER = Path(__file__).parent
-LAYERS = {"Linear": nn.Linear, "LayerNorm": nn.LayerNorm, "GELU": nn.GELU}
-
-
-class Head(nn.Sequential):
-    def forward(self, features):
-        return nn.functional.normalize(super().forward(features.float()), dim=-1)
-
-
-def load_model():
-    heads = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))["heads"]
-    built = {side: Head(*[LAYERS[name](**options) for name, options in heads[side]]) for side in heads}
-    model = nn.ModuleDict(built)
-    model.load_state_dict(load_file(FOLDER / "model.safetensors"))
-    return model.eval()
-'''
-
-
-def write_model(model: CLIPModel, config: Config, folder: Path) -> Path:
-    """Write a whole model; `load_model.py` builds it by this lab's modules."""
-    config = config.updated(image_weights=own_image_weights(config))  # the file holds them
-    kept = config.model_dump(mode="json", exclude={"start_from"})
-    return _write(folder, _cpu(model), kept, MODEL_LOADER)
-
-
-def write_heads(model: CLIPModel, config: Config, folder: Path) -> Path:
+def _write_heads(run: Run, folder: Path) -> FeaturePairs:
     """Write the heads of a model on cached features; `load_model.py` needs only torch and safetensors.
 
-    Raises: LabError if a head is no chain of linear layers.
+    Raises: LabError if a head is not a chain of linear layers.
     """
+    model = run.model.cpu()
     heads = {"image": plain_layers(model.image_head), "text": plain_layers(model.text_head)}
-    names = ("image_tower", "image_weights", "text_tower", "text_model")
-    content = {
-        "heads": {side: [_described(layer) for layer in layers] for side, layers in heads.items()},
-        "temperature": model.temperature,
-        **config.model_dump(mode="json", include=set(names)),
-    }
+    towers = run.config.model_dump(
+        mode="json", include={"image_tower", "image_weights", "text_tower", "text_model"}
+    )
+    descriptions = {side: [_description(layer) for layer in layers] for side, layers in heads.items()}
+    content = {"heads": descriptions, "temperature": model.temperature, **towers}
     weights = _cpu(nn.ModuleDict({side: nn.Sequential(*layers) for side, layers in heads.items()}))
-    return _write(folder, weights, content, HEADS_LOADER)
+    written = _written(folder, weights, content, "load_heads.txt")
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(4, model.image_encoder.width, generator=generator)
+    text = torch.randn(4, model.text_encoder.width, generator=generator)
+    return [
+        (model.encode_image(image), written["image"](image)),
+        (model.encode_text(text), written["text"](text)),
+    ]
 
 
-def _described(layer: nn.Module) -> tuple[str, dict[str, Any]]:
+def _description(layer: nn.Module) -> tuple[str, dict[str, Any]]:
     if isinstance(layer, nn.Linear):
         sizes = {"in_features": layer.in_features, "out_features": layer.out_features}
         return "Linear", {**sizes, "bias": layer.bias is not None}
@@ -362,165 +327,50 @@ def _described(layer: nn.Module) -> tuple[str, dict[str, Any]]:
     return type(layer).__name__, {}
 
 
-def _write(folder: Path, weights: dict[str, Tensor], content: dict[str, Any], loader: str) -> Path:
+def _written(folder: Path, weights: dict[str, Tensor], content: dict[str, Any], loader: str) -> Any:
+    """Write weights, configuration and loader; returns the model that the loader gives."""
     with atomic_path(folder / "model.safetensors") as beside:
         save_file(weights, beside)
     write_json(folder / "config.json", content)
-    write_text(folder / "load_model.py", loader)
-    return folder
-
-
-@torch.no_grad()
-def loaded(folder: Path) -> Any:
-    """The folder's model, by its own loader."""
+    shutil.copyfile(HERE / loader, folder / "load_model.py")
     return runpy.run_path(str(folder / "load_model.py"))["load_model"]()
 
 
-TOLERANCE = 1e-5
-TEXTS = ["a red square beside a blue circle", "two dogs run through the snow", "a man"]
+# --- all formats ---
 
-
-Pairs = list[tuple[Tensor, Tensor]]
-"""Features by the run's model, and the same by what was written."""
-
-
-def largest_difference(pairs: Pairs, folder: Path) -> float:
-    difference = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
-    if not difference <= TOLERANCE:
-        raise LabError(f"{folder} gave features that differ by {difference:.1e}.")
-    return difference
-
-
-# --- formats ---
-
-
-def whole_config(run: Run) -> Config:
-    """The run's configuration with towers in place of their cached features."""
-    modes = {name: run.config[name] for name in ("image_tower_mode", "text_tower_mode")}
-    config = run.config.updated(**{name: "frozen" if m == "cached" else m for name, m in modes.items()})
-    if modes["image_tower_mode"] == "cached":
-        return config
-    return config.updated(image_weights=own_image_weights(config))  # the run's file holds them
-
-
-def whole_model(run: Run) -> CLIPModel:
-    """The run's model with towers in place of their cached features, on the CPU."""
-    model = build_model(whole_config(run))
-    model.load_state_dict(run.model.state_dict(), strict=False)
-    return model.eval()
-
-
-def _pictures(run: Run, model: CLIPModel) -> Tensor:
-    """(2, 3, S, S) random pictures, normalised."""
-    size = run.config.image_size
-    raw = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(0))
-    return model.image_encoder.normalise(raw.to(torch.uint8))
-
-
-@torch.no_grad()
-def _clip(run: Run, folder: Path) -> Pairs:
-    model = whole_model(run)
-    write_clip(model, run.config.image_resize, folder)
-    pictures = _pictures(run, model)
-    image, text = clip_features(folder, pictures, TEXTS)
-    return [(model.encode_image(pictures), image), (model.encode_text(TEXTS), text)]
-
-
-@torch.no_grad()
-def _text(run: Run, folder: Path) -> Pairs:
-    model = whole_model(run)
-    write_sentence_transformer(model, folder)
-    return [(model.encode_text(TEXTS), sentence_features(folder, TEXTS))]
-
-
-@torch.no_grad()
-def _model(run: Run, folder: Path) -> Pairs:
-    if run.config.image_tower_mode == run.config.text_tower_mode == "cached":
-        return _heads(run, folder)
-    model = whole_model(run)
-    write_model(model, whole_config(run), folder)
-    again, pictures = loaded(folder), _pictures(run, model)
-    return [
-        (model.encode_image(pictures), again.encode_image(pictures)),
-        (model.encode_text(TEXTS), again.encode_text(TEXTS)),
-    ]
-
-
-def _heads(run: Run, folder: Path) -> Pairs:
-    model = run.model.cpu()
-    write_heads(model, run.config, folder)
-    heads = loaded(folder)
-    image = torch.randn(4, model.image_encoder.width, generator=torch.Generator().manual_seed(0))
-    text = torch.randn(4, model.text_encoder.width, generator=torch.Generator().manual_seed(1))
-    return [
-        (model.encode_image(image), heads["image"](image)),
-        (model.encode_text(text), heads["text"](text)),
-    ]
-
-
-FORMATS: dict[str, tuple[Callable[[Run, Path], Pairs], str]] = {
-    "clip": (_clip, "`transformers.CLIPModel.from_pretrained` loads it, with tokenizer and image processor."),
-    "text": (_text, "`sentence_transformers.SentenceTransformer` loads the text side."),
-    "model": (_model, "weights as safetensors; `load_model.py` loads them."),
+FORMATS: dict[str, tuple[Callable[[Run, Path], FeaturePairs], str]] = {
+    "clip": (
+        write_clip,
+        "`transformers.CLIPModel.from_pretrained` loads it, with tokenizer and image processor.",
+    ),
+    "text": (write_sentence_transformer, "`sentence_transformers.SentenceTransformer` loads the text side."),
+    "model": (write_model, "weights as safetensors; `load_model.py` loads them."),
 }
 
 
-# --- the card ---
+@torch.no_grad()
+def write_format(run: Run, name: str, folder: Path) -> str:
+    """Write a format into a new folder and read it back; returns what it is, for the model card.
+
+    Raises: LabError if the model does not fit the format, or its features differ; the folder is removed then.
+    """
+    write, description = FORMATS[name]
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        difference = max((ours - theirs).abs().max().item() for ours, theirs in write(run, folder))
+        if not difference <= TOLERANCE:
+            raise LabError(f"the features of {folder} differ from the run's by {difference:.1e}.")
+    except LabError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return f"{description} Largest difference from the run's features: {difference:.0e}."
 
 
 def model_card(run: Run, notes: list[str]) -> str:
-    """What the model is, how it was trained, its figures under their protocol, and what was written."""
-    config = run.config
-    about = {
-        "image tower": f"{config.image_tower}, {config.image_tower_mode}, {config.image_size} pixels",
-        "text tower": f"{config.text_tower}, {config.text_tower_mode}",
-        "heads": f"{config.image_head} for pictures, {config.text_head} for captions",
-        "joint space": f"{config.embed_dim} numbers, compared by cosine",
-        "loss": f"{config.loss}, temperature {run.model.temperature:.3f}",
-        "epochs": f"{run.training.get('epochs', len(run.history))}, of which the best on {config.val_splits} is kept",
-        "seed": str(config.seed),
+    """What the model is, how it was trained, which files were written, and its metrics under their protocol."""
+    current = {
+        split: metrics for split, metrics in run.metrics.items() if metrics.get("weights") == run.weights
     }
-    lines = [
-        f"# {run.name}",
-        "",
-        "A picture encoder and a caption encoder with one joint space.",
-        "",
-        *(f"- {name}: {value}" for name, value in about.items()),
-        "",
-        "## Files",
-        "",
-        *notes,
-        "",
-        "## Figures",
-        "",
-        *_figures({name: of for name, of in run.metrics.items() if of.get("weights") == run.weights}),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _figures(metrics: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """A table row each figure, in percent where it is a recall."""
-    if not metrics:
-        yield "Not evaluated yet."
-        return
-    yield "| split | protocol | images | captions | figure | value | 95 % interval | chance |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for split, found in metrics.items():
-        place = [split, found.get("protocol", ""), found.get("num_images", ""), found.get("num_texts", "")]
-        for name in _shown(found):
-            ends = [_percent(found.get(f"{name}_{end}")) for end in ("low", "high")]
-            by_chance = _percent(found.get(name.replace("_recall@", "_chance@")) if "@" in name else None)
-            row = [*place, name, _percent(found[name]), " to ".join(filter(None, ends)), by_chance]
-            yield f"| {' | '.join(map(str, row))} |"
-    yield ""
-    yield "Percent. Intervals: bootstrap over the test images; another seed's training is not in them."
-
-
-def _shown(found: dict[str, Any]) -> list[str]:
-    """The recalls; where a data set measures something else, every share in [0, 1]."""
-    recalls = [name for name in found if re.fullmatch(r"(i2t|t2i)_recall@\d+", name)]
-    return recalls or [name for name, value in found.items() if isinstance(value, float) and 0 <= value <= 1]
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}"
+    template = Template((HERE / "card.md").read_text(encoding="utf-8"), trim_blocks=True)
+    table = markdown_table(metrics_table(current)) if current else ""
+    return template.render(run=run, config=run.config, notes=notes, metrics=table, intervals=INTERVALS) + "\n"

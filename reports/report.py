@@ -19,7 +19,7 @@ from metrics import metrics_table
 from plots.figures import comparison_bars, learning_curves
 from reports.compare import Setting, differing_fields, judged_figures
 from reports.gallery import INTERVALS, results_of
-from reports.sections import Exhibit
+from reports.sections import Section
 from retrieval.statistics import TEST_IMAGES_ONLY
 from utils import Run
 
@@ -103,19 +103,19 @@ def free_name(folder: Path, taken: Collection[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def save_sections(exhibits: Sequence[Exhibit], folder: Path, where: str) -> None:
+def save_sections(sections: Sequence[Section], folder: Path, where: str) -> None:
     """Write the tables of a split's sections, each as `NAME_WHERE`."""
-    for exhibit in exhibits:
-        if exhibit.table is not None:
-            name = re.sub(r"\W+", "_", exhibit.name).strip("_")
-            save_table(exhibit.table, folder / f"{name}_{where}")
+    for section in sections:
+        if section.table is not None:
+            name = re.sub(r"\W+", "_", section.name).strip("_")
+            save_table(section.table, folder / f"{name}_{where}")
 
 
 # --- the page of one run ---
 
 
-def run_page(run: Run, exhibits: Mapping[str, Sequence[Exhibit]]) -> Page:
-    """The report of an evaluated run: facts, results, training, exhibits, files left out, configuration."""
+def run_page(run: Run, sections: Mapping[str, Sequence[Section]]) -> Page:
+    """The report of an evaluated run: facts, results, training, sections by split, files left out, configuration."""
     page = Page(f"Run {run.name}")
     page.table(facts(run))
     page.heading("Results")
@@ -139,15 +139,15 @@ def run_page(run: Run, exhibits: Mapping[str, Sequence[Exhibit]]) -> Page:
         figures / "learning_curves.png",
         "Training and validation; the star marks the epoch whose weights were kept.",
     )
-    for part, sections in exhibits.items():
-        page.heading(f"Details: {part}")
-        for exhibit in sections:
-            if exhibit.table is not None:
-                page.table(exhibit.table, exhibit.caption)
-            elif exhibit.figure is not None:
-                page.figure(exhibit.figure, exhibit.caption)
+    for where, parts in sections.items():
+        page.heading(f"Details: {where}")
+        for section in parts:
+            if section.table is not None:
+                page.table(section.table, section.caption)
+            elif section.figure is not None:
+                page.figure(section.figure, section.caption)
             else:
-                page.text(exhibit.caption)
+                page.text(section.caption)
     page.heading("Files left out")
     _add_left_out(page, run)
     page.heading("Configuration")

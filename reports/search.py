@@ -1,7 +1,7 @@
-"""A run answers: texts, pictures and combinations of both find its pictures; pictures find captions.
+"""Searching an encoded split: texts, images and combinations of both find images, and images find captions.
 
-A text is a `str`. A picture is the number of one in the gallery, a `Path`, a file's bytes, a PIL image, or an
-array (H, W, 3) of uint8. One of the gallery's own, by number or file, is never its own answer.
+A text is a `str`. An image is its number in the gallery, a `Path`, a file's bytes, a PIL image, or an array (H, W, 3)
+of uint8. An image of the gallery, given by number or path, is never its own result.
 """
 
 from __future__ import annotations
@@ -25,50 +25,40 @@ from torch import Tensor
 
 from core.errors import LabError
 from core.files import fingerprint
-from plots.style import Cell, image_rows, saved
+from plots.style import Cell, SavePath, image_rows, saved
 from reports.gallery import Gallery
 from retrieval.index import Index, build_index, combine
 from sources.decode import UndecodableImage, decode, decode_rgb
 from towers.features import image_features, text_features
+from utils import Run
 
-Picture = Any
-OUTSIDE = -1  # the id of a picture that is not the gallery's
-PIXELS = ((), (3,), (4,))  # grey, RGB, RGB with alpha
-IN_A_ROW = 5
+Term = Any  # a text or an image
+OUTSIDE = -1  # the id of an image that is not in the gallery
+CHANNELS = ((), (3,), (4,))  # gray, RGB, RGB with alpha
+COLUMNS = 5
 
 
 @dataclass
-class Found:
-    """What a query found: pictures, nearest first, with their cosine similarities.
+class SearchResult:
+    """Images or captions that a query found, nearest first, with their cosine similarities.
 
     Args:
-        correct: whether each is the query's own picture, where the query is a caption of the gallery.
-        asked: pictures that stand in the query.
+        answers: image files, or captions.
+        correct: whether each matches the query, where the query is a caption or an image of the gallery.
+        query_images: the images in the query.
     """
 
     query: str
-    pictures: list[Any]
+    answers: list[Any]
     scores: list[float]
-    correct: list[bool] | None
-    asked: list[Picture] = field(default_factory=list)
+    correct: list[bool] | None = None
+    query_images: list[Any] = field(default_factory=list)
 
-    @property
-    def marks(self) -> list[bool | None]:
-        """`correct`, with None for each answer where it is not known."""
-        return [None] * len(self.pictures) if self.correct is None else list(self.correct)
-
-
-@dataclass
-class FoundCaptions:
-    """What a picture found: captions, nearest first, with their cosine similarities.
-
-    Args: correct: whether each is the picture's own, where the picture is one of the gallery's.
-    """
-
-    query: str
-    captions: list[str]
-    scores: list[float]
-    correct: list[bool] | None
+    def table(self) -> pd.DataFrame:
+        """One row per answer: query, rank from 1, cosine score, image, and correct where it is known."""
+        ranks = range(1, len(self.answers) + 1)
+        columns = {"score": self.scores, "image": list(map(str, self.answers)), "correct": self.correct}
+        return pd.DataFrame({"query": self.query, "rank": ranks, **columns})
 
 
 @dataclass
@@ -88,209 +78,169 @@ class GallerySearch:
     def captions(self) -> Index:
         return build_index(self.gallery.text_features, self.gallery.text_id)
 
-    def by_text(self, texts: Sequence[str], k: int = 5) -> list[Found]:
-        """The k nearest pictures of each text. Raises: LabError if a text is empty or k not in 1..pictures."""
-        hits = self.images.query(self._text_features(texts), k)
-        return [
-            Found(text, *self._pictures(hits.rows[row], hits.scores[row]), self._owned(text, hits.ids[row]))
-            for row, text in enumerate(texts)
-        ]
+    def by_text(self, texts: Sequence[str], k: int = 5) -> list[SearchResult]:
+        """The k nearest images of each text. Raises: as `combined`."""
+        if isinstance(texts, str):
+            raise LabError(f"texts are given as a list; write [{texts!r}].")
+        return [self.combined([(text, 1.0)], k) for text in texts]
 
-    def by_picture(self, pictures: Sequence[Picture], k: int = 5) -> list[Found]:
-        """The k nearest other pictures of each. Raises: as `by_text`; UndecodableImage if one cannot be read."""
-        features, ids = self._picture_features(pictures)
-        hits = self.images.query(features, k, ids)
-        return [
-            Found(label(one), *self._pictures(hits.rows[row], hits.scores[row]), None, [self._shown(one)])
-            for row, one in enumerate(pictures)
-        ]
+    def by_image(self, images: Sequence[Any], k: int = 5) -> list[SearchResult]:
+        """The k nearest other images of each; a `str` is a path here. Raises: as `combined`."""
+        return [self.combined([(as_image(image), 1.0)], k) for image in images]
 
-    def captions_of(self, pictures: Sequence[Picture], k: int = 5) -> list[FoundCaptions]:
-        """The k nearest captions of each picture. Raises: as `by_picture`."""
-        features, ids = self._picture_features(pictures)
-        hits = self.captions.query(features, k)
-        rows = self.gallery.dataset.caption_rows(self.gallery.dataset.rows)  # of the table, in text order
-        texts = self.gallery.dataset.table.captions
-        return [
-            FoundCaptions(
-                label(one),
-                [texts[row] for row in rows[hits.rows[place].numpy()]],
-                hits.scores[place].tolist(),
-                None if ids[place] == OUTSIDE else (hits.ids[place] == ids[place]).tolist(),
-            )
-            for place, one in enumerate(pictures)
-        ]
+    def combined(self, terms: Sequence[tuple[Term, float]], k: int = 5) -> SearchResult:
+        """The k images nearest to a weighted sum of texts and images.
 
-    def combined(self, terms: Sequence[tuple[Any, float]], k: int = 5) -> Found:
-        """The k pictures nearest to a weighted sum of texts and pictures.
-
-        Args: terms: texts or pictures with their weights, negative for what is not wanted, such as
+        Args: terms: texts or images with their weights, negative for what the images should not show, such as
             `[(Path("dog.jpg"), 1), ("snow", 1), ("grass", -1)]`.
-        Raises: as `by_picture`, and LabError if there is no term or the terms cancel out.
+        Raises: LabError if there is no term, a text is empty, the terms cancel out, or k is out of range;
+            UndecodableImage if an image cannot be read.
         """
         if not terms:
-            raise LabError("a combination needs at least one text or picture.")
-        features, ids = zip(*(self._term(term) for term, _ in terms), strict=True)
+            raise LabError("a query needs at least one text or image.")
+        features, ids = zip(*(self._encode(term) for term, _ in terms), strict=True)
         query = combine(torch.stack(features), [weight for _, weight in terms])
         own = set(ids) - {OUTSIDE}
         most = len(self.images) - len(own)
         if not 1 <= k <= most:
             raise LabError(
-                f"k is {k} but the gallery holds {most} pictures that can answer; choose k between."
+                f"k is {k} but {most} images of the gallery can be found; choose k from 1 to {most}."
             )
         hits = self.images.query(query[None], k + len(own))
-        others = [place for place, ident in enumerate(hits.ids[0].tolist()) if ident not in own][:k]
-        answers = self._pictures(hits.rows[0, others], hits.scores[0, others])
-        shown = [self._shown(term) for term, _ in terms if not isinstance(term, str)]
-        return Found(label_of(terms), *answers, None, shown)
+        places = [place for place, ident in enumerate(hits.ids[0].tolist()) if ident not in own][:k]
+        return SearchResult(
+            query_name(terms),
+            self.gallery.dataset.image_files(hits.rows[0, places].tolist()),
+            hits.scores[0, places].tolist(),
+            self._correct(terms, hits.ids[0, places]),
+            [self._viewable(term) for term, _ in terms if not isinstance(term, str)],
+        )
 
-    def _term(self, term: Any) -> tuple[Tensor, int]:
-        """(D,) features, and the id where it is one of the gallery's pictures."""
-        if isinstance(term, str):
-            return self._text_features([term])[0], OUTSIDE
-        features, ids = self._picture_features([term])
-        return features[0], int(ids)
-
-    def _text_features(self, texts: Sequence[str]) -> Tensor:
-        """(Q, D)."""
-        if isinstance(texts, str):
-            raise LabError(f"texts are given as a list; write [{texts!r}].")
-        if not texts or not all(text.strip() for text in texts):
-            raise LabError("a query's text is empty; write what the picture should show.")
-        return text_features(self.gallery.run.model, self.gallery.run.config, list(texts))
-
-    def _picture_features(self, pictures: Sequence[Picture]) -> tuple[Tensor, Tensor]:
-        """(Q, D) features and (Q,) ids; the gallery's own pictures are not encoded again."""
-        if not pictures:
-            raise LabError("there is no picture to search by; give at least one.")
-        items = [self._item(picture) for picture in pictures]
-        features = [
-            self._encoded(picture) if item is None else self.images.features[item]
-            for picture, item in zip(pictures, items, strict=True)
-        ]
-        ids = [OUTSIDE if item is None else int(self.images.ids[item]) for item in items]
-        return torch.stack(features), torch.tensor(ids)
-
-    def _item(self, picture: Picture) -> int | None:
-        """The number of a picture of the gallery, given by number or file; None for any other."""
-        if isinstance(picture, Path):
-            return self._files.get(os.path.abspath(picture))
-        if not isinstance(picture, Integral):
-            return None
-        if not 0 <= int(picture) < len(self.images):
-            raise LabError(
-                f"picture {picture} does not exist; the gallery's are 0 to {len(self.images) - 1}."
+    def captions_of(self, images: Sequence[Any], k: int = 5) -> list[SearchResult]:
+        """The k nearest captions of each image; a `str` is a path here. Raises: as `combined`."""
+        results = []
+        for image in map(as_image, images):
+            features, ident = self._encode(image)
+            hits = self.captions.query(features[None], k)
+            captions = [self.gallery.captions[row] for row in hits.rows[0].tolist()]
+            correct = None if ident == OUTSIDE else (hits.ids[0] == ident).tolist()
+            results.append(
+                SearchResult(query_name([(image, 1.0)]), captions, hits.scores[0].tolist(), correct)
             )
-        return int(picture)
+        return results
+
+    def _encode(self, term: Term) -> tuple[Tensor, int]:
+        """(D,) features, and the id of an image of the gallery; images of the gallery are not encoded again."""
+        if isinstance(term, str):
+            if not term.strip():
+                raise LabError("a query's text is empty; write what the image should show.")
+            return text_features(self.gallery.run.model, self.gallery.run.config, [term])[0], OUTSIDE
+        item = self._item(term)
+        if item is None:
+            return encode_image(self.gallery.run, term), OUTSIDE
+        return self.images.features[item], int(self.images.ids[item])
+
+    def _item(self, image: Any) -> int | None:
+        """The number of an image of the gallery, given by number or path; None for any other."""
+        if isinstance(image, Path):
+            return self._items.get(os.path.abspath(image))
+        if not isinstance(image, Integral):
+            return None
+        if not 0 <= int(image) < len(self.images):
+            raise LabError(f"image {image} does not exist; the gallery's are 0 to {len(self.images) - 1}.")
+        return int(image)
 
     @cached_property
-    def _files(self) -> dict[str, int]:
+    def _items(self) -> dict[str, int]:
         files = self.gallery.dataset.image_files(range(len(self.images)))
         return {os.path.abspath(file): item for item, file in enumerate(files)}
 
-    def _encoded(self, picture: Picture) -> Tensor:
-        run = self.gallery.run
-        pixels = decode_rgb(encoded(picture), run.config.image_size, run.config.image_resize)  # (S, S, 3)
-        return image_features(run.model, run.config, torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+    def _viewable(self, image: Any) -> Any:
+        if isinstance(image, Integral):
+            return self.gallery.dataset.image_files([int(image)])[0]
+        return decode(image) if isinstance(image, bytes) else image
 
-    def _pictures(self, rows: Tensor, scores: Tensor) -> tuple[list[Any], list[float]]:
-        return self.gallery.dataset.image_files(rows.tolist()), scores.tolist()
-
-    def _shown(self, picture: Picture) -> Picture:
-        if isinstance(picture, Integral):
-            return self.gallery.dataset.image_files([int(picture)])[0]
-        return decode(picture) if isinstance(picture, bytes) else picture
-
-    def _owned(self, text: str, ids: Tensor) -> list[bool] | None:
-        """Which answers have this caption, or None where no picture of the gallery has it."""
+    def _correct(self, terms: Sequence[tuple[Term, float]], ids: Tensor) -> list[bool] | None:
+        """Which images have the query as a caption; None if it is not a caption of the gallery."""
+        (text, _), *others = terms
+        if others or not isinstance(text, str):
+            return None
         table = self.gallery.dataset.table
         owners = {int(table.caption_image_ids[row]) for row, own in enumerate(table.captions) if own == text}
         return [ident in owners for ident in ids.tolist()] if owners else None
 
 
 def check_captioned(dataset: Any) -> None:
+    """Raises: LabError if a data set is not one of captioned images."""
     if dataset.table is None:
-        raise LabError(f"split {dataset.split!r} holds no captioned pictures, so there is nothing to search.")
+        raise LabError(f"split {dataset.split!r} has no captioned images, so there is nothing to search.")
 
 
-def search_text(gallery: Gallery, queries: Sequence[str], k: int = 5) -> list[Found]:
-    """The k nearest pictures of each text. Raises: LabError if a text is empty or k is not in 1..pictures."""
-    return GallerySearch(gallery).by_text(queries, k)
+# --- images in every form ---
 
 
-# --- queries in words and in bytes ---
+def as_image(image: Any) -> Any:
+    """An image, of which a path may be given as `str`."""
+    return Path(image) if isinstance(image, str) else image
 
 
-def label(query: Any) -> str:
-    """How a text or picture is called in tables and figures."""
-    if isinstance(query, str):
-        return query
-    if isinstance(query, Integral):
-        return f"picture {query}"
-    return query.name if isinstance(query, Path) else "a picture"
+def encode_image(run: Run, image: Any) -> Tensor:
+    """(D,) features of an image that is not in the gallery. Raises: as `image_file`."""
+    pixels = decode_rgb(image_file(image), run.config.image_size, run.config.image_resize)  # (S, S, 3)
+    return image_features(run.model, run.config, torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
 
 
-def label_of(terms: Sequence[tuple[Any, float]]) -> str:
-    """Of a combination: `dog.jpg + snow − 0.5 × grass`."""
-    parts = []
-    for term, weight in terms:
-        size = "" if abs(weight) == 1 else f"{abs(weight):g} × "
-        parts.append(f"{'−' if weight < 0 else '+'} {size}{label(term)}")
-    return " ".join(parts).removeprefix("+ ")
+def image_file(image: Any) -> Path | bytes:
+    """An image as `decode_rgb` takes it; pixels are written as PNG, without loss.
 
-
-def encoded(picture: Picture) -> Path | bytes:
-    """A picture as `pictures.decode_rgb` takes it; pixels are written as PNG, without loss.
-
-    Raises: LabError if it is none of the accepted forms; UndecodableImage if PIL cannot read it.
+    Raises: LabError if it is in none of the accepted forms; UndecodableImage if PIL cannot read it.
     """
-    if isinstance(picture, (Path, bytes)):
-        return picture
-    is_array = isinstance(picture, np.ndarray)
-    if is_array and picture.dtype == np.uint8 and picture.ndim > 1 and picture.shape[2:] in PIXELS:
-        picture = Image.fromarray(picture)
-    if not isinstance(picture, Image.Image):
+    if isinstance(image, (Path, bytes)):
+        return image
+    is_array = isinstance(image, np.ndarray)
+    if is_array and image.dtype == np.uint8 and image.ndim > 1 and image.shape[2:] in CHANNELS:
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
         raise LabError(
-            "a picture is a gallery's number, a Path, bytes, a PIL image or uint8 pixels (H, W, 3), not "
-            f"{type(picture).__name__}{f' {picture.shape} of {picture.dtype}' if is_array else ''}."
+            "an image is its number in the gallery, a Path, bytes, a PIL image or uint8 pixels (H, W, 3), not "
+            f"{type(image).__name__}{f' {image.shape} of {image.dtype}' if is_array else ''}."
         )
     file = io.BytesIO()
     try:
-        upright = ImageOps.exif_transpose(picture)
+        upright = ImageOps.exif_transpose(image)
         (upright.convert("RGB") if upright.mode in ("CMYK", "YCbCr") else upright).save(file, "PNG")
     except OSError as error:
         raise UndecodableImage("cannot be read", str(error)) from error
     return file.getvalue()
 
 
-# --- what is shown and written ---
+# --- names and figures ---
 
 
-def search_grid(found: Sequence[Found], path: str | Path | None = None, title: str = "") -> Figure:
-    """What queries found, five pictures a row; a query's own pictures stand before its answers."""
-    rows = [row for each in found for row in _grid_rows(each)]
-    return saved(image_rows(rows, title, IN_A_ROW), path)
+def query_name(terms: Sequence[tuple[Term, float]]) -> str:
+    """A query in tables, figures and file names: `dog.jpg + snow − 0.5 × grass`."""
+    parts = []
+    for term, weight in terms:
+        name = term.name if isinstance(term, Path) else term if isinstance(term, str) else "an image"
+        name = f"image {term}" if isinstance(term, Integral) else name
+        size = "" if abs(weight) == 1 else f"{abs(weight):g} × "
+        parts.append(f"{'−' if weight < 0 else '+'} {size}{name}")
+    return " ".join(parts).removeprefix("+ ")
 
 
-def _grid_rows(found: Found) -> list[tuple[str, list[Cell]]]:
-    cells = [Cell(picture, "query") for picture in found.asked]
-    answers = zip(found.pictures, found.scores, found.marks, strict=True)
-    for rank, (picture, score, mark) in enumerate(answers, start=1):
-        cells.append(Cell(picture, f"{rank} · {score:.3f}", mark))
-    parts = [cells[start : start + IN_A_ROW] for start in range(0, len(cells), IN_A_ROW)]
-    return [("" if number else found.query, part) for number, part in enumerate(parts)]
-
-
-def found_table(found: Sequence[Found]) -> pd.DataFrame:
-    """A row an answer: query, rank from 1, cosine score, picture, and correct where it is known."""
-    rows = [
-        {"query": each.query, "rank": rank, "score": score, "picture": str(picture), "correct": mark}
-        for each in found
-        for rank, (picture, score, mark) in enumerate(
-            zip(each.pictures, each.scores, each.marks, strict=True), start=1
-        )
-    ]
-    return pd.DataFrame(rows)
+def search_grid(results: Sequence[SearchResult], path: SavePath = None, title: str = "") -> Figure:
+    """The images that queries found, five per row, after the images in the query."""
+    rows: list[tuple[str, list[Cell]]] = []
+    for result in results:
+        cells = [Cell(image, "query") for image in result.query_images]
+        correct = result.correct or [None] * len(result.answers)
+        answers = zip(result.answers, result.scores, correct, strict=True)
+        cells += [
+            Cell(file, f"{rank} · {score:.3f}", mark) for rank, (file, score, mark) in enumerate(answers, 1)
+        ]
+        for start in range(0, len(cells), COLUMNS):
+            rows.append(("" if start else result.query, cells[start : start + COLUMNS]))
+    return saved(image_rows(rows, title, COLUMNS), path)
 
 
 def file_name(query: str, longest: int = 60) -> str:

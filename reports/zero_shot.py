@@ -1,4 +1,4 @@
-"""Zero-shot classification: class names and templates become a classifier, measured on labelled pictures."""
+"""Zero-shot classification: class names and templates make a classifier, which is measured on labelled images."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from tqdm.auto import tqdm
 from core.errors import LabError
 from plots.ranks import calibration_bins, calibration_error
 from reports.gallery import Gallery
-from reports.search import encoded
+from reports.search import as_image, encode_image
 from sources.cifar import find_cifar, read_cifar
-from sources.decode import decode_rgb
 from sources.drawing import load_scenes
 from sources.image_cache import open_images
 from sources.readers import read_captions
@@ -30,16 +29,13 @@ from towers.features import PIXELS_PER_BATCH, image_features, text_features
 from training.order import evenly_spread
 from utils import Run
 
-# --- Classifier ---
-
+# --- the classifier ---
 
 DEFAULT_TEMPLATES = ("a photo of {}.", "a picture of {}.", "an image with {} in it.")
 
 
 def class_features(run: Run, labels: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> Tensor:
     """(L, D) classifier: each label's feature averaged over the templates.
-
-    Text features come from training's own encoder and pooling.
 
     Args: templates: texts with `{}` where the label stands.
     Raises: LabError if a label is empty or given twice, a template lacks `{}`, or a feature is not finite.
@@ -63,41 +59,24 @@ def _check_finite(features: Tensor, what: str) -> None:
 
 @torch.inference_mode()
 def probabilities(run: Run, features: Tensor, classes: Tensor) -> Tensor:
-    """(N, L) probabilities of labels for pictures' features (N, D), at the model's temperature.
+    """(N, L) probabilities of labels for image features (N, D), at the model's temperature.
 
-    A sigmoid loss's bias changes nothing here. Raises: LabError if a feature is not finite.
+    The bias of a sigmoid loss changes nothing here. Raises: LabError if a feature is not finite.
     """
-    _check_finite(features, "picture")
+    _check_finite(features, "image")
     scale = run.model.logit_parts()["logit_scale"].cpu()
     return (scale * features @ classes.T).softmax(dim=1)
 
 
-def zero_shot(
-    gallery: Gallery,
-    items: Sequence[int],
-    labels: Sequence[str],
-    templates: Sequence[str] = DEFAULT_TEMPLATES,
-) -> Tensor:
-    """(len(items), L) probabilities of labels for some pictures of a gallery."""
-    classes = class_features(gallery.run, labels, templates)
-    return probabilities(gallery.run, gallery.image_features[list(items)], classes)
-
-
 def classify(
-    run: Run,
-    picture: Any,
-    labels: Sequence[str],
-    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    run: Run, image: Any, labels: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
 ) -> pd.DataFrame:
-    """Labels of any picture, likeliest first: `probability` in [0, 1] and cosine `similarity`, by `label`.
+    """Labels of any image, most probable first: `probability` in [0, 1] and cosine `similarity`, by `label`.
 
-    Args: picture: a file's path or bytes (such as an upload's), a PIL image, or uint8 pixels (H, W, 3).
-    Raises: LabError on labels as in `class_features`; UndecodableImage if the picture cannot be read.
+    Args: image: a file's path or bytes (such as an upload's), a PIL image, or uint8 pixels (H, W, 3).
+    Raises: LabError on labels as in `class_features`; UndecodableImage if the image cannot be read.
     """
-    config = run.config
-    source = encoded(Path(picture) if isinstance(picture, str) else picture)
-    pixels = decode_rgb(source, config.image_size, config.image_resize)  # (S, S, 3)
-    feature = image_features(run.model, config, torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    feature = encode_image(run, as_image(image))[None]
     classes = class_features(run, labels, templates)
     columns = {
         "probability": probabilities(run, feature, classes)[0].numpy(),
@@ -112,15 +91,15 @@ def classify(
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """What a classifier made of a labelled set.
+    """The results of a classifier on a labelled set.
 
     Args:
         summary: `top1` and `top5` in [0, 1], `chance` of a random first choice, `calibration_error`,
-            `pictures`, `labels`, `left_out`, and the `rule` of what counts as right.
-        per_class: by `label`, how many `pictures` show it and the `accuracy`: on how many of them it is
-            among the likeliest R labels, R the number of labels that the picture shows.
-        confusion: (L, L) counts, row the true label, of pictures with one label.
-        confidence, correct: (N,) probability of each picture's first choice, and whether it is right.
+            `images`, `labels`, `left_out`, and the `rule` of what counts as correct.
+        per_class: by `label`, how many `images` show it and the `accuracy`: in how many of them it is among the R
+            most probable labels, where R is the number of labels that the image shows.
+        confusion: (L, L) counts, row the true label, of images with one label.
+        confidence, correct: (N,) probability of each image's first choice, and whether it is correct.
     """
 
     name: str
@@ -133,21 +112,18 @@ class ZeroShot:
 
 
 def measure(run: Run, labelled: Labelled, templates: Sequence[str] = DEFAULT_TEMPLATES) -> ZeroShot:
-    """Classify a labelled set and count.
-
-    Raises: LabError as `class_features` and `probabilities`.
-    """
+    """Classify a labelled set and count. Raises: LabError as `class_features` and `probabilities`."""
     classes = class_features(run, labelled.labels, templates)
-    likely = probabilities(run, labelled.features, classes).numpy()  # (N, L)
-    order, truth = np.argsort(-likely, axis=1, kind="stable"), labelled.truth
-    hits = np.take_along_axis(truth, order, axis=1)  # (N, L) is the label at each place true?
-    confidence, correct = likely.max(axis=1), hits[:, 0]
+    scores = probabilities(run, labelled.features, classes).numpy()  # (N, L)
+    order, truth = np.argsort(-scores, axis=1, kind="stable"), labelled.truth
+    hits = np.take_along_axis(truth, order, axis=1)  # (N, L) whether the label at each place is true
+    confidence, correct = scores.max(axis=1), hits[:, 0]
     summary = {
         "top1": float(correct.mean()),
         "top5": float(hits[:, :5].any(axis=1).mean()),
         "chance": float(truth.mean()),
         "calibration_error": calibration_error(calibration_bins(confidence, correct)),
-        "pictures": len(truth),
+        "images": len(truth),
         "labels": len(labelled.labels),
         "left_out": labelled.left_out,
         "rule": labelled.rule,
@@ -164,16 +140,16 @@ def measure(run: Run, labelled: Labelled, templates: Sequence[str] = DEFAULT_TEM
 
 
 def _per_class(truth: np.ndarray, order: np.ndarray, labels: list[str]) -> pd.DataFrame:
-    places = np.argsort(order, axis=1)  # (N, L) place of each label, 0 is likeliest
+    places = np.argsort(order, axis=1)  # (N, L) place of each label, 0 is the most probable
     named = truth & (places < truth.sum(axis=1, keepdims=True))
-    shown = truth.sum(axis=0)
+    images = truth.sum(axis=0)
     with np.errstate(invalid="ignore"):
-        columns = {"pictures": shown, "accuracy": named.sum(axis=0) / shown}
+        columns = {"images": images, "accuracy": named.sum(axis=0) / images}
     return pd.DataFrame(columns, index=pd.Index(labels, name="label"))
 
 
 def _confusion(truth: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """(L, L) counts over the pictures of one label."""
+    """(L, L) counts over the images with one label."""
     single = truth.sum(axis=1) == 1
     counts = np.zeros((truth.shape[1],) * 2, dtype=np.int64)
     np.add.at(counts, (truth[single].argmax(axis=1), chosen[single]), 1)
@@ -181,41 +157,36 @@ def _confusion(truth: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def measure_gallery(gallery: Gallery, templates: Sequence[str] = DEFAULT_TEMPLATES) -> list[ZeroShot]:
-    """Every labelling that a gallery's data bring, measured."""
-    return [measure(gallery.run, labelled, templates) for labelled in labelled_of(gallery)]
+    """The results on every set of labels that a gallery's data has."""
+    return [measure(gallery.run, labelled, templates) for labelled in labelled_images(gallery)]
 
 
 def summary_table(results: Sequence[ZeroShot]) -> pd.DataFrame:
-    """A row a labelled set, accuracies and calibration error in percent."""
-    shares, counts = (
-        ("top1", "top5", "chance", "calibration_error"),
-        ("pictures", "labels", "left_out", "rule"),
-    )
-    rows = [
-        [round(100 * result.summary[name], 1) for name in shares] + [result.summary[name] for name in counts]
-        for result in results
-    ]
+    """One row per labelled set, accuracies and calibration error in percent."""
+    shares = ["top1", "top5", "chance", "calibration_error"]
+    counts = ["images", "labels", "left_out", "rule"]
     names = pd.Index([result.name for result in results], name="set")
-    return pd.DataFrame(rows, names, [*(f"{name} (%)" for name in shares), *counts])
+    table = pd.DataFrame([result.summary for result in results], names, [*shares, *counts])
+    table[shares] = (100 * table[shares].astype(float)).round(1)
+    return table.rename(columns={name: f"{name} (%)" for name in shares})
 
 
-# --- Pictures whose labels are known ---
+# --- images with known labels ---
 
-
-ONE_LABEL = "one label a picture"
-MANY_LABELS = "a picture counts once for each label it shows; right is a first choice among them"
+ONE_LABEL = "one label per image"
+MANY_LABELS = "several labels per image; correct if the first choice is one of them"
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pictures of known labels, encoded by a run.
+    """Images with known labels, encoded by a run.
 
     Args:
         name: of the set, for tables and files.
         labels: C texts.
-        truth: (N, C) bool; several labels a picture where it shows several things.
-        features: (N, D), normalised.
-        left_out: pictures that cannot be decoded, or show none of the labels.
+        truth: (N, C) bool; an image may show several labels.
+        features: (N, D), normalized.
+        left_out: number of images that cannot be decoded or show none of the labels.
     """
 
     name: str
@@ -226,27 +197,34 @@ class Labelled:
 
     @property
     def rule(self) -> str:
-        """What counts as right."""
+        """What counts as correct."""
         return MANY_LABELS if (self.truth.sum(axis=1) > 1).any() else ONE_LABEL
 
 
-# --- labels of a gallery's own pictures ---
+# --- labels of a gallery's own images ---
 
 
-def labelled_of(gallery: Gallery) -> list[Labelled]:
-    """Every labelling that a gallery's data bring, of the pictures that show a label."""
-    sets = [_of_gallery(gallery, name, shown) for name, shown in shown_labels(gallery).items()]
-    return [labelled for labelled in sets if len(labelled.labels) > 1]
+def labelled_images(gallery: Gallery) -> list[Labelled]:
+    """Every set of labels that a gallery's data has, with the images that show a label."""
+    sets = []
+    for name, labels_of in label_sets(gallery).items():
+        items = [item for item, labels in enumerate(labels_of) if labels]
+        labels = sorted(set().union(*labels_of))
+        truth = np.array([[label in labels_of[item] for label in labels] for item in items], dtype=bool)
+        left_out = len(labels_of) - len(items)
+        if len(labels) > 1:
+            sets.append(Labelled(name, labels, truth, gallery.image_features[items], left_out))
+    return sets
 
 
 def known_labels(gallery: Gallery) -> dict[int, str]:
-    """Item -> its one true label, where the data says; pictures that show several are not in it."""
-    first = next(iter(shown_labels(gallery).values()), [])
+    """Item -> its label, for the images with exactly one label in the first set of labels."""
+    first = next(iter(label_sets(gallery).values()), [])
     return {item: label for item, labels in enumerate(first) if len(labels) == 1 for label in labels}
 
 
-def shown_labels(gallery: Gallery) -> dict[str, list[set[str]]]:
-    """Labelling -> what each picture shows: generated scenes' objects, the table's categories, or COCO's."""
+def label_sets(gallery: Gallery) -> dict[str, list[set[str]]]:
+    """Set of labels -> what each image shows: generated scenes' objects, the table's categories, or COCO's."""
     table = gallery.dataset.table
     if table is None:
         return {}
@@ -256,15 +234,6 @@ def shown_labels(gallery: Gallery) -> dict[str, list[set[str]]]:
         names = table.categories[gallery.dataset.rows]
         return {"categories": [{str(name)} if name else set() for name in names]}
     return _coco_categories(gallery)
-
-
-def _of_gallery(gallery: Gallery, name: str, shown: Sequence[set[str]]) -> Labelled:
-    """The pictures that show a label, of what each shows."""
-    items = [item for item, labels in enumerate(shown) if labels]
-    labels = sorted(set().union(*shown))
-    truth = np.array([[label in shown[item] for label in labels] for item in items], dtype=bool)
-    features = gallery.image_features[items]
-    return Labelled(name, labels, truth.reshape(len(items), len(labels)), features, len(shown) - len(items))
 
 
 def _single_object(scene: Scene) -> set[str]:
@@ -281,30 +250,30 @@ SCENE_LABELS: Mapping[str, Callable[[Scene], set[str]]] = {
 
 def _scene_labels(gallery: Gallery) -> dict[str, list[set[str]]]:
     scenes = load_scenes(gallery.dataset.table.root, gallery.split)
-    shown = [scenes[ident] for ident in gallery.image_id.tolist()]
-    return {name: [labels_of(scene) for scene in shown] for name, labels_of in SCENE_LABELS.items()}
+    own = [scenes[ident] for ident in gallery.image_id.tolist()]
+    return {name: [labels_of(scene) for scene in own] for name, labels_of in SCENE_LABELS.items()}
 
 
 def _coco_categories(gallery: Gallery) -> dict[str, list[set[str]]]:
-    """Names of the categories in each picture, of COCO's instances_*.json beside the pictures; {} without."""
+    """Names of the categories in each image, from COCO's instances_*.json beside the images; {} without these."""
     table = gallery.dataset.table
     names = sorted({Path(table.paths[row]).parent.name for row in gallery.dataset.rows.tolist()})
     places = [table.root / top / "annotations" for top in ("", "coco2014", "coco2017")]
     files = [
         file for place in places for name in names if (file := place / f"instances_{name}.json").is_file()
     ]
-    shown: dict[int, set[str]] = {}
+    categories: dict[int, set[str]] = {}
     for file in tqdm(files, "reading categories", delay=2, leave=False):
         for image_id, category in read_instances(file):
-            shown.setdefault(image_id, set()).add(category)
-    own = [shown.get(ident, set()) for ident in gallery.image_id.tolist()]
-    return {"COCO categories": own} if shown else {}
+            categories.setdefault(image_id, set()).add(category)
+    own = [categories.get(ident, set()) for ident in gallery.image_id.tolist()]
+    return {"COCO categories": own} if categories else {}
 
 
 def read_instances(file: Path) -> list[tuple[int, str]]:
-    """(image id, category's name) of every object in one of COCO's instances_*.json, read once while it is unchanged.
+    """(image id, category name) of every object in one of COCO's instances_*.json, read again only if it changes.
 
-    Raises: LabError if it is no such file.
+    Raises: LabError if it is not such a file.
     """
     return _read_instances(file, stamp(file))
 
@@ -316,39 +285,39 @@ def _read_instances(file: Path, stamp: tuple[int, int]) -> list[tuple[int, str]]
         names = {category["id"]: category["name"] for category in content["categories"]}
         return [(image_id, names[category]) for image_id, category in content["annotations"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise LabError(f"{file} is none of COCO's instances files ({error!r}); unpack it again.") from error
+        raise LabError(f"{file} is not a COCO instances file ({error!r}); unpack it again.") from error
 
 
 def _coco_object(record: dict[str, Any]) -> Any:
-    """Of an annotation its two ids alone: outlines are most of the file."""
+    """Only the two ids of an annotation: outlines are most of the file."""
     return (record["image_id"], record["category_id"]) if "category_id" in record else record
 
 
-# --- labelled pictures from elsewhere ---
+# --- folders of labelled images ---
 
 
 def open_labelled(run: Run, folder: str | Path, *, show: bool = True) -> Labelled:
-    """The labelled pictures of a folder, encoded by a run: CIFAR's files, or class folders.
+    """The labelled images of a folder, encoded by a run: CIFAR's files, or class folders.
 
-    CIFAR-10 and CIFAR-100 are found as torchvision keeps them, and their test pictures taken. Of class
-    folders below `train/` and `test/` those of `test` are taken, else all. `max_samples` holds here too.
-    Raises: LabError if the folder holds neither.
+    CIFAR-10 and CIFAR-100 are read in torchvision's layout, their test images only. Of class folders below `train/`
+    and `test/` those of `test` are read, otherwise all. `max_samples` applies here too.
+    Raises: LabError if the folder has neither.
     """
     return (_open_cifar if find_cifar(folder) else _open_class_folders)(run, Path(folder), show)
 
 
 def _open_cifar(run: Run, folder: Path, show: bool) -> Labelled:
-    pictures = read_cifar(folder)
-    rows = evenly_spread(len(pictures.labels), run.config.max_samples)
+    cifar = read_cifar(folder)
+    rows = evenly_spread(len(cifar.labels), run.config.max_samples)
     size = run.config.image_size
 
-    def gather(some: np.ndarray) -> Tensor:
-        pixels = pictures.images[torch.from_numpy(some)].float()
+    def gather(rows: np.ndarray) -> Tensor:
+        pixels = cifar.images[torch.from_numpy(rows)].float()
         scaled = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
         return scaled.round().clamp(0, 255).to(torch.uint8)  # (B, 3, S, S)
 
-    truth = pictures.labels[rows][:, None] == np.arange(len(pictures.names))
-    return Labelled(folder.name, pictures.names, truth, _encode(run, gather, rows, show))
+    truth = cifar.labels[rows][:, None] == np.arange(len(cifar.names))
+    return Labelled(folder.name, cifar.names, truth, _encode(run, gather, rows, show))
 
 
 def _open_class_folders(run: Run, folder: Path, show: bool) -> Labelled:

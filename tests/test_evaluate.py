@@ -18,7 +18,7 @@ from core.errors import LabError
 from evaluate import measure_run, save_metrics
 from interface import cli
 from metrics import metrics_table, recalls_of, retrieval_metrics
-from reports import compare, search, sections, zero_shot
+from reports import compare, sections
 from reports.gallery import INTERVALS, fitting_protocols, protocol_of, ranks_of
 from retrieval.statistics import compare_settings, paired_test
 from sources.drawing import write_scenes
@@ -108,14 +108,14 @@ def test_a_protocol_is_named_where_it_fits(images, captions, split, source, name
 def test_every_fitting_protocol_has_its_row(tmp_path):
     gallery = made_gallery(40, 3)
     gallery.run.metrics["test"] = gallery.metrics()
-    (exhibit,) = sections.protocols(gallery, tmp_path)
+    (section,) = sections.protocols(gallery, tmp_path)
     first = torch.arange(0, 120, 3)
     alone = retrieval_metrics(
         gallery.image_features, gallery.text_features[first], gallery.image_id, gallery.text_id[first]
     )
-    row = exhibit.table.loc[("one_caption", 40, 40, "model")]
+    row = section.table.loc[("one_caption", 40, 40, "model")]
     assert row["i2t_recall@1"] == f"{100 * alone['i2t_recall@1']:.1f}"
-    assert exhibit.table.loc[("full", 40, 120, "chance"), "t2i_recall@10"] == "25.0"
+    assert section.table.loc[("full", 40, 120, "chance"), "t2i_recall@10"] == "25.0"
     (every,) = sections.every_figure(gallery, tmp_path)
     assert every.table.loc["map", "image-to-text"] == f"{gallery.metrics()['i2t_map']:.3g}"
 
@@ -127,7 +127,7 @@ def test_recall_by_gallery_size_ends_at_the_full_gallery(tmp_path):
     expected = [round(100 * gallery.metrics()[f"{way}_recall@1"], 1) for way in ("i2t", "t2i")]
     assert table.table.iloc[-1].tolist() == pytest.approx(expected)
     assert (table.table.diff().dropna() <= 0).all().all()
-    assert all(exhibit.figure.is_file() and "published systems" in exhibit.caption for exhibit in figures)
+    assert all(section.figure.is_file() and "published systems" in section.caption for section in figures)
 
 
 def test_published_points_are_not_drawn_over_generated_scenes(gallery, tmp_path):
@@ -169,12 +169,6 @@ def test_nan_features_are_an_error():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda g: search.search_text(g, ["x"], k=21), "k is 21 but"),
-        (lambda g: search.search_text(g, ["x"], k=0), "k is 0"),
-        (lambda g: zero_shot.zero_shot(g, [0], ["a", "a"]), "none given twice"),
-        (lambda g: zero_shot.zero_shot(g, [0], ["a", " "]), "none empty"),
-        (lambda g: zero_shot.zero_shot(g, [0], ["only one"]), "at least two"),
-        (lambda g: zero_shot.zero_shot(g, [0], ["a", "b"], ["no place"]), "needs {}"),
         (lambda g: evaluate.open_gallery(g.run, "nowhere", show=False), "split 'nowhere' has no image"),
         (lambda g: evaluate.compare_runs([]), "train one first"),
     ],
@@ -200,9 +194,9 @@ def test_a_data_set_may_bring_its_own_metrics(tmp_path):
     assert (found["protocol"], found["top1"], found["num_images"]) == ("the data set's own", 0.5, 30)
     table = metrics_table({"test": found})
     assert table.to_dict("list") == {"top1": ["50.0 [40.0, 60.0]"], "swaps": ["0.3"]}
-    exhibits = {exhibit.name: exhibit for exhibit in sections.examine(gallery, tmp_path, show=False)}
-    assert list(exhibits) == ["map, principal components", "map, t-SNE", "attention", "zero-shot classes"]
-    assert exhibits["attention"].caption == "attention is not shown: this data set has no image files."
+    made = {section.name: section for section in sections.split_sections(gallery, tmp_path, show=False)}
+    assert list(made) == ["map, principal components", "map, t-SNE", "attention", "zero-shot classes"]
+    assert made["attention"].caption == "attention is not shown: this data set has no image files."
 
 
 # --- kept features ---

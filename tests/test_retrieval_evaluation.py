@@ -124,13 +124,13 @@ def test_changed_queries_are_the_largest_gains_and_losses(pair, tmp_path):
     figure = finetune.change_grid(*pair, found["improved"][:2], tmp_path / "grid.png")
     assert sum(bool(axes.images) for axes in figure.axes) == 2 * 2 * 5
     headings = [text.get_text() for text in figure.findobj(Text)]
-    assert any(f"after: its picture at place {found['improved']['after'][0]}" in t for t in headings)
+    assert any(f"after: its image at rank {found['improved']['after'][0]}" in t for t in headings)
     assert (tmp_path / "grid.png").stat().st_size > 1000
     with pytest.raises(LabError, match="no query changed in this direction"):
         finetune.change_grid(*pair, found["improved"][:0])
 
 
-def test_forgetting_is_paired_over_pictures(tuned, pair, tmp_path):
+def test_forgetting_is_paired_over_images(tuned, pair, tmp_path):
     for name in ("red", "green"):
         (tmp_path / name).mkdir()
         for number in range(6):
@@ -144,7 +144,7 @@ def test_forgetting_is_paired_over_pictures(tuned, pair, tmp_path):
     gaps = hits[1].astype(float) - hits[0]
     assert row["difference"] == pytest.approx(gaps.mean())
     assert row["difference_high"] - row["difference"] == pytest.approx(1.96 * gaps.std(ddof=1) / 12**0.5)
-    assert (row["pictures"], row["labels"]) == (12, 2)
+    assert (row["images"], row["labels"]) == (12, 2)
     with pytest.raises(LabError, match="same labelled sets"):
         finetune.forgetting(shots[0], shots[1][:1])
 

@@ -367,7 +367,7 @@ def test_a_run_outlives_the_file_of_its_first_weights(small, tmp_path):
     file.unlink()
     again = fit(config, show=False)
     assert evaluate_run(again, again=True, show=False)["val"] == before
-    assert whole_model(again).image_encoder.width == 1280  # as exports build it
+    assert whole_model(again)[0].image_encoder.width == 1280  # as exports build it
 
 
 def test_overfit_memorizes_a_few_images(small, capsys):

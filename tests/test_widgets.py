@@ -22,6 +22,7 @@ from evaluate import evaluate_run, open_gallery
 from interface import controls
 from interface.controls import WIDGET_VIEW, Control, after_pause
 from reports.search import GallerySearch
+from reports.sections import failure_figure, worst_captions
 from sources.check import check
 from sources.drawing import write_scenes
 from train import fit
@@ -235,18 +236,18 @@ def test_zero_shot_follows_labels_and_an_upload(gallery):
 
 def test_failures_begin_with_the_worst(gallery):
     ranks = gallery.ranks.t2i
-    worst = widgets.worst_captions(ranks)
+    worst = worst_captions(ranks)
     assert ranks.best[worst[0]] == ranks.best.max()
     assert len(set(ranks.image_id[worst])) == len(worst)  # one a picture
     expected = {int(i) for i in ranks.image_id[ranks.best > 1]}
     assert {int(i) for i in ranks.image_id[worst]} == expected
-    figure = widgets.failure_figure(gallery, first=0, count=1)
+    figure = failure_figure(gallery, first=0, count=1)
     texts = [text.get_text() for text in figure.findobj(Text)]
     assert any(f"rank {ranks.best.max()} of 20" in text for text in texts)
     caption = gallery.captions[int(ranks.rows[worst[0]])]
     assert any(caption.split()[0] in text for text in texts)
     with pytest.raises(LabError, match="no failure to show"):
-        widgets.failure_figure(gallery, first=10**6)
+        failure_figure(gallery, first=10**6)
 
 
 def test_attention_needs_its_pooling(gallery):

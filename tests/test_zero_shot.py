@@ -1,4 +1,4 @@
-"""Class names become a classifier: against written-out loops, on every kind of labelled pictures."""
+"""Class names become a classifier: compared with written-out loops, on every kind of labelled images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import evaluate
 from core.errors import LabError
 from evaluate import open_gallery
 from reports import zero_shot
-from reports.zero_shot import Labelled, known_labels, labelled_of, open_labelled
+from reports.zero_shot import Labelled, known_labels, labelled_images, open_labelled
 from sources import cifar
 from sources.decode import UndecodableImage
 from sources.drawing import load_scenes
@@ -44,11 +44,16 @@ def gallery(run):
 # --- the classifier ---
 
 
+def probabilities(gallery, items, labels):
+    classes = zero_shot.class_features(gallery.run, labels)
+    return zero_shot.probabilities(gallery.run, gallery.image_features[items], classes)
+
+
 def test_probabilities_follow_the_labels(gallery):
-    probabilities = zero_shot.zero_shot(gallery, [0, 5], LABELS)
-    assert torch.allclose(probabilities.sum(dim=1), torch.ones(2))
-    swapped = zero_shot.zero_shot(gallery, [5, 0], [LABELS[1], LABELS[0], LABELS[2]])
-    assert torch.allclose(swapped, probabilities[[1, 0]][:, [1, 0, 2]], atol=1e-5)
+    first = probabilities(gallery, [0, 5], LABELS)
+    assert torch.allclose(first.sum(dim=1), torch.ones(2))
+    swapped = probabilities(gallery, [5, 0], [LABELS[1], LABELS[0], LABELS[2]])
+    assert torch.allclose(swapped, first[[1, 0]][:, [1, 0, 2]], atol=1e-5)
 
 
 def test_an_ensemble_is_the_normalised_mean_of_its_prompts(run):
@@ -57,12 +62,12 @@ def test_an_ensemble_is_the_normalised_mean_of_its_prompts(run):
     assert torch.allclose(zero_shot.class_features(run, LABELS, ("a {}", "the {}.")), mean, atol=1e-5)
 
 
-def test_any_picture_is_classified(run, gallery):
+def test_any_image_is_classified(run, gallery):
     path = gallery.dataset.image_files([3])[0]
     found = zero_shot.classify(run, path, LABELS)
     assert found["probability"].is_monotonic_decreasing
     assert found["probability"].sum() == pytest.approx(1, abs=1e-5)
-    own = zero_shot.zero_shot(gallery, [3], LABELS)[0].tolist()
+    own = probabilities(gallery, [3], LABELS)[0].tolist()
     assert found.loc[LABELS, "probability"].tolist() == pytest.approx(own, abs=1e-3)
     for same in (str(path), path.read_bytes(), Image.open(path)):
         again = zero_shot.classify(run, same, LABELS)
@@ -71,7 +76,7 @@ def test_any_picture_is_classified(run, gallery):
         )
 
 
-def test_a_picture_that_cannot_be_read_says_why(run, tmp_path):
+def test_an_image_that_cannot_be_read_says_why(run, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"<html>not found</html>")
     with pytest.raises(UndecodableImage, match="broken.jpg cannot be decoded: a web page or XML"):
@@ -98,7 +103,7 @@ def test_bad_labels_and_templates_are_named(run, labels, templates, message):
 
 def test_nan_features_are_an_error(run):
     features = torch.full((2, 32), float("nan"))
-    with pytest.raises(LabError, match="picture's feature holds NaN"):
+    with pytest.raises(LabError, match="image's feature holds NaN"):
         zero_shot.probabilities(run, features, torch.eye(32)[:3])
 
 
@@ -142,12 +147,12 @@ def test_measuring_is_what_written_out_loops_say(run, several):
     assert found.summary["rule"] == (zero_shot.MANY_LABELS if several else zero_shot.ONE_LABEL)
 
 
-# --- labelled pictures ---
+# --- labelled images ---
 
 
 def test_scenes_know_shapes_colours_and_single_objects(home, gallery):
     scenes = load_scenes(home / "scenes", "test")
-    sets = {made.name: made for made in labelled_of(gallery)}
+    sets = {made.name: made for made in labelled_images(gallery)}
     assert set(sets) == {"single objects", "shapes", "colours"}
     ids = gallery.image_id.tolist()
     shapes = sets["shapes"]
@@ -158,7 +163,7 @@ def test_scenes_know_shapes_colours_and_single_objects(home, gallery):
     assert sets["single objects"].left_out == 20 - len(alone)
     assert torch.equal(sets["single objects"].features, gallery.image_features[alone])
     accuracy = evaluate.zero_shot_accuracy(gallery)
-    assert accuracy["pictures"] == len(alone)
+    assert accuracy["images"] == len(alone)
     assert 0 <= accuracy["top1"] <= accuracy["top5"] <= 1
 
 
@@ -174,16 +179,16 @@ def test_coco_categories_count_once_for_each_present(tmp_path):
     file.write_text(json.dumps(content))
     table = SimpleNamespace(root=tmp_path, categories=None, paths=[f"val2014/{i}.jpg" for i in ids])
     gallery = made_gallery(3, table=table, rows=np.arange(3))
-    (made,) = labelled_of(gallery)
+    (made,) = labelled_images(gallery)
     assert (made.labels, made.truth.tolist()) == (["cat", "dog"], [[True, True], [True, False]])
-    assert made.left_out == 1  # picture 102 shows nothing
+    assert made.left_out == 1  # image 102 shows nothing
     assert known_labels(gallery) == {1: "cat"}
     content["categories"][1]["name"] = "lynx"  # corrected while the process runs
     file.write_text(json.dumps(content))
     assert known_labels(gallery) == {1: "lynx"}
     other = tmp_path / "other.json"
     other.write_text("{}")
-    with pytest.raises(LabError, match="none of COCO's instances files"):
+    with pytest.raises(LabError, match="not a COCO instances file"):
         zero_shot.read_instances(other)
 
 
@@ -203,7 +208,7 @@ def test_class_folders_leave_out_what_cannot_be_decoded(run, tmp_path):
 
 
 def write_cifar(folder, name):
-    """Files of CIFAR's form: six pictures of two classes in each."""
+    """Files of CIFAR's form: six images of two classes in each."""
     layout = cifar.LAYOUTS[name]
     (folder / layout.folder).mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -348,5 +353,5 @@ def test_the_summary_of_nothing_has_its_columns():
     table = zero_shot.summary_table([])
     assert (len(table), table.index.name) == (0, "set")
     assert list(table) == [
-        "top1 (%)", "top5 (%)", "chance (%)", "calibration_error (%)", "pictures", "labels", "left_out", "rule",
+        "top1 (%)", "top5 (%)", "chance (%)", "calibration_error (%)", "images", "labels", "left_out", "rule",
     ]  # fmt: skip
