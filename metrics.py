@@ -51,17 +51,29 @@ class Protocol:
     num_images: int | None = None  # the set must hold exactly so many
     captions: int | None = None  # the first so many of each image; None for all
     folds: int = 1  # consecutive equal parts, each a gallery of its own; figures are their means
+    split_source: str = ""  # what divided its data, see `CaptionTable.split_source`; "" for any
 
 
 PROTOCOLS: Mapping[str, Protocol] = {
     "full": Protocol("every image and caption given"),
-    "one_caption": Protocol("every image given, its first caption alone", captions=1),
-    "coco_5k": Protocol("COCO Karpathy test, 5,000 images, five captions each", 5000, 5),
-    "coco_1k_fivefold": Protocol(
-        "COCO Karpathy test, mean of five galleries of 1,000 images, five captions each", 5000, 5, 5
+    "one_caption": Protocol("every image given, only its first caption", captions=1),
+    "coco_5k": Protocol(
+        "COCO Karpathy test, 5,000 images, five captions each", 5000, 5, 1, "Karpathy's split of coco"
     ),
-    "flickr_1k": Protocol("Flickr30k Karpathy test, 1,000 images, five captions each", 1000, 5),
-    "flickr8k_1k": Protocol("Flickr8k official test, 1,000 images, five captions each", 1000, 5),
+    "coco_1k_fivefold": Protocol(
+        "COCO Karpathy test, mean of five galleries of 1,000 images, five captions each",
+        *(5000, 5, 5, "Karpathy's split of coco"),
+    ),
+    "flickr_1k": Protocol(
+        "Flickr30k Karpathy test, 1,000 images, five captions each",
+        1000,
+        5,
+        1,
+        "Karpathy's split of flickr30k",
+    ),
+    "flickr8k_1k": Protocol(
+        "Flickr8k official test, 1,000 images, five captions each", 1000, 5, 1, "Flickr8k's official lists"
+    ),
 }
 
 
@@ -102,27 +114,18 @@ def _galleries(
         return [(torch.arange(len(image_id)), torch.arange(len(text_id)))]
     ids, first = np.unique(image_id, return_index=True)
     rows = np.sort(first[ids != -1])
-    position = _occurrence(text_id)
-    kept = np.isin(text_id, image_id[rows]) & (position < protocol.captions)
+    position = pd.Series(text_id).groupby(text_id).cumcount().to_numpy()  # earlier rows with the same id
+    chosen = np.isin(text_id, image_id[rows]) & (position < protocol.captions)
     if protocol.num_images is not None:
-        short = len(rows) * protocol.captions - np.count_nonzero(kept)
+        short = len(rows) * protocol.captions - np.count_nonzero(chosen)
         if len(rows) != protocol.num_images or short:
             raise LabError(
                 f"protocol {name!r} is {protocol.description}; this set holds {len(rows):,} images "
                 f"and lacks {short:,} captions. Choose 'full' or 'one_caption'"
             )
     parts = np.array_split(rows, protocol.folds)
-    texts = [np.flatnonzero(kept & np.isin(text_id, image_id[part])) for part in parts]
+    texts = [np.flatnonzero(chosen & np.isin(text_id, image_id[part])) for part in parts]
     return [(torch.from_numpy(part), torch.from_numpy(text)) for part, text in zip(parts, texts, strict=True)]
-
-
-def _occurrence(ids: np.ndarray) -> np.ndarray:
-    """For every row, how many rows before it have the same id."""
-    order = np.argsort(ids, kind="stable")
-    _, first, counts = np.unique(ids[order], return_index=True, return_counts=True)
-    occurrence = np.empty(len(ids), dtype=np.int64)
-    occurrence[order] = np.arange(len(ids)) - np.repeat(first, counts)
-    return occurrence
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,11 @@ PUBLISHED: tuple[Published, ...] = (
 def published_points(direction: str = "t2i", k: int = 1) -> list[tuple[str, int, float]]:
     """(system, gallery size in images, Recall@K) of every published system that reports this K."""
     place = choose({"1": 0, "5": 1, "10": 2}, str(k), "published k")
-    read = choose({"i2t": lambda point: point.i2t, "t2i": lambda point: point.t2i}, direction, "direction")
-    return [(p.system, p.num_images, read(p)[place]) for p in PUBLISHED if place < len(read(p))]
+    recalls = [choose({"i2t": point.i2t, "t2i": point.t2i}, direction, "direction") for point in PUBLISHED]
+    points = zip(PUBLISHED, recalls, strict=True)
+    return [
+        (point.system, point.num_images, values[place]) for point, values in points if place < len(values)
+    ]
 
 
 # --- figures ---
@@ -189,7 +195,7 @@ def recalls_of(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def figures_of(metrics: dict[str, Any]) -> dict[str, float]:
-    """What a table shows: the recalls, or every number where the data set measures itself."""
+    """The figures that tables show: the recalls, or every number where the data set measures itself."""
     numbers = {
         name: float(value)
         for name, value in metrics.items()
@@ -233,13 +239,12 @@ def with_interval(metrics: Mapping[Any, Any], name: str) -> str:
 def metrics_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """Figures with intervals and protocol, recalls in percent; one row per split and one for its chance level."""
     rows = []
-    for split, found in metrics.items():
-        sizes = {"images": found["num_images"], "captions": found["num_texts"]}
-        protocol = {"split": split, "protocol": found["protocol"], **sizes}
-        rows.append(
-            {**protocol, "": "model", **{name: with_interval(found, name) for name in figures_of(found)}}
-        )
-        by_chance = {name: as_text(name, value) for name, value in chance(found).items()}
+    for split, figures in metrics.items():
+        sizes = {"images": figures["num_images"], "captions": figures["num_texts"]}
+        protocol = {"split": split, "protocol": figures["protocol"], **sizes}
+        texts = {name: with_interval(figures, name) for name in figures_of(figures)}
+        rows.append({**protocol, "": "model", **texts})
+        by_chance = {name: as_text(name, value) for name, value in chance(figures).items()}
         rows += [{**protocol, "": "chance", **by_chance}] if by_chance else []
     columns = ["split", "protocol", "images", "captions", ""]
     return pd.DataFrame(rows, columns=None if rows else columns).fillna("").set_index(columns)

@@ -6,7 +6,7 @@ forgery. Older files without a checksum are read too.
 
 from __future__ import annotations
 
-import os
+import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.errors import LabError
 from core.files import SEAL, DamagedFileError, atomic_path, checksum, seal_of, sealed
-
-ZIP_END, ZIP_END_BYTES = b"PK\5\6", 22  # the last record of an archive without a comment
-COMMENT_BYTES = len(sealed(0))
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -62,15 +58,9 @@ def _tensors_seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 
 def save_archive(path: str | Path, content: dict[str, Any]) -> None:
-    """`torch.save` with a checksum in the archive's comment, which zip tools and torch ignore."""
+    """`torch.save`, complete or not at all; the archive has a CRC-32 of each of its records."""
     with atomic_path(path) as beside:
         torch.save(content, beside)
-        with open(beside, "rb+") as file:
-            file.seek(-2, os.SEEK_END)
-            file.write(COMMENT_BYTES.to_bytes(2, "little"))
-        code = file_checksum(beside)
-        with open(beside, "ab") as file:
-            file.write(sealed(code).encode())
 
 
 def load_archive(path: str | Path, device: torch.device | str, advice: str) -> dict[str, Any]:
@@ -79,29 +69,17 @@ def load_archive(path: str | Path, device: torch.device | str, advice: str) -> d
     Raises: DamagedFileError if it is damaged or not a dict.
     """
     try:
-        _check_archive(Path(path))
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} does not match")
         content = torch.load(path, map_location=device, weights_only=True)
-    except LabError:
-        raise
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedFileError(path, reason, advice) from error
     if not isinstance(content, dict):
         raise DamagedFileError(path, f"it holds a {type(content).__name__}", advice)
     return content
-
-
-def _check_archive(path: Path) -> None:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        file.seek(max(0, size - ZIP_END_BYTES - COMMENT_BYTES))
-        tail = file.read()
-    if tail[-ZIP_END_BYTES:].startswith(ZIP_END):
-        return  # an older file without a checksum
-    if not tail.startswith(ZIP_END):
-        raise ValueError("it is cut off or not an archive of torch")
-    if tail[ZIP_END_BYTES:] != sealed(file_checksum(path, size - COMMENT_BYTES)).encode():
-        raise ValueError("its checksum does not match")
 
 
 def load_arrays(path: str | Path, advice: str) -> dict[str, Any]:
@@ -118,10 +96,10 @@ def load_arrays(path: str | Path, advice: str) -> dict[str, Any]:
         raise DamagedFileError(path, str(error) or type(error).__name__, advice) from error
 
 
-def file_checksum(path: Path, size: int | None = None) -> int:
-    """CRC-32 of a file's first `size` bytes; None: of the whole file."""
-    left, code = path.stat().st_size if size is None else size, 0
+def file_checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    code = 0
     with open(path, "rb") as file:
-        while left > 0 and (block := file.read(min(left, 1 << 20))):
-            code, left = zlib.crc32(block, code), left - len(block)
+        while block := file.read(1 << 20):
+            code = zlib.crc32(block, code)
     return code

@@ -123,7 +123,9 @@ def write_clip(run: Run, folder: Path) -> FeaturePairs:
     vision, vision_state = _vision_half(ours)
     text, text_state = _text_half(ours)
     scale = ours.logit_parts()["logit_scale"].log().cpu()
-    width = {"projection_dim": len(vision_state["visual_projection.weight"])}  # the halves' own may differ
+    width: dict[str, Any] = {
+        "projection_dim": len(vision_state["visual_projection.weight"])
+    }  # the halves' own may differ
     clip = transformers.CLIPModel(
         transformers.CLIPConfig(
             text_config={**text.to_dict(), **width},

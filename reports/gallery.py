@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from metrics import PROTOCOLS
 from retrieval.figures import summarise
 from retrieval.ranks import Ranks, match_ranks
 from retrieval.statistics import bootstrap_intervals
-from sources.readers import COCO_2014, FLICKR8K_LISTS
+from sources.readers import COCO_2014
 from sources.table import stamp
 from training.checkpoints import read_metrics
 from utils import Run, encode_loader
@@ -89,6 +88,7 @@ class Gallery:
         A K of `recall_ks` over the number of images is left out: it would count every query as answered.
         Raises: LabError if no K is left, if nothing matches, or if features hold NaN.
         """
+        figures: dict[str, Any]
         if self.measures_itself:
             figures = {"num_images": len(self.image_id), "num_texts": len(self.text_id)}
             figures |= self.dataset.metrics(self.run.model, self.features, self.run.config, intervals=True)
@@ -130,16 +130,6 @@ def data_digest(dataset: Any) -> str:
 # --- protocols ---
 
 
-DEFINED_ON: Mapping[str, str] = {
-    "coco_5k": "Karpathy's split of coco",
-    "coco_1k_fivefold": "Karpathy's split of coco",
-    "flickr_1k": "Karpathy's split of flickr30k",
-    "flickr8k_1k": FLICKR8K_LISTS,
-}
-"""Protocols that belong to the test split of one source, see `CaptionTable.split_source`. A split drawn by seed is a
-different one, even with as many images."""
-
-
 def fitting_protocols(gallery: Gallery) -> list[str]:
     """Names in `metrics.PROTOCOLS` that this gallery can be measured under."""
     return [name for name in PROTOCOLS if _fits(gallery, name)]
@@ -147,8 +137,8 @@ def fitting_protocols(gallery: Gallery) -> list[str]:
 
 def _fits(gallery: Gallery, name: str) -> bool:
     protocol = PROTOCOLS[name]
-    if name in DEFINED_ON and (gallery.split, _split_source(gallery)) != ("test", DEFINED_ON[name]):
-        return False
+    if protocol.split_source and (gallery.split, _split_source(gallery)) != ("test", protocol.split_source):
+        return False  # a split drawn by seed is a different one, even with as many images
     counts = _captions_each(gallery)
     enough = len(counts) == len(gallery.image_id) and counts.min() >= (protocol.captions or 1)
     return protocol.num_images is None or bool(enough and len(gallery.image_id) == protocol.num_images)
@@ -237,7 +227,7 @@ def load_or_encode(run: Run, dataset: Any, *, again: bool = False, show: bool = 
     return gallery
 
 
-def _saved_features(path: Path, weights: str, data: str) -> dict[str, Tensor] | None:
+def _saved_features(path: Path, weights: str, data: str) -> dict[str, Any] | None:
     """Features and ids as `load_or_encode` wrote them; None if there are none of these weights and data."""
     try:
         features, metadata = load_tensors(path, "it is encoded again")

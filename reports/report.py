@@ -295,6 +295,6 @@ def _with_intervals(
     single = [len(setting.runs) == 1 for setting in settings]
     for name in [f"{metric}_{end}" for metric in metrics for end in ("low", "high")]:
         ends = [setting.runs[0].metrics[setting.split].get(name) for setting in settings]
-        table[name] = pd.Series(ends, table.index, dtype=float).where(single)
+        table[name] = pd.Series(ends, table.index, dtype=float).where(pd.Series(single, table.index))
     kinds = {False: "several seeds: ± 1 standard deviation", True: f"one seed: {INTERVALS}"}
     return table, "; ".join(kinds[alone] for alone in sorted(set(single)))

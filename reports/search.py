@@ -1,4 +1,4 @@
-"""Searching an encoded split: texts, images and combinations of both find images, and images find captions.
+"""Searching an encoded split: texts, images and combinations of both find images.
 
 A text is a `str`. An image is its number in the gallery, a `Path`, a file's bytes, a PIL image, or an array (H, W, 3)
 of uint8. An image of the gallery, given by number or path, is never its own result.
@@ -10,7 +10,7 @@ import io
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -40,24 +40,23 @@ COLUMNS = 5
 
 @dataclass
 class SearchResult:
-    """Images or captions that a query found, nearest first, with their cosine similarities.
+    """The images that a query found, nearest first, with their cosine similarities.
 
     Args:
-        answers: image files, or captions.
-        correct: whether each matches the query, where the query is a caption or an image of the gallery.
+        correct: whether the query is a caption of each, where it is a caption of the gallery.
         query_images: the images in the query.
     """
 
     query: str
-    answers: list[Any]
+    images: list[Path]
     scores: list[float]
-    correct: list[bool] | None = None
-    query_images: list[Any] = field(default_factory=list)
+    correct: list[bool] | None
+    query_images: list[Any]
 
     def table(self) -> pd.DataFrame:
-        """One row per answer: query, rank from 1, cosine score, image, and correct where it is known."""
-        ranks = range(1, len(self.answers) + 1)
-        columns = {"score": self.scores, "image": list(map(str, self.answers)), "correct": self.correct}
+        """One row per image: query, rank from 1, cosine score, image, and correct where it is known."""
+        ranks = range(1, len(self.images) + 1)
+        columns = {"score": self.scores, "image": list(map(str, self.images)), "correct": self.correct}
         return pd.DataFrame({"query": self.query, "rank": ranks, **columns})
 
 
@@ -73,10 +72,6 @@ class GallerySearch:
     @cached_property
     def images(self) -> Index:
         return build_index(self.gallery.image_features, self.gallery.image_id)
-
-    @cached_property
-    def captions(self) -> Index:
-        return build_index(self.gallery.text_features, self.gallery.text_id)
 
     def by_text(self, texts: Sequence[str], k: int = 5) -> list[SearchResult]:
         """The k nearest images of each text. Raises: as `combined`."""
@@ -115,19 +110,6 @@ class GallerySearch:
             self._correct(terms, hits.ids[0, places]),
             [self._viewable(term) for term, _ in terms if not isinstance(term, str)],
         )
-
-    def captions_of(self, images: Sequence[Any], k: int = 5) -> list[SearchResult]:
-        """The k nearest captions of each image; a `str` is a path here. Raises: as `combined`."""
-        results = []
-        for image in map(as_image, images):
-            features, ident = self._encode(image)
-            hits = self.captions.query(features[None], k)
-            captions = [self.gallery.captions[row] for row in hits.rows[0].tolist()]
-            correct = None if ident == OUTSIDE else (hits.ids[0] == ident).tolist()
-            results.append(
-                SearchResult(query_name([(image, 1.0)]), captions, hits.scores[0].tolist(), correct)
-            )
-        return results
 
     def _encode(self, term: Term) -> tuple[Tensor, int]:
         """(D,) features, and the id of an image of the gallery; images of the gallery are not encoded again."""
@@ -233,10 +215,10 @@ def search_grid(results: Sequence[SearchResult], path: SavePath = None, title: s
     rows: list[tuple[str, list[Cell]]] = []
     for result in results:
         cells = [Cell(image, "query") for image in result.query_images]
-        correct = result.correct or [None] * len(result.answers)
-        answers = zip(result.answers, result.scores, correct, strict=True)
+        correct: Sequence[bool | None] = result.correct or [None] * len(result.images)
+        found = zip(result.images, result.scores, correct, strict=True)
         cells += [
-            Cell(file, f"{rank} · {score:.3f}", mark) for rank, (file, score, mark) in enumerate(answers, 1)
+            Cell(file, f"{rank} · {score:.3f}", mark) for rank, (file, score, mark) in enumerate(found, 1)
         ]
         for start in range(0, len(cells), COLUMNS):
             rows.append(("" if start else result.query, cells[start : start + COLUMNS]))
