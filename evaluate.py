@@ -402,8 +402,8 @@ def evaluate_weights(
     run = load_run(folder)
     measure_run(run)
     for split in config.test_splits * comprehensive:
-        exhibits = examine(open_gallery(run, split), results_of(run) / "figures")
-        save_sections(exhibits, results_of(run) / "tables", split)
+        sections = split_sections(open_gallery(run, split), results_of(run) / "figures")
+        save_sections(sections, results_of(run) / "tables", split)
     if output_file is not None and copy is not None:
         write_text(output_file, copy(run))
     print(metrics_table(run.metrics).T.to_string())
