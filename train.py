@@ -39,18 +39,19 @@ from models import build_model
 from plots.figures import learning_curves
 from retrieval.figures import direction
 from training.checkpoints import (
-    Stopped,
     evaluation_lock,
     exclusive_lock,
     last_checkpoint,
     load_checkpoint,
     load_last_checkpoint,
     random_states,
+    read_trained_on,
     reopened,
     save_checkpoint,
     seed_everything,
     set_random_states,
     stop_after_step,
+    write_trained_on,
 )
 from training.distributed import any_of, barrier, from_main, is_main, join_group, rank, world_size
 from training.effects import check, check_metric
@@ -62,7 +63,6 @@ from training.optim import EMA, build_optimizer, build_scheduler, choose_precisi
 from utils import EpochMeter, EpochProgress, Run, goodness, load_run, load_start, validate
 
 OnEpoch = Callable[[pd.DataFrame], None]
-TRAINED_ON = "trained_on.npy"
 UNKNOWN = "unknown"
 
 
@@ -251,37 +251,33 @@ class RunPlan:
 
 
 class Trainer:
-    """One run with all its parts, as `build_trainer` makes them.
+    """One run with all its parts, made by `build_trainer`.
 
     Args:
-        config: the plan's, with the precision chosen.
-        start: the weights that training started from, for `interpolate_weights`.
-        state: a checkpoint's, put into the parts.
+        start: the weights that training starts from, for `interpolate_weights`.
+        state: of a checkpoint; loaded into the parts.
     """
 
     def __init__(
         self,
         plan: RunPlan,
-        config: Config,
         engine: Engine,
         loader: DataLoader,
         val_loader: DataLoader,
         start: dict[str, Tensor] | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
-        self.plan, self.config, self.engine = plan, config, engine
-        self.model = engine.model
-        self.loader, self.val_loader, self.start = loader, val_loader, start
-        self.folder, self.checkpoints, self.device = plan.folder, plan.checkpoints, plan.device
-        self.train_set = plan.train_set
-        self.monitor = TrainingMonitor(config)
+        self.plan, self.engine, self.model, self.start = plan, engine, engine.model, start
+        self.loader, self.val_loader = loader, val_loader
+        self.config, self.folder, self.checkpoints = plan.config, plan.folder, plan.checkpoints
+        self.monitor = TrainingMonitor(self.config)
         self.history: list[dict[str, float]] = []
         self.progress = EpochProgress()
         self.steps = 0
         self.saved_at = time.monotonic()
         if state is not None:
             self._restore(state)
-        self.trackers = start_trackers(config, self.folder, self.steps) if is_main() else []
+        self.trackers = start_trackers(self.config, self.folder, self.steps) if is_main() else []
 
     @property
     def criterion(self) -> nn.Module:
@@ -290,7 +286,7 @@ class Trainer:
 
     @criterion.setter
     def criterion(self, loss: nn.Module) -> None:
-        self.engine.criterion = with_ids(loss).to(self.device)
+        self.engine.criterion = with_ids(loss).to(self.engine.device)
 
     # --- state ---
 
@@ -302,7 +298,7 @@ class Trainer:
             "scaler": self.engine.scaler,
             "negatives": self.engine.negatives,
             "ema": self.engine.ema,
-            "dataset": self.train_set,
+            "dataset": self.plan.train_set,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -338,13 +334,6 @@ class Trainer:
                 shutil.copyfile(best, beside)  # only the run's folder was lost
             self._write_history()
 
-    def _trained_on(self) -> np.ndarray:
-        """(N,) uint64 digests of the images that the weights have seen: this run's, and those of its start."""
-        start = self.config.start_from
-        earlier = None if start is None else _read_trained_on(start)
-        own = self.train_set.image_digests
-        return np.unique(own if earlier is None else np.concatenate([own, earlier]))
-
     def _write_history(self) -> None:
         write_text(self.folder / "history.csv", pd.DataFrame(self.history).to_csv(index=False))
 
@@ -362,8 +351,7 @@ class Trainer:
         """Train to the end, or to the first step after `stop` is set."""
         if is_main():
             self.config.save(self.folder / "config.yaml")
-            with atomic_path(self.folder / TRAINED_ON) as beside, open(beside, "wb") as file:
-                np.save(file, self._trained_on())
+            write_trained_on(self.folder, self.plan.train_set.image_digests, self.config.start_from)
         try:
             finished = self._epochs(stop, on_epoch)
         finally:
@@ -387,9 +375,7 @@ class Trainer:
                         f"early stopping: no better {config.best_metric} in {config.patience} validations."
                     )
                     break
-                try:
-                    self._epoch(epoch, stop, bar)
-                except Stopped:
+                if not self._epoch(epoch, stop, bar):
                     self.save()
                     bar.write(
                         f"stopped at epoch {epoch + 1}, step {self.progress.step}; run again to continue."
@@ -399,28 +385,28 @@ class Trainer:
                     on_epoch(pd.DataFrame(self.history))
         return True
 
-    def _epoch(self, epoch: int, stop: threading.Event, bar: tqdm) -> None:
+    def _epoch(self, epoch: int, stop: threading.Event, bar: tqdm) -> bool:
+        """Train and validate one epoch, or the rest of it. Returns: False if `stop` ended it before."""
         bar.set_description(f"{self.folder.name}, epoch {epoch + 1} of {self.config.num_epochs}")
         self.model.hold_towers(epoch < self.config.freeze_tower_epochs)
         if self.progress.step == 0:
-            self.train_set.refresh(self.model, epoch, self.config)
-
-        meter = EpochMeter(epoch, self.device, self.progress, bar)
+            self.plan.train_set.refresh(self.model, epoch, self.config)
+        meter = EpochMeter(epoch, self.engine.device, self.progress, bar)
         self.model.train()
-        for batch in meter.batches(self.loader, self.criterion, self.config):
+        for batch in meter.batches(self.loader, self.engine.criterion, self.config):
             meter.add(self.engine.step(batch), batch["image_id"], self.engine.images, self.engine.chance)
             self.steps += 1
-            stopped = any_of(stop.is_set(), self.device)
-            if stopped or self._is_due():
+            if any_of(stop.is_set(), self.engine.device):
                 meter.read()
-                if stopped:
-                    raise Stopped
+                return False
+            if self._is_due():
+                meter.read()
                 self.save()
         trained = meter.figures(self.model, self.engine.optimizer) | self.engine.negatives.log()
         chance = self.progress.uniform_sum / self.progress.images
         self.monitor.after_epoch(self.model, trained["train_loss"], chance, self.steps)
         row = {"epoch": epoch + 1, **trained, **self._validated(epoch)}
-        row |= {"peak_memory_gb": peak_memory_gb(self.device), **self.train_set.log()}
+        row |= {"peak_memory_gb": peak_memory_gb(self.engine.device), **self.plan.train_set.log()}
         self.history.append({name: float(value) for name, value in row.items()})
         self.progress = EpochProgress()
         if is_main():
@@ -431,16 +417,17 @@ class Trainer:
         if self.config.best_metric in self.history[-1] or self._is_due():
             self.save()
         self._write_training(finished=False)
+        return True
 
     def _validated(self, epoch: int) -> dict[str, float]:
-        """Validation figures where this epoch has any, measured by the main process; the best weights kept."""
+        """Figures of this epoch's validation, if it has one, by the main process, which writes the best weights."""
         last = epoch + 1 == self.config.num_epochs
         if (epoch + 1) % self.config.eval_every and not last:
             return {}
         figures: dict[str, float] = {}
         if is_main():
             with self.engine.ema.applied(self.model):
-                validated = validate(self.model, self.val_loader, self.criterion, self.config)
+                validated = validate(self.model, self.val_loader, self.engine.criterion, self.config)
                 self._keep_best(validated)
             self.monitor.after_validation(validated, self.steps)
             figures = {k: float(v) for k, v in validated.items() if isinstance(v, (int, float))}
@@ -492,14 +479,12 @@ class Trainer:
         metric = self.config.best_metric
 
         def score() -> float:
-            validated = validate(self.model, self.val_loader, self.criterion, self.config)
+            validated = validate(self.model, self.val_loader, self.engine.criterion, self.config)
             return goodness(validated[metric], metric)
 
         share, table = mix_weights(self.model, self.start, best, score)
         write_text(self.folder / "interpolation.csv", table.to_csv(index=False))
-        self._write_weights(
-            "best", int(pd.DataFrame(self.history)["epoch"].max()), share_of_training=f"{share:g}"
-        )
+        self._write_weights("best", len(self.history), share_of_training=f"{share:g}")
 
     def _write_training(self, finished: bool) -> None:
         if not is_main():
@@ -511,7 +496,7 @@ class Trainer:
                 "finished": finished,
                 "epochs": len(self.history),
                 "train_seconds": round(seconds, 1),
-                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.device}",
+                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.engine.device}",
                 "processes": world_size(),
                 "precision": self.config.precision,
                 "micro_batch_size": self.engine.micro_batch_size,
@@ -544,7 +529,7 @@ def build_trainer(plan: RunPlan, resume: str) -> Trainer:
         start = {name: weights.cpu().clone() for name, weights in model.state_dict().items()}
     if state is not None and config.precision == "auto":  # a run keeps the precision that it started with
         config = config.updated(precision=state["config"]["precision"])
-    config = config.updated(precision=choose_precision(config, device))
+    plan.config = config = config.updated(precision=choose_precision(config, device))
     optimizer = build_optimizer(model, config)
     engine = Engine(
         model,
@@ -559,7 +544,7 @@ def build_trainer(plan: RunPlan, resume: str) -> Trainer:
         ),
     )
     torch.manual_seed(config.seed + rank())  # processes drop different units
-    return Trainer(plan, config, engine, loader, val_loader, start, state)
+    return Trainer(plan, engine, loader, val_loader, start, state)
 
 
 def _loader(plan: RunPlan, dataset: Any, **options: Any) -> DataLoader:
@@ -576,7 +561,7 @@ def _loader(plan: RunPlan, dataset: Any, **options: Any) -> DataLoader:
 
 def _check_start(plan: RunPlan, start: Path) -> None:
     """Raises: LabError if the weights of a start have seen images that this run validates or tests on."""
-    seen = _read_trained_on(start)
+    seen = read_trained_on(start)
     if seen is None:
         print(f"{start} does not say which images it has seen; none of them should be in val or test here.")
         return
@@ -610,17 +595,6 @@ def _starts(config: Config) -> dict[str, str]:
         "image_weights": Path(config.image_weights),
     }
     return {name: file_digest(path) for name, path in files.items() if path is not None and path.is_file()}
-
-
-def _read_trained_on(folder: Path) -> np.ndarray | None:
-    """What `Trainer` wrote of the images that a run's weights have seen; None where it is not there."""
-    path = Path(folder) / TRAINED_ON
-    if not path.is_file():
-        return None
-    try:
-        return np.load(path, allow_pickle=False).astype("<u8")
-    except (OSError, ValueError, EOFError) as error:
-        raise LabError(f"{path} is damaged ({error}); train that run again.") from error
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from config import NOT_IN_NAME, Config
 from core.errors import LabError
-from core.files import DamagedFileError, locked, read_json, sweep
+from core.files import DamagedFileError, atomic_path, locked, read_json, sweep
 from core.tensor_files import load_archive, load_tensors, save_archive
 from towers.image import IMAGE_MODELS
 
@@ -107,10 +107,6 @@ def load_last_checkpoint(folder: str | Path, device: torch.device | str = "cpu")
 
 
 # --- One process per run; Ctrl-C finishes the step ---
-
-
-class Stopped(Exception):  # noqa: N818  a signal, not an error
-    """Training was asked to stop; everything is saved."""
 
 
 @contextmanager
@@ -224,6 +220,25 @@ def read_history(path: Path) -> pd.DataFrame:
             print(f"{path} is not a table of numbers with a column 'epoch'; it is left out.")
         return pd.DataFrame()
     return history
+
+
+def write_trained_on(folder: Path, images: np.ndarray, start: Path | None) -> None:
+    """Record which images a run's weights have seen: its own, by their digests, and those of its start."""
+    earlier = None if start is None else read_trained_on(start)
+    seen = images if earlier is None else np.concatenate([images, earlier])
+    with atomic_path(folder / "trained_on.npy") as beside, open(beside, "wb") as file:
+        np.save(file, np.unique(seen))
+
+
+def read_trained_on(folder: Path) -> np.ndarray | None:
+    """(N,) uint64 digests of the images that a run's weights have seen; None if there is no record of them."""
+    path = folder / "trained_on.npy"
+    if not path.is_file():
+        return None
+    try:
+        return np.load(path, allow_pickle=False).astype("<u8")
+    except (OSError, ValueError, EOFError) as error:
+        raise LabError(f"{path} is damaged ({error}); train that run again.") from error
 
 
 def load_weights_file(path: Path) -> dict[str, Tensor]:

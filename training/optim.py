@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pandas as pd
@@ -170,39 +170,24 @@ def mix_weights(
     start: dict[str, Tensor],
     best: dict[str, Tensor],
     score: Callable[[], float],
-    shares: Sequence[float] = SHARES,
 ) -> tuple[float, pd.DataFrame]:
-    """Load the mixture of two sets of weights that scores best; of equals the one nearest the start.
+    """Load the mixture of two sets of weights that scores best; of equal ones that nearest the start.
 
     Args:
-        model: takes the mixtures; holds the winner afterwards.
-        start, best: state dictionaries of the same names and shapes.
-        score: of the model as it stands, on validation data; more is better.
-        shares: of `best`, each in [0, 1]; 0 is the start itself.
-    Returns: the winner's share, and a table of `share` and `score`.
-    Raises: LabError if the two are not of one model, a share is outside [0, 1], or a score is nan.
+        model: the mixtures are loaded into it; it holds the best one afterwards.
+        start, best: state dictionaries of this model.
+        score: the model's score on validation data; higher is better.
+    Returns: the share of `best` in the mixture, and a table of `share` and `score`.
+    Raises: LabError if a score is nan.
     Source: Wortsman et al. 2022, section 3, with the share chosen on validation.
     """
-    _check(start, best, shares)
     rows: list[dict[str, float]] = []
-    for share in tqdm(shares, desc="mixing weights", unit="mixture", delay=2, leave=False):
+    for share in tqdm(SHARES, desc="mixing weights", unit="mixture", delay=2, leave=False):
         model.load_state_dict(mixture(start, best, share))
-        rows.append({"share": float(share), "score": score()})
+        rows.append({"share": share, "score": score()})
         if math.isnan(rows[-1]["score"]):
             raise LabError(f"the mixture with share {share} scores nan; choose another best_metric.")
-    table = pd.DataFrame(rows).sort_values("share", ignore_index=True)
+    table = pd.DataFrame(rows)
     winner = float(table["share"].iloc[table["score"].argmax()])
     model.load_state_dict(mixture(start, best, winner))
     return winner, table
-
-
-def _check(start: dict[str, Tensor], best: dict[str, Tensor], shares: Sequence[float]) -> None:
-    other = sorted(set(start) ^ set(best))
-    other += [name for name in best if name in start and start[name].shape != best[name].shape]
-    if other:
-        raise LabError(
-            f"starting and fine-tuned weights are not of one model (such as {other[0]!r}); mix a run's weights "
-            "with those it started from."
-        )
-    if not len(shares) or not all(0 <= share <= 1 for share in shares):
-        raise LabError(f"shares of the fine-tuned weights lie between 0 and 1, not {list(shares)}.")
