@@ -14,7 +14,7 @@ from torch import nn
 
 from config import Config, make_config
 from core.errors import LabError
-from losses import InfoNCELoss, build_loss
+from losses import InfoNCELoss
 from models import HEADS, AttentionPooling, CLIPModel, HeadOptions, build_model
 from towers import base, image
 from towers import text as towers_text
@@ -246,14 +246,6 @@ def test_the_seed_makes_the_weights():
     one, two, other = (build_model(make_config("flickr8k", seed=seed)).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_documented_loss_names_are_understood():
-    assert all(
-        isinstance(build_loss(Config(loss=n)), InfoNCELoss) for n in ("infonce", "InfoNCELoss", "info_nce")
-    )
-    with pytest.raises(LabError, match="loss 'infonec' does not exist; did you mean 'infonce'"):
-        build_loss(Config(loss="infonec"))
 
 
 # --- towers that need no hub ---
