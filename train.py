@@ -185,7 +185,7 @@ class RunPlan:
                 )
 
     def _other_form(self, known: dict[str, Any]) -> str:
-        """How the images are kept now where that was different when `known` data was opened, or ""."""
+        """A sentence if the image cache has another form than when `known` data was opened, else ""."""
         for part in known.keys() & self.data.keys():
             form = self.data[part]["form"]
             if (old_form := known[part].get("form", form)) != form:

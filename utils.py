@@ -1,4 +1,4 @@
-"""A run's folder: configuration, history, weights, checkpoints; one process a run, and a Ctrl-C that loses nothing."""
+"""The training loop and validation, and a run's folder."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Run:
     """A run's folder: configuration, history, metrics, weights.
 
     Args:
-        folder: where it lies.
-        config: with `runs_dir` and the other places as they were given to `load_run`, else as saved.
-        history: a row an epoch.
-        metrics: split -> metrics, once evaluated; `gallery.measured` says whether they are still true.
-        training: how it was trained: data, seconds, machine, versions, files left out.
+        folder: its path.
+        config: as saved, with the fields that were given to `load_run`.
+        history: one row per epoch.
+        metrics: split -> metrics, once evaluated; `gallery.measured` checks whether they are current.
+        training: data, seconds, machine and versions of its training.
         own_data: whether `data_dir` is the folder that the run was trained on.
-        results: folder of figures, tables and indexes; another than `folder` where they are of other data.
+        results: folder of figures, tables and indexes, if not `folder` because they are of other data.
     """
 
     folder: Path
@@ -74,12 +74,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether training came to its end."""
+        """Whether training is complete."""
         return bool(self.training.get("finished"))
 
     @property
     def best_epoch(self) -> int:
-        """The epoch, from 1, whose weights are kept."""
+        """The epoch, from 1, whose weights are saved as the best."""
         metric = self.config.best_metric
         if metric not in self.history:
             raise LabError(f"{self.folder} has no history of {metric}; train the run to the end first.")
@@ -112,7 +112,7 @@ class Run:
         return model.to(get_device(self.config.device)).eval()
 
     def summary(self, **more: Any) -> pd.DataFrame:
-        """Folder, best epoch, training time and files of the run, and whatever else is given."""
+        """Folder, best epoch, training time and files of the run, and the rows in `more`."""
         names = ("config.yaml", "history.csv", "metrics.json", "best.safetensors")
         rows = {
             "run": self.folder,
@@ -128,7 +128,7 @@ def load_run(folder: str | Path, **places: Any) -> Run:
     """Open a run's folder.
 
     Args:
-        places: configuration fields that are no part of the run's name, such as data_dir, device or recall_ks.
+        places: configuration fields outside the run's name, such as data_dir, device or recall_ks.
     Raises: LabError if the folder is missing or is not a run's.
     """
     folder = Path(folder)
@@ -150,21 +150,21 @@ def load_run(folder: str | Path, **places: Any) -> Run:
 
 
 def load_start(model: CLIPModel, folder: str | Path) -> None:
-    """Start from the best weights of a finished run; a tower that is cached on one side only keeps its own.
+    """Load the best weights of a finished run; a tower that only one of the two has is left as it is.
 
-    A `logit_bias` that the run has not, for it was trained by another loss, starts as configured.
+    A `logit_bias` that the run lacks, because it was trained with another loss, starts as configured.
 
-    Raises: LabError where a part is of another shape, or the run holds no weights.
+    Raises: LabError if a part has another shape, or the run has no weights.
     """
     path = Path(folder) / "best.safetensors"
     if not path.is_file():
         raise LabError(f"start_from {folder} holds no best.safetensors; train that run first.")
     theirs, ours = load_weights_file(path), model.state_dict()
     own = ("image_encoder.", "text_encoder.", "logit_bias")
-    lacking = [name for name in ours if name not in theirs and not name.startswith(own)]
+    missing = [name for name in ours if name not in theirs and not name.startswith(own)]
     unlike = [name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape]
-    if lacking or unlike:
-        first = min([*lacking, *unlike])
+    if missing or unlike:
+        first = min([*missing, *unlike])
         raise LabError(
             f"start_from {folder} does not fit: {first} is missing there or of another shape; "
             "use the same heads and embed_dim."
@@ -254,7 +254,7 @@ class EpochMeter:
         self.unread: list[tuple[Tensor, Tensor, int, Any]] = []
 
     def batches(self, loader: DataLoader, criterion: nn.Module, config: Config) -> Iterator[dict[str, Any]]:
-        """The epoch's batches on the device, images augmented. The criterion is told the epoch if it asks for it."""
+        """The epoch's batches on the device, images augmented. A criterion with `set_epoch` gets the epoch."""
         _start_at(loader, self.epoch, self.progress.step)
         if callable(set_epoch := getattr(criterion, "set_epoch", None)):
             set_epoch(self.epoch)
@@ -283,7 +283,7 @@ class EpochMeter:
             if not math.isfinite(value):
                 raise LabError(
                     f"the loss is {value} at epoch {self.epoch + 1}, step {progress.step + 1} (image ids "
-                    f"{image_id.tolist()[:8]}...); lower learning_rate or max_grad_norm; the last checkpoint is kept."
+                    f"{image_id.tolist()[:8]}...); lower learning_rate or max_grad_norm; the last checkpoint remains."
                 )
             progress.step += 1
             progress.images += images

@@ -206,7 +206,7 @@ def test_collapsed_features_warn():
         warnings.simplefilter("error")
         monitor.after_validation(found, 49)  # randomly initialized encoders start there
     with pytest.warns(
-        TrainingWarning, match="the text features have collapsed into one place; lower"
+        TrainingWarning, match="the text features have collapsed into one point; lower"
     ) as told:
         monitor.after_validation(found, 50)
     assert (told[0].filename, told[0].lineno) == ("quickstart_s0", 50)

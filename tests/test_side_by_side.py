@@ -508,6 +508,7 @@ def test_the_json_file_is_the_preset_with_its_documented_values():
     assert {name: config[name] for name in documented} == documented
     baseline = make_config("paired_cifar_baseline")
     assert {name: baseline[name] for name in documented} == documented
+    assert config.image_head == baseline.image_head == make_config("paired_cifar").image_head == "mlp"
 
 
 def test_the_documented_tower_reads_two_images_side_by_side():

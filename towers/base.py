@@ -1,4 +1,4 @@
-"""What towers share: images are normalized on the device, weights are loaded, cached features pass unchanged."""
+"""Base classes of towers, and loading of weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 class CachedTower(nn.Module):
-    """Takes the place of a tower whose features are cached: the identity, with a width."""
+    """Replaces a tower whose features are cached: the identity, with a width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class CachedTower(nn.Module):
         return full_precision(features)
 
 
-class PictureTower(nn.Module):
+class PixelTower(nn.Module):
     """Normalizes uint8 images on the device.
 
     Args:
@@ -68,7 +68,7 @@ class PictureTower(nn.Module):
         return images.contiguous(memory_format=torch.channels_last)
 
 
-class ImageTower(PictureTower):
+class ImageTower(PixelTower):
     """A convolutional encoder.
 
     Args:
@@ -99,12 +99,12 @@ def no_progress_bars() -> Iterator[None]:
     import transformers
 
     bars = transformers.utils.logging
-    shown, hub_hidden = bars.is_progress_bar_enabled(), huggingface_hub.utils.are_progress_bars_disabled()
+    were_on, hub_hidden = bars.is_progress_bar_enabled(), huggingface_hub.utils.are_progress_bars_disabled()
     bars.disable_progress_bar()  # the hub's, too
     try:
         yield
     finally:
-        if shown:
+        if were_on:
             bars.enable_progress_bar()
         hub = huggingface_hub.utils
         (hub.disable_progress_bars if hub_hidden else hub.enable_progress_bars)()

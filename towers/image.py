@@ -209,14 +209,14 @@ def vit(
     image_dropout: float = 0.0,
     gradient_checkpointing: bool = False,
     *,
-    pictures: int = 1,
+    side_by_side: int = 1,
     initialisation: str = "clip",
 ) -> VisionTransformer:
     """A randomly initialized vision transformer; the defaults are ViT-B/16 at 224 pixels.
 
     Args:
         weights: `random`, or a file of this tower's weights.
-        pictures: number of images of `image_size` side by side.
+        side_by_side: number of images of `image_size` side by side.
         initialisation: as of towers.transformer.VisionTransformer.
     """
     if weights == "pretrained":
@@ -224,7 +224,7 @@ def vit(
             "image_tower 'vit' has no pretrained weights; set image_weights to 'random' or to a weights file."
         )
     tower = VisionTransformer(
-        (image_size, image_size * pictures),
+        (image_size, image_size * side_by_side),
         image_patch_size,
         image_width,
         image_num_layers,
@@ -234,7 +234,7 @@ def vit(
         initialisation=initialisation,
         gradient_checkpointing=gradient_checkpointing,
     )
-    if pictures > 1:  # at CLIP's 0.02, left and right look alike for the first epochs
+    if side_by_side > 1:  # at CLIP's 0.02, left and right look alike for the first epochs
         nn.init.normal_(tower.embeddings.position_embedding.weight, std=PLACE_STD)
     if weights != "random":
         load_weights(tower, weights)
@@ -271,7 +271,7 @@ def projection_width(config: Any) -> int:
 
 
 def embeddings(weights: str = "pretrained", image_width: int = 768) -> CachedTower:
-    """In place of an encoder that is not available: its features have `image_width` numbers."""
+    """Cached features of an encoder that is not available here, `image_width` numbers each."""
     return CachedTower(image_width)
 
 
@@ -282,7 +282,7 @@ IMAGE_TOWERS: dict[str, Callable[..., Any]] = {
     "clip": clip_vision,
     "vit": vit,
     "embeddings": embeddings,
-    "vit_pair": partial(vit, pictures=2, initialisation="xavier"),
+    "vit_pair": partial(vit, side_by_side=2, initialisation="xavier"),
 }
 IMAGE_WIDTHS = {"resnet50": 2048, "efficientnet_lite0": 1280, "siglip": 768, "clip": 512}  # without loading
 IMAGE_NORMS = {"resnet50": (CLIP_MEAN, CLIP_STD), "efficientnet_lite0": (LITE_MEAN, LITE_STD)}

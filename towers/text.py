@@ -303,7 +303,7 @@ def packaged_minilm() -> str:
 
 
 def embeddings(name: str | None = None, text_width: int = 512) -> CachedTower:
-    """In place of an encoder that is not available: its features have `text_width` numbers."""
+    """Cached features of an encoder that is not available here, `text_width` numbers each."""
     return CachedTower(text_width)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from core.errors import LabError, choose
-from towers.base import CLIP_MEAN, CLIP_STD, PictureTower
+from towers.base import CLIP_MEAN, CLIP_STD, PixelTower
 
 # --- Blocks ---
 
@@ -197,7 +197,7 @@ class PatchEmbeddings(nn.Module):
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
 
 
-class VisionTransformer(PictureTower):
+class VisionTransformer(PixelTower):
     """A vision transformer with CLIP's LayerNorms before and after its blocks.
 
     Args:

@@ -1,4 +1,4 @@
-"""Checkpoints, the lock of a run's folder, Ctrl-C that saves before it ends, and the files of a run."""
+"""Checkpoints, locks, interrupts that save before they end, and the files of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from core.files import DamagedFileError, atomic_path, locked, read_json, sweep
 from core.tensor_files import load_archive, load_tensors, save_archive
 from towers.image import IMAGE_MODELS
 
-# --- Checkpoints: written whole or not at all, the last two kept, read without executing code ---
+# --- Checkpoints ---
 
 
 STATE = {"model", "optimizer", "scheduler", "random", "history", "progress", "steps", "run", "config", "data"}
@@ -65,7 +65,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 def save_checkpoint(folder: str | Path, state: dict[str, Any], step: int, keep: int = 2) -> Path:
     """Write `step_{step}.pt` whole or not at all, then drop all but the last `keep`.
 
-    Raises: LabError if the disk is full; earlier checkpoints are kept.
+    Raises: LabError if the disk is full; earlier checkpoints remain.
     """
     folder = Path(folder)
     path = folder / f"step_{step:09d}.pt"
@@ -203,8 +203,8 @@ def read_metrics(path: Path, *, show: bool = True) -> dict[str, dict[str, Any]]:
     metrics = read_kept(path, "it is measured again" if show else "")
     whole = {split: of for split, of in metrics.items() if isinstance(of, dict) and of.keys() >= MEASURED}
     if show and len(whole) < len(metrics):
-        lacking = ", ".join(metrics.keys() - whole.keys())
-        print(f"{path} lacks figures of {lacking}; they are measured again.")
+        missing = ", ".join(metrics.keys() - whole.keys())
+        print(f"{path} lacks figures of {missing}; they are measured again.")
     return whole
 
 

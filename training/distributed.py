@@ -1,6 +1,7 @@
 """Several processes as one: features gathered, gradients summed, files written once.
 
-Started by `accelerate launch train.py ...` or Accelerate's `notebook_launcher`; alone, everything here is an identity.
+Started by `accelerate launch train.py ...` or Accelerate's `notebook_launcher`; in a single process, nothing here has
+an effect.
 """
 
 from __future__ import annotations

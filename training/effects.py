@@ -1,4 +1,4 @@
-"""When each setting has an effect: settings that would change a run's name and nothing else are refused."""
+"""When each setting has an effect; settings that would only change a run's name are refused."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ NEEDS: tuple[tuple[str, Condition, str], ...] = (
     (
         "augment_crop_scale augment_flip augment_jitter augment_rotation augment_erasing",
         lambda c: c.image_tower_mode != "cached",
-        "image_tower_mode 'frozen' or 'trainable': a cached tower has seen each image once",
+        "image_tower_mode 'frozen' or 'trainable': a cached tower encodes each image once",
     ),
     ("augment_swap_sides", lambda c: c.augment_flip > 0, "augment_flip above 0"),
     (
@@ -115,7 +115,7 @@ NEEDS: tuple[tuple[str, Condition, str], ...] = (
     (
         "head_dropout",
         lambda c: not c.freeze_projections and not c.image_head == c.text_head == "identity",
-        "a head that learns",
+        "a head that is trained",
     ),
     ("head_num_heads head_num_layers head_num_tokens", _head("attention"), "a head 'attention'"),
     ("use_layer_norm", _head("mlp"), "a head 'mlp'"),
@@ -139,7 +139,7 @@ NEEDS: tuple[tuple[str, Condition, str], ...] = (
     (
         "bank_refresh_steps",
         lambda c: c.negatives == "bank" and c.text_head != "identity" and not c.freeze_projections,
-        "negatives 'bank' and a text_head that learns",
+        "negatives 'bank' and a text_head that is trained",
     ),
     ("num_mined", lambda c: c.mining != "none", "mining 'random' or 'semantic'"),
     (
@@ -148,7 +148,7 @@ NEEDS: tuple[tuple[str, Condition, str], ...] = (
         "mining or mining_neighbour_batches",
     ),
     ("mining_margin", lambda c: c.mining == "semantic", "mining 'semantic'"),
-    ("warmup_steps", lambda c: c.warmup_epochs is None, "warmup_epochs None, which stands in its place"),
+    ("warmup_steps", lambda c: c.warmup_epochs is None, "warmup_epochs None, which replaces it"),
     ("warmup_epochs", lambda c: (c.warmup_epochs or 0) < c.num_epochs, "more epochs than that in num_epochs"),
 )
 """Fields, when they have an effect, and what they need for it; of several rows, all must hold."""
@@ -159,11 +159,11 @@ ALWAYS = frozenset(
     "loss negatives num_epochs batch_size learning_rate weight_decay schedule max_grad_norm ema_decay patience "
     "best_metric eval_every interpolate_weights".split()
 )
-"""Fields of a run's name that have an effect whatever the others are."""
+"""Fields of a run's name that always have an effect."""
 
 
 def check(config: Config) -> None:
-    """Refuse what a run would not read.
+    """Refuse settings that a run would not read.
 
     Only values that differ from the default and from the preset are looked at, so that one flag of a preset can be
     changed alone. Raises: LabError naming the field and what it needs.
@@ -180,7 +180,7 @@ def check(config: Config) -> None:
 
 
 def check_metric(config: Config) -> None:
-    """Refuse a best_metric that validation will not give. Raises: LabError naming the nearest that it will."""
+    """Refuse a best_metric that validation does not measure. Raises: LabError naming the nearest one that it does."""
     if re.sub(KINDS["best_metric"], "", config.best_metric) not in NAMES["best_metric"][1]:
         return  # the user's own
     if config.reader == "paired_cifar":

@@ -1,4 +1,4 @@
-"""One optimiser step with the whole batch's loss, whole or in pieces, alone or among processes."""
+"""One optimizer step with the whole batch's loss: in one pass or in pieces, in one process or several."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def explained_errors(advice: str = "the same call continues from the last checkp
 
 
 class Engine:
-    """Takes batches one step at a time.
+    """Takes training steps: those of `utils.train_epoch`, with all that a batch may need beyond them.
 
     The loss is always that of the whole batch, of all processes together. Its gradients with respect to the
-    features come first; then they flow through the towers, piece by piece where `micro_batch_size` says so.
-    Where memory runs out, the pieces are halved and the same step is taken again.
+    features are computed first and then passed back through the towers, in pieces of `micro_batch_size` images if it
+    is set. If memory runs out, the pieces are halved and the step is repeated.
 
-    Pieces pass the towers; the heads see the whole batch. With BatchNorm training in the image tower each piece is
-    normalized by its own statistics, and has at least two images: the gradients are then near the whole batch's, not
-    equal; `freeze_batch_norm` makes them equal. Each process normalizes by its own statistics, heads included.
+    Only the towers see pieces; the heads see the whole batch. If BatchNorm is trained in the image tower, each piece
+    has at least two images and is normalized by its own statistics: the gradients are then close to the whole batch's,
+    not equal; `freeze_batch_norm` makes them equal. Each process normalizes by its own statistics, also in the heads.
 
     Args:
         negatives: further rows for the loss.
@@ -90,9 +90,9 @@ class Engine:
 
     @explained_errors()
     def step(self, batch: Batch) -> Tensor:
-        """Learn from a batch on the device. Returns: its loss, (), detached.
+        """Train on a batch that is on the device. Returns: its loss, (), detached.
 
-        Raises: LabError where the smallest pieces do not fit into memory, or BatchNorm has a single row to average.
+        Raises: LabError if the smallest pieces do not fit into memory, or BatchNorm has a single row to average.
         """
         loss = self._gradients_in_memory(batch)
         sum_gradients(self.model.parameters())
@@ -107,7 +107,7 @@ class Engine:
         return loss
 
     def _gradients_in_memory(self, batch: Batch) -> Tensor:
-        """`gradients`, with smaller pieces where memory runs out."""
+        """`gradients`, with smaller pieces if memory runs out."""
         state = _random_state(self.device)
         buffers = [buffer for norm in batch_norms(self.model) if norm.training for buffer in norm.buffers()]
         before = [buffer.clone() for buffer in buffers]
@@ -167,7 +167,7 @@ class Engine:
         self.scaler.scale(loss).backward()
         grads = {k: leaf.grad for k, leaf in leaves.items() if leaf.grad is not None}
         for name in grads.keys() & {"logit_scale", "logit_bias"}:
-            grads[name] = grads[name] / world_size()  # every process holds the whole of it
+            grads[name] = grads[name] / world_size()  # every process has the whole gradient
         _backward(features, grads)
         if len(pieces) > 1:
             self._second_pass(pieces, states, {kind: rows.grad for kind, rows in pooled.items()})
@@ -187,14 +187,14 @@ class Engine:
         return torch.stack([self.criterion(**some) for some in given]).mean()
 
     def _pooling(self, kind: str) -> tuple[Callable[[Any], Tensor], bool]:
-        """What maps a piece's images or texts to a head's input, and whether it learns."""
+        """The function from a piece's images or texts to a head's input, and whether it is trained."""
         model = self.model
         parts = (model.image_encoder, model.image_pooling) if kind == "image" else (model.text_encoder,)
         learns = any(p.requires_grad for part in parts if part is not None for p in part.parameters())
         return (model.pool_image if kind == "image" else model.pool_text), learns
 
     def _first_pass(self, pieces: list[Batch]) -> tuple[Features, dict[str, list[Tensor]]]:
-        """The heads' inputs of all pieces without a graph, and the random state that each piece began with."""
+        """The heads' inputs of all pieces without a graph, and the random state before each piece."""
         pooled: Features = {}
         states: dict[str, list[Tensor]] = {}
         for kind in ("image", "text"):
@@ -210,7 +210,7 @@ class Engine:
     def _second_pass(
         self, pieces: list[Batch], states: dict[str, list[Tensor]], grads: dict[str, Tensor | None]
     ) -> None:
-        """The same pieces with a graph, each given its rows' gradients; what does not learn has none."""
+        """The same pieces with a graph, and the gradients of their rows passed back."""
         after = _random_state(self.device)
         for kind, whole in grads.items():
             if whole is None:
@@ -227,7 +227,7 @@ class Engine:
 
 
 def encode_batch(model: CLIPModel, batch: Batch, config: Config) -> Features:
-    """A batch's named features in eval mode, in halves where memory runs out; call it without gradients."""
+    """A batch's named features in eval mode, in halves if memory runs out; call it without gradients."""
     images = len(batch["image"])
     try:
         with autocast(config, model.logit_scale.device):
@@ -253,7 +253,7 @@ def _backward(features: Features, grads: Features) -> None:
 def split_batch(batch: Batch, size: int | None, least: int = 1) -> list[Batch]:
     """Pieces of at most `size` images; the texts are cut into as many pieces of their own.
 
-    Args: least: a piece has at least so many images, where that many are there, at the expense of `size`.
+    Args: least: a piece has at least so many images, if there are that many, even if that is more than `size`.
     """
     images, texts = len(batch["image"]), _length(batch["text"])
     if size is None or size >= images:
@@ -279,15 +279,15 @@ def _rows(values: Any, rows: slice) -> Any:
 
 @contextlib.contextmanager
 def still_batch_norm(model: nn.Module) -> Iterator[None]:
-    """Within, BatchNorm's running statistics stay: the second pass moves them."""
+    """Within, BatchNorm's running statistics do not change; the second pass changes them."""
     norms: list[Any] = [norm for norm in batch_norms(model) if norm.training]
-    kept = [norm.momentum for norm in norms]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, kept, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from core.files import fingerprint
 
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-PROJECT = str(next(place for place in Path(__file__).parents if (place / "config.py").is_file()))
+PROJECT = str(Path(__file__).parent.parent)
 PLAIN = (type(None), bool, int, float, complex, str, bytes, Path, torch.dtype, torch.device, type(...))
 NOT_CODE = frozenset(
     "__module__ __doc__ __dict__ __weakref__ __qualname__ __firstlineno__ __static_attributes__ __annotations__ "
@@ -144,5 +144,8 @@ def _held(value: Any, plain: bool = False) -> dict[str, Any]:
     held = {name: getattr(value, name) for name in slots if hasattr(value, name) and name[:2] != "__"}
     held |= getattr(value, "__dict__", {})
     moving = MOVING | set(value.state_dict() if plain and hasattr(value, "state_dict") else ())
-    kept = {name: part for name, part in held.items() if name not in moving}
-    return {name: part for name, part in kept.items() if isinstance(part, PLAIN)} if plain else kept
+    return {
+        name: part
+        for name, part in held.items()
+        if name not in moving and (not plain or isinstance(part, PLAIN))
+    }

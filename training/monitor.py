@@ -20,19 +20,19 @@ from models import MAX_LOGIT_SCALE, CLIPModel
 
 
 NEAR_CHANCE = 0.99  # of the loss's chance level
-STEPS_BEFORE_TELLING = 50  # warm-up may well take that long, and new encoders start in one place
+STEPS_BEFORE_WARNING = 50  # warm-up may take that long, and features of new encoders are nearly equal
 LEAST_SPREAD = 0.02
 
 
 class TrainingWarning(UserWarning):
-    """Training goes on, but probably not as meant."""
+    """Training continues, but probably does not work as intended."""
 
 
 class TrainingMonitor:
-    """Looks at a run after each epoch.
+    """Checks a run after each epoch.
 
-    A loss near its chance level says that nothing was learned (open_clip#17 tells of it); a temperature at
-    its clamp, that logits want to grow without end; features all in one place, that the model collapsed.
+    A loss at its chance level means that nothing was learned (a case: open_clip#17); a temperature at its clamp, that
+    the logits would grow further; nearly equal features, that the model collapsed.
     """
 
     def __init__(self, config: Config) -> None:
@@ -43,12 +43,12 @@ class TrainingMonitor:
     def _warn(self, what: str, advice: str, steps: int) -> None:
         if what not in self.given:
             self.given.add(what)
-            # run and step stand where Python would name its file and line, which tell a reader nothing
+            # in place of file and line, which would not help a reader
             warnings.warn_explicit(f"{what}; {advice}", TrainingWarning, self.name, steps)
 
     def after_epoch(self, model: CLIPModel, loss: float, chance: float, steps: int) -> None:
         """Args: loss and its chance level (nan: none): means over the epoch; steps: taken since the run began."""
-        if steps >= STEPS_BEFORE_TELLING and loss > NEAR_CHANCE * chance:
+        if steps >= STEPS_BEFORE_WARNING and loss > NEAR_CHANCE * chance:
             self._warn(
                 "the loss stays at its chance level",
                 "see whether the model fits 128 images at all (train.py --overfit 128), then try another "
@@ -64,14 +64,14 @@ class TrainingMonitor:
 
     def after_validation(self, validated: dict[str, float], steps: int) -> None:
         """Args: validated: figures, with `image_spread` and `text_spread` where there are any; steps: as above."""
-        if steps < STEPS_BEFORE_TELLING:
+        if steps < STEPS_BEFORE_WARNING:
             return
         for kind in ("image", "text"):
             spread = validated.get(f"{kind}_spread", 1.0)
             if spread < LEAST_SPREAD or math.isnan(spread):
                 self._warn(
-                    f"the {kind} features have collapsed into one place",
-                    "lower the learning_rate, or begin with a milder loss (triplet_mining 'mean' or 'semi_hard')",
+                    f"the {kind} features have collapsed into one point",
+                    "lower the learning_rate, or start with a milder loss (triplet_mining 'mean' or 'semi_hard')",
                     steps,
                 )
 

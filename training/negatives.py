@@ -1,4 +1,4 @@
-"""What a batch is contrasted with beside itself: recent features, or every training caption."""
+"""Negatives from outside the batch: recent features, or every training caption."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ CAPTIONS_AT_ONCE = 8192
 
 
 class BatchNegatives:
-    """The batch alone. The base of the others.
+    """The batch alone; base class of the others.
 
-    Beyond the batch a query meets a gallery without gradients, and all of it: were the batch's own rows in it alone
-    to have them, they would be drawn to their matches with nothing that pushes back, and all features would drift
-    to one side.
+    A gallery that goes beyond the batch has no gradients at all. If only the batch's own rows in it had them, they
+    would be pulled to their matches and never pushed away, and all features would drift to one side.
     """
 
     def comparisons(self, features: Features, image_id: Tensor, text_id: Tensor) -> list[Features]:
@@ -31,7 +30,7 @@ class BatchNegatives:
         return [{**features, "image_id": image_id, "text_id": text_id}]
 
     def after_step(self) -> None:
-        """Take note of a step."""
+        """Called after each step."""
 
     def log(self) -> dict[str, float]:
         """Figures for the history."""
@@ -45,10 +44,9 @@ class BatchNegatives:
 
 
 class QueueNegatives(BatchNegatives):
-    """Features of this and of recent batches, of images and of captions; older ones of an image in the batch stand
-    aside.
+    """Image and caption features of this and of recent batches, except older ones of an image in the batch.
 
-    Args: size: rows of either kind that are kept.
+    Args: size: number of images, and of captions, in the queue.
     Source: cross-batch memory, Wang et al. 2020; a gallery without gradients, MoCo, He et al. 2020.
     """
 
@@ -59,17 +57,17 @@ class QueueNegatives(BatchNegatives):
 
     def comparisons(self, features: Features, image_id: Tensor, text_id: Tensor) -> list[Features]:
         (batch,) = super().comparisons(features, image_id, text_id)
-        found = [batch]
+        comparisons = [batch]
         for kind, ids in (("image", image_id), ("text", text_id)):
             rows = features[f"{kind}_features"].detach()
             self.fresh |= {f"{kind}_id": ids, f"{kind}_features": rows}
             old_ids = self.rows.get(f"{kind}_id", ids[:0])
             others = ~torch.isin(old_ids, image_id)
             old = self.rows.get(f"{kind}_features", rows[:0])[others]
-            strangers = torch.full_like(old_ids[others], -1)  # two old rows are no pair to learn from
-            gallery = {f"{kind}_features": torch.cat([rows, old]), f"{kind}_id": torch.cat([ids, strangers])}
-            found.append(batch | gallery)
-        return found
+            unmatched = torch.full_like(old_ids[others], -1)  # old rows are only negatives
+            gallery = {f"{kind}_features": torch.cat([rows, old]), f"{kind}_id": torch.cat([ids, unmatched])}
+            comparisons.append(batch | gallery)
+        return comparisons
 
     def after_step(self) -> None:
         for name, rows in self.fresh.items():
@@ -88,8 +86,8 @@ class QueueNegatives(BatchNegatives):
 class BankNegatives(BatchNegatives):
     """Every training caption, encoded from its cached features.
 
-    Where the text head learns, the captions are encoded again every `refresh_steps` steps, without gradients
-    and without dropout; `bank_staleness` in the history is the mean cosine distance that a refresh moved them by.
+    If the text head is trained, the captions are encoded again every `refresh_steps` steps, without gradients
+    and without dropout; `bank_staleness` in the history is the mean cosine distance between old and new features.
 
     Args:
         model: whose text head encodes.
@@ -101,7 +99,7 @@ class BankNegatives(BatchNegatives):
         self.model, self.texts, self.refresh_steps = model, texts, refresh_steps
         self.device = model.logit_scale.device
         self.ids = text_id.to(self.device)
-        self.learns = any(p.requires_grad for p in model.text_head.parameters())
+        self.is_trained = any(p.requires_grad for p in model.text_head.parameters())
         self.features: Tensor | None = None
         self.steps = 0
         self.staleness = 0.0
@@ -120,7 +118,7 @@ class BankNegatives(BatchNegatives):
         self.encoded_by = {k: v.detach().clone() for k, v in self.model.text_head.state_dict().items()}
 
     def comparisons(self, features: Features, image_id: Tensor, text_id: Tensor) -> list[Features]:
-        if self.features is None or (self.learns and self.steps % self.refresh_steps == 0):
+        if self.features is None or (self.is_trained and self.steps % self.refresh_steps == 0):
             self._encode()
         assert self.features is not None
         (batch,) = super().comparisons(features, image_id, text_id)
@@ -130,7 +128,7 @@ class BankNegatives(BatchNegatives):
         self.steps += 1
 
     def log(self) -> dict[str, float]:
-        return {"bank_staleness": self.staleness} if self.learns else {}
+        return {"bank_staleness": self.staleness} if self.is_trained else {}
 
     def state_dict(self) -> dict[str, Any]:
         # The head that encoded the bank is far smaller than the bank, and gives the same bits again.
@@ -148,7 +146,7 @@ class BankNegatives(BatchNegatives):
 
 @contextlib.contextmanager
 def in_eval_mode(model: CLIPModel) -> Iterator[None]:
-    """Within, nothing is dropped and BatchNorm's statistics stay."""
+    """Within, the model is in eval mode."""
     training = model.training
     model.eval()
     try:

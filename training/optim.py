@@ -62,7 +62,7 @@ def _rate(name: str, config: Config) -> float:
 def build_scheduler(optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int) -> LambdaLR:
     """Linear warm-up, then `config.schedule` to the last step; one call of `step` per batch.
 
-    The warm-up begins at 1 / warmup of the peak rate; that of `get_scheduler` would waste a step at rate 0.
+    The warm-up starts at 1 / warmup of the peak rate; that of `get_scheduler` has a first step with rate 0.
     """
     from transformers import get_scheduler
 
@@ -80,10 +80,10 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: Config, steps_per_
 
 
 class EMA:
-    """Running average of a model's trainable weights and floating-point buffers; `decay` 0 keeps nothing.
+    """Running average of a model's trainable weights and floating-point buffers; `decay` 0 is off.
 
-    The decay grows from 0.1 as (1 + step) / (10 + step), so that the random start is soon forgotten. BatchNorm's
-    statistics are averaged as the weights are: the averaged weights give other activations than the model's own.
+    The decay grows from 0.1 as (1 + step) / (10 + step), so that the random start soon has no weight.
+    BatchNorm's statistics are averaged with the weights: averaged weights give other activations than the model's own.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -108,7 +108,7 @@ class EMA:
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Within, the model holds the averages."""
+        """Within, the model has the averaged weights."""
         values = dict(model.named_parameters()) | dict(model.named_buffers())
         own = {name: values[name].detach().clone() for name in self.average}
         with torch.no_grad():
@@ -124,11 +124,11 @@ class EMA:
         return {"step": self.step, "average": self.average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave. Raises: LabError if it lacks something that is averaged here."""
-        lacking = self.average.keys() - state["average"].keys()
-        if lacking:
+        """Restore `state_dict`. Raises: LabError if it lacks something that is averaged here."""
+        missing = self.average.keys() - state["average"].keys()
+        if missing:
             raise LabError(
-                f"the checkpoint's average of weights lacks {min(lacking)!r}: it was written before BatchNorm's "
+                f"the checkpoint's average of weights lacks {min(missing)!r}: it was written before BatchNorm's "
                 "statistics were averaged; set resume to 'never'."
             )
         self.step, self.average = state["step"], state["average"]
