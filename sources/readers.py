@@ -307,47 +307,38 @@ OFFICIAL_SHARE = 0.95  # of a folder's images; 91 of Flickr8k's 8,091 are in no 
 MANY_ROWS = 100_000  # of a file that takes over two seconds to read
 
 
-def read_coco(
-    folder: DataFolder,
-    *,
-    karpathy_file: str | Path | None = None,
-    annotations_dir: str | Path = "annotations",
-    year: str | None = None,
-) -> TableBuilder:
+def read_coco(folder: DataFolder, *, karpathy_file: str | Path | None = None) -> TableBuilder:
     """COCO 2014 or 2017: `annotations/captions_{split}2014.json` and `{split}2014/` or `images/{split}2014/`.
 
     Both may be in a folder `coco2014` or `coco2017`, as the Kaggle sets unpack.
 
     Args:
         karpathy_file: dataset_coco.json, for train/restval/val/test in place of COCO's own splits.
-        annotations_dir: folder of the caption files, if it has another name or is outside the data folder.
-        year: the year in the names of files and folders; None: the only one there is.
     Raises: LabError if there is no such file, or there are files of two years, which share images.
     """
     top = folder.first("coco2014", "coco2017") or ""
     if karpathy_file is not None:
         return _read_karpathy(folder, karpathy_file, (top, join(top, "images")))
-    place = folder.user_path(annotations_dir, top)
+    place = join(top, "annotations")
     matches = [match for name in sorted(folder.listing(place)) if (match := COCO_FILE.fullmatch(name))]
-    matches = [match for match in matches if year in (None, match[2])]
+    years = sorted({match[2] for match in matches})
     if not matches:
         raise LabError(
             f"no captions_*2014.json or captions_*2017.json in {folder.root / place}; they are in COCO's "
             "annotations_trainval2014.zip or 2017.zip (instances_*.json has no captions)"
         )
-    years = {match[2] for match in matches}
     if len(years) > 1:
         raise LabError(
-            f"{folder.root / place} has captions of {' and '.join(sorted(years))}, which share images; move "
+            f"{folder.root / place} has captions of {' and '.join(years)}, which share images; move "
             "the files of one year to another folder"
         )
-    (year,) = years
     table = TableBuilder(folder)
-    table.split_source = f"COCO {year}"
+    table.split_source = f"COCO {years[0]}"
     names = split_aliases(match[1] for match in matches)
     for match in sorted(matches, key=lambda match: split_rank(match[1])):
-        folders = [join(top, f"{match[1]}{year}"), join(top, f"images/{match[1]}{year}")]
-        _read_coco_split(table, names[match[1]], join(place, match[0]), folder.first(*folders) or folders[0])
+        candidates = [join(top, match[1] + match[2]), join(top, f"images/{match[1]}{match[2]}")]
+        images = folder.first(*candidates) or candidates[0]
+        _read_coco_split(table, names[match[1]], join(place, match[0]), images)
     return table
 
 

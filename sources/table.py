@@ -160,11 +160,10 @@ class DataFolder:
             self.stamps[full] = stamp(full)
         return self.stamps[full] != ABSENT
 
-    def user_path(self, path: str | os.PathLike[str], folder: str = "") -> str:
+    def user_path(self, path: str | os.PathLike[str]) -> str:
         """A path that the user gave: below the data folder if it exists there, else unchanged."""
-        below = os.path.join(folder, path)
-        if not os.path.isabs(below) and (self.look(below) or not os.path.exists(path)):
-            return below
+        if not os.path.isabs(path) and (self.look(path) or not os.path.exists(path)):
+            return os.fspath(path)
         self._real_bases.append(os.path.realpath(path))
         return os.path.abspath(path)
 
@@ -197,8 +196,8 @@ class DataFolder:
 
     def in_one_of(self, folders: Sequence[str], path: str) -> str:
         """`path` below the first of the folders that has it, or below the first of them."""
-        tried = [join(folder, path) for folder in folders]
-        return next((each for each in tried if self.has_file(self.true_path(each))), tried[0])
+        paths = [join(folder, path) for folder in folders]
+        return next((each for each in paths if self.has_file(self.true_path(each))), paths[0])
 
     def first(self, *candidates: str) -> str | None:
         """The first of these files or folders that exists, or None."""

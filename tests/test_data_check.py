@@ -1,4 +1,4 @@
-"""The data check finds what was planted, counts it, and its figure can be drawn."""
+"""The data check reports and counts planted faults, and its figure can be drawn."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def jpeg(seed: int, size=(24, 18)) -> bytes:
 
 
 def words(texts: list[str]) -> list[list[str]]:
-    """A tokenizer: one token a word, and one at each end."""
+    """A tokenizer: one token per word, and one at each end."""
     return [["<", *text.split(), ">"] for text in texts]
 
 
@@ -34,18 +34,18 @@ def words(texts: list[str]) -> list[list[str]]:
 def planted(tmp_path: Path) -> Path:
     """Ten images: two undecodable, one of them in train twice, one of train also in test."""
     (tmp_path / "Images").mkdir()
-    pictures = {f"{n}.jpg": jpeg(n) for n in range(7)}
-    pictures |= {"wide.jpg": jpeg(7, (60, 20)), "empty.jpg": b"", "page.jpg": b"<html>404</html>"}
-    pictures |= {"copy.jpg": pictures["0.jpg"], "again.jpg": pictures["1.jpg"]}
-    for name, data in pictures.items():
+    images = {f"{n}.jpg": jpeg(n) for n in range(7)}
+    images |= {"wide.jpg": jpeg(7, (60, 20)), "empty.jpg": b"", "page.jpg": b"<html>404</html>"}
+    images |= {"copy.jpg": images["0.jpg"], "again.jpg": images["1.jpg"]}
+    for name, data in images.items():
         (tmp_path / "Images" / name).write_bytes(data)
-    rows = [f"{name},a picture called {name}" for name in pictures]
+    rows = [f"{name},an image called {name}" for name in images]
     rows += ["0.jpg,", "0.jpg,", "1.jpg,a caf\ufffd", f"2.jpg,{'long ' * 30}", f"3.jpg,{'longer ' * 50}"]
-    rows += ["nobody.jpg,a missing picture", "../x.jpg,an escape", "broken"]
+    rows += ["nobody.jpg,a missing image", "../x.jpg,an escape", "broken"]
     text = "\n".join(["image,caption", *rows]).encode() + b"\n4.jpg,na\xefve\n"
     (tmp_path / "captions.txt").write_bytes(text)
     held = {"dev": ["5.jpg"], "test": ["6.jpg", "copy.jpg", "page.jpg"]}
-    held["train"] = [name for name in pictures if name not in held["dev"] + held["test"]]
+    held["train"] = [name for name in images if name not in held["dev"] + held["test"]]
     for split, names in held.items():
         (tmp_path / f"Flickr_8k.{split}Images.txt").write_text("\n".join(names))
     return tmp_path
@@ -61,7 +61,7 @@ def report(table):
     return check(table, tokenizer=words, max_length=20, progress=False)
 
 
-def test_what_was_planted_is_found(report):
+def test_planted_faults_are_reported(report):
     assert report["images"] == 12
     assert report["captions"] == 12 + 4
     assert report["images_per_split"] == {"train": 8, "val": 1, "test": 3}
@@ -138,7 +138,7 @@ def test_saved_reports_come_back_equal(report, tmp_path):
     path = save_report(report, tmp_path)
     assert path.name == "data_report.json"
     assert load_report(tmp_path) == report
-    assert len(path.read_text().splitlines()) == len(report) + 2  # a key a line
+    assert len(path.read_text().splitlines()) == len(report) + 2  # one key per line
     json.loads(path.read_text())
     path.write_text("{}")
     with pytest.raises(LabError, match="is not a data report; make one with"):

@@ -84,8 +84,8 @@ JPEG = saved(photograph((96, 80)), "JPEG")
 CMYK_RED = flat((0, 255, 255, 0), mode="CMYK")
 HALF_RED = flat((255, 0, 0, 128), mode="RGBA")
 
-# what was tried -> the color it must have all over, or the cause that must be reported
-TRIED: dict[str, tuple[bytes, tuple[int, int, int] | str]] = {
+# file -> the color it must have all over, or the cause that must be reported
+CASES: dict[str, tuple[bytes, tuple[int, int, int] | str]] = {
     "plain JPEG": (saved(flat(), "JPEG"), RED),
     "progressive JPEG": (saved(flat(), "JPEG", progressive=True), RED),
     "gray JPEG": (saved(flat(128, mode="L"), "JPEG"), GRAY),
@@ -149,9 +149,9 @@ TRIED: dict[str, tuple[bytes, tuple[int, int, int] | str]] = {
 }
 
 
-@pytest.mark.parametrize("name", TRIED)
+@pytest.mark.parametrize("name", CASES)
 def test_decoded_correctly_or_reported(name):
-    data, expected = TRIED[name]
+    data, expected = CASES[name]
     if isinstance(expected, str):
         with pytest.raises(UndecodableImage) as caught:
             decode(data)

@@ -1,4 +1,4 @@
-"""The image cache: what it holds, when it is refused, and that no kill leaves it half-made."""
+"""The image cache: its content, when it is refused, and that a killed build is continued."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
-def make_pictures(folder: Path, count: int) -> tuple[list[str], np.ndarray]:
+def make_images(folder: Path, count: int) -> tuple[list[str], np.ndarray]:
     """Files of the cache's own size, which decoding leaves as they are, and their pixels."""
     ramp = np.linspace(0, 200, SIZE)
     pixels = np.empty((count, SIZE, SIZE, 3), dtype=np.uint8)
@@ -43,8 +43,8 @@ def make_pictures(folder: Path, count: int) -> tuple[list[str], np.ndarray]:
         )
     names = [f"train/{row:03d}.png" for row in range(count)]
     (folder / "train").mkdir(parents=True)
-    for name, picture in zip(names, pixels, strict=True):
-        Image.fromarray(picture).save(folder / name)
+    for name, image in zip(names, pixels, strict=True):
+        Image.fromarray(image).save(folder / name)
     return names, pixels
 
 
@@ -54,13 +54,13 @@ def as_batch(pixels: np.ndarray) -> torch.Tensor:
 
 @pytest.fixture
 def data(tmp_path):
-    names, pixels = make_pictures(tmp_path / "data", 40)
+    names, pixels = make_images(tmp_path / "data", 40)
     return tmp_path / "data", names, pixels
 
 
 @pytest.fixture
 def build(data, tmp_path):
-    """Opens or builds the cache of `data`, quietly and in this process, unless told otherwise."""
+    """Opens or builds the cache of `data`, in this process and without output, unless `changes` say otherwise."""
 
     def call(**changes):
         settings = dict(root=data[0], paths=data[1], size=SIZE, folder=tmp_path / "cache")
@@ -90,7 +90,7 @@ def store_file(cache: ImageCache) -> Path:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_gathers_the_very_pixels_in_the_order_asked(build, data, num_workers):
+def test_gathers_the_exact_pixels_in_the_order_asked(build, data, num_workers):
     cache = build(num_workers=num_workers)
     rows = np.random.default_rng(0).integers(0, 40, 64)
     for asked in (rows, rows.tolist(), torch.from_numpy(rows)):
@@ -150,18 +150,18 @@ def test_other_processes_get_the_cache_by_its_folder(build, data):
         ImageCache(cache.folder.parent)
 
 
-def test_processes_started_afresh_build_it_too(build, data, monkeypatch):
+def test_spawned_processes_build_it_too(build, data, monkeypatch):
     spawn = multiprocessing.get_context("spawn")  # as on macOS and Windows
     monkeypatch.setattr(processes.multiprocessing, "get_context", lambda method: spawn)
     monkeypatch.setattr(image_cache, "ROWS_PER_TASK", 4)
     assert torch.equal(build(num_workers=2).gather(range(40)), as_batch(data[2]))
 
 
-# --- undecodable pictures --------------------------------------------------------------------------
+# --- undecodable images ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("jpeg", [False, True])
-def test_bad_pictures_are_named_and_have_no_pixels(build, data, jpeg, capsys):
+def test_bad_images_are_named_and_have_no_pixels(build, data, jpeg, capsys):
     root, names, pixels = data
     (root / names[3]).write_text("<html>not found</html>")
     (root / names[17]).unlink()
@@ -176,7 +176,7 @@ def test_bad_pictures_are_named_and_have_no_pixels(build, data, jpeg, capsys):
         assert "2 of 40 images cannot be decoded and are left out" in capsys.readouterr().out
 
 
-def test_a_bad_picture_that_is_put_right_is_read(build, data):
+def test_a_bad_image_that_is_repaired_is_read(build, data):
     root, names, pixels = data
     whole = (root / names[3]).read_bytes()
     (root / names[3]).write_bytes(whole[:40])
@@ -185,7 +185,7 @@ def test_a_bad_picture_that_is_put_right_is_read(build, data):
     assert torch.equal(build().gather([3]), as_batch(pixels[3:4]))
 
 
-def test_no_pictures_at_all_is_an_error(build, data, tmp_path):
+def test_no_images_at_all_is_an_error(build, data, tmp_path):
     with pytest.raises(LabError, match="at least one image"):
         build(paths=[])
     with pytest.raises(LabError, match="no image can be decoded"):
@@ -248,7 +248,7 @@ def claim_a_bad_row(cache):
     (cache.folder / "header.json").write_text(json.dumps({**header, "bad": {"1": "truncated"}}))
 
 
-DAMAGE = {  # what happened to the folder, and how many pictures are then decoded again
+DAMAGE = {  # what happened to the folder, and how many images are then decoded again
     "no header": (lambda cache: (cache.folder / "header.json").unlink(), 0),
     "half a header": (lambda cache: (cache.folder / "header.json").write_text('{"count": 40'), 0),
     "a list for a header": (lambda cache: (cache.folder / "header.json").write_text("[]"), 0),
@@ -263,7 +263,7 @@ DAMAGE = {  # what happened to the folder, and how many pictures are then decode
 
 @pytest.mark.parametrize("jpeg", [False, True])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_cache_is_mended_not_used(build, decoded, damage, jpeg):
+def test_a_damaged_cache_is_repaired_before_it_is_used(build, decoded, damage, jpeg):
     before = build(jpeg=jpeg).gather(range(40))
     decoded.clear()
     harm, again = DAMAGE[damage]
@@ -342,10 +342,10 @@ def finished_rows(folder: Path) -> int:
     return int(np.unpackbits(np.fromfile(bits, dtype=np.uint8)).sum()) if bits else 0
 
 
-def wait_until(true, seconds=300.0):
+def wait_until(condition, seconds=300.0):
     end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
+    while not condition():
+        assert time.monotonic() < end, "the condition was not reached"
         time.sleep(0.01)
 
 
@@ -450,7 +450,7 @@ def test_a_flipped_bit_or_a_cut_in_the_jpeg_form_gives_no_other_pixels(build, na
     assert torch.equal(build(jpeg=True).gather(range(40)), before)
 
 
-def test_a_full_disk_is_an_error_before_the_first_picture(build, decoded, monkeypatch):
+def test_a_full_disk_is_an_error_before_the_first_image(build, decoded, monkeypatch):
     set_free(monkeypatch, 1000)
     with pytest.raises(LabError, match=r"needs 0.00 GB as raw or 0.00 GB as jpeg, and .* 0.00 GB free"):
         build()
@@ -460,7 +460,7 @@ def test_a_full_disk_is_an_error_before_the_first_picture(build, decoded, monkey
 
 
 def test_what_is_written_already_counts(build, data, decoded, monkeypatch):
-    """A build that stopped for want of room needs only the rest; what it wrote makes way for JPEGs."""
+    """A build that stopped on a full disk needs room for the missing images only."""
     write = image_cache.RawStore.write
 
     def full(self, start, data):
@@ -488,7 +488,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(build, data):
         build(folder=data[0] / data[1][0])
 
 
-def test_an_unfinished_raw_build_makes_way_for_jpegs(build, monkeypatch, tmp_path):
+def test_an_unfinished_raw_build_is_replaced_by_jpegs(build, monkeypatch, tmp_path):
     def undecodable_then_interrupt(path, size, resize, original=image_cache.decode_rgb):
         if Path(path).name == "020.png":
             raise KeyboardInterrupt
@@ -502,7 +502,7 @@ def test_an_unfinished_raw_build_makes_way_for_jpegs(build, monkeypatch, tmp_pat
         with pytest.raises(KeyboardInterrupt):
             build(size=64)
     assert [path.name[-3:] for path in (tmp_path / "cache").glob("images_*/")] == ["raw"]
-    set_free(monkeypatch, 1000)  # 19 pictures of raw pixels give their room to 40 JPEGs
+    set_free(monkeypatch, 1000)  # 19 images of raw pixels give their room to 40 JPEGs
     cache = build(size=64)
     assert cache.form == "jpeg"
     assert cache.bad == {}
