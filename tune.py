@@ -371,10 +371,10 @@ def run_trial(path: Path, config: Config, space: Space, train: Callable[..., Run
 
     def report(history: pd.DataFrame) -> None:
         measured = history.dropna(subset=[metric]) if metric in history else history.iloc[:0]
-        for epoch, row in measured.set_index("epoch").iterrows():
+        for epoch, value in zip(measured["epoch"].astype(int), measured.get(metric, []), strict=True):
             if epoch in state().intermediate_values:
                 continue
-            trial.report(float(goodness(row[metric], metric)), int(epoch))
+            trial.report(float(goodness(value, metric)), epoch)
             if epoch < config.num_epochs and trial.should_prune():
                 raise optuna.TrialPruned
 
@@ -544,7 +544,7 @@ def train_all(settings: Sequence[Config], *, show: bool = True) -> list[Run]:
     with tqdm(total=sum(setting.num_epochs for setting in settings), unit="epoch", disable=not show) as bar:
         for setting in settings:
 
-            def move(history: Sized, start: int = bar.n) -> None:
+            def move(history: Sized, start: float = bar.n) -> None:
                 bar.update(start + len(history) - bar.n)
 
             bar.set_description(f"{len(runs) + 1} of {len(settings)}: {run_name(setting)}")

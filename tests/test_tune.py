@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot
 from small_disk import small_disk
-from test_pairs_data import write_split
+from test_embeddings import write_split
 
 import tune
 from config import Config, load_config, make_config
