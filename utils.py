@@ -364,6 +364,14 @@ def first_batch(model: CLIPModel, dataset: Any, config: Config) -> pd.Series:
     return pd.Series(rows, name="value", dtype=object)
 
 
+@torch.no_grad()
+def first_batch_features(model: CLIPModel, dataset: Any, config: Config) -> dict[str, Tensor]:
+    """The first batch's named features and its ids, as a loss takes them: `criterion(**features)`."""
+    batch = next(iter(make_loader(dataset, config.batch_size)))
+    features = model(batch["image"], batch["text"])
+    return {**features, "image_id": batch["image_id"], "text_id": batch["text_id"]}
+
+
 @torch.inference_mode()
 def encode_loader(
     model: CLIPModel,

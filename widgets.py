@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from matplotlib.figure import Figure
 
 from config import Config, run_name
 from core.errors import LabError, choose
+from dataset import open_dataset
 from evaluate import finished_runs
-from interface.controls import Control, ExperimentForm, uploaded
+from interface.controls import Control, ExperimentForm, shown_bundle, uploaded
 from metrics import as_text, figures_of, recalls_of, with_interval
+from models import build_model
+from plots.features import similarity_matrix
 from plots.figures import attention_maps, captioned_images, learning_curves, zero_shot_bars
 from reports.compare import paired_test_of
 from reports.gallery import Gallery
@@ -29,6 +33,9 @@ from reports.zero_shot import DEFAULT_TEMPLATES, classify, known_labels
 from sources.check import load_report
 from sources.decode import decode
 from sources.table import CaptionTable
+from towers.features import position_features, text_features, word_contributions
+from training.checkpoints import seed_everything
+from training.order import evenly_spread
 from utils import Run
 
 
@@ -415,3 +422,99 @@ def data_browser(table: CaptionTable, report: Mapping[str, Any] | str | Path | N
         page=widgets.BoundedIntText(1, 1, pages, description="page"),
         show=widgets.ToggleButtons(options=[IMAGES, FLAGS], style={"button_width": "auto"}),
     )
+
+
+# --- words and regions ---
+
+
+def word_figure(gallery: Gallery, query: str, k: int = 4) -> tuple[Figure, pd.DataFrame]:
+    """Where the k images nearest to a text match it, and what each of its words contributes.
+
+    The map is the softmax over the image's positions of their cosines with the text, at the model's temperature. A
+    word's contribution is what the mean cosine with these images loses without the word.
+    Raises: LabError if the text is empty, or the data are no images.
+    """
+    if not query.strip():
+        raise LabError("describe the image, such as 'a dog in the snow'.")
+    run, dataset = gallery.run, gallery.dataset
+    text = text_features(run.model, run.config, [query])  # (1, D)
+    items = (gallery.image_features @ text[0]).topk(min(k, len(gallery.image_id))).indices
+    images = dataset.decoded.gather(dataset.rows[items.numpy()])
+    cosines = position_features(run.model, run.config, images) @ text[0]  # (k, h, w)
+    weights = (cosines / run.model.temperature).flatten(1).softmax(1).view_as(cosines)
+    found = [f"cosine {score:.2f}" for score in gallery.image_features[items] @ text[0]]
+    label = "match with the text (1: the average position)"
+    figure = attention_maps(list(images), list(weights), found, label=label)
+    loses = word_contributions(run.model, run.config, query, gallery.image_features[items])
+    table = pd.DataFrame([loses], columns=query.split(), index=["cosine lost without the word"]).round(3)
+    return figure, table
+
+
+def word_explorer(gallery: Gallery, query: str = "") -> Control:
+    """Enter a text and see which regions of the nearest images match it, and which of its words matter."""
+    first = query or gallery.dataset.table.captions_of(int(gallery.dataset.rows[0]))[0]
+    return Control(partial(word_figure, gallery), query=widgets.Text(first, description="text", layout=WIDE))
+
+
+# --- before and after training ---
+
+
+@torch.inference_mode()
+def similarity_figure(run: Run, split: str, count: int = 8) -> Figure:
+    """Cosines of `count` images with one caption each, before training and after."""
+    dataset = open_dataset(run.config, (split,), evaluation=True)
+    items = evenly_spread(len(dataset), count).tolist()
+    batch = dataset.batch(items)
+    rows = [batch["text_id"].tolist().index(number) for number in batch["image_id"].tolist()]
+    seed_everything(run.config.seed)
+    cosines = {}
+    for title, model in (
+        ("before training", build_model(run.config).eval()),
+        ("after training", run.model.cpu()),
+    ):
+        features = model(batch["image"], batch["text"])
+        cosines[title] = features["image_features"] @ features["text_features"][rows].T
+    captions = [dataset.table.captions_of(int(row))[0] for row in dataset.rows[items]]
+    return similarity_matrix(cosines, captions, dataset.image_files(items))
+
+
+# --- questions ---
+
+QUESTIONS = Path(__file__).parent / "labs" / "questions"
+
+
+class Prediction:
+    """A question with an input; `compare` sets the answer beside what was measured. It may stay unanswered."""
+
+    def __init__(self, question: str, unit: str = "") -> None:
+        self.question, self.unit = question, unit
+        self.input = widgets.Text(placeholder=f"your prediction {unit}".strip(), layout=NARROW)
+        self.widget = widgets.VBox([widgets.HTML(f"<b>Predict:</b> {escape(question)}"), self.input])
+
+    @property
+    def answer(self) -> float | None:
+        """The number entered; None without one. Raises: LabError if it is no number."""
+        text = self.input.value.replace("%", "").replace(",", ".").strip()
+        try:
+            return float(text) if text else None
+        except ValueError:
+            raise LabError(f"{self.input.value!r} is no number; enter one such as 5.2, or nothing.") from None
+
+    def compare(self, measured: float) -> pd.DataFrame:
+        """One row: the prediction, what was measured, and their difference."""
+        row: dict[str, Any] = {"measured": measured}
+        if self.answer is not None:
+            row = {"predicted": self.answer, **row, "difference": measured - self.answer}
+        unit = f" ({self.unit})" if self.unit else ""
+        return pd.DataFrame([row], index=[self.question]).round(2).rename(columns=lambda name: name + unit)
+
+    def _ipython_display_(self) -> None:
+        display(shown_bundle(self.widget, html=f"<b>Predict:</b> {escape(self.question)}"), raw=True)
+
+
+def quiz(lab: str) -> None:
+    """The multiple-choice questions of a lab; each answer is explained. Raises: LabError if there is no such lab."""
+    from jupyterquiz import display_quiz
+
+    path = choose({path.stem: path for path in QUESTIONS.glob("*.json")}, lab, "lab")
+    display_quiz(str(path), shuffle_answers=False)

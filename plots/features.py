@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
 
@@ -90,30 +92,52 @@ def similarity_matrix(
     """Similarities of captions (rows) and images (columns), the matching cells framed.
 
     Args:
-        scores: (I, T) for I images and T captions.
+        scores: (I, T) for I images and T captions, or several such by title, drawn side by side on one scale.
         matches: (I, T) bool; by default the diagonal where I = T.
         label: what the scores are, with their unit.
     Raises: LabError if the scores' shape is not (I, T).
     """
-    values = to_numpy(scores).astype(float).T  # (T, I)
-    if values.shape != (len(captions), len(images)) or not values.size:
+    panels = scores if isinstance(scores, Mapping) else {"": scores}
+    values = {title: to_numpy(panel).astype(float).T for title, panel in panels.items()}  # (T, I)
+    shape = (len(captions), len(images))
+    if any(panel.shape != shape or not panel.size for panel in values.values()):
+        shapes = ", ".join(str(panel.T.shape) for panel in values.values())
         sizes = f"{len(images)} images and {len(captions)} captions"
-        raise LabError(f"scores of shape {values.T.shape} do not fit {sizes}; give (images, captions).")
-    diagonal = np.eye(*values.shape, dtype=bool) & (len(captions) == len(images))
+        raise LabError(f"scores of shape {shapes} do not fit {sizes}; give (images, captions).")
+    diagonal = np.eye(*shape, dtype=bool) & (len(captions) == len(images))
     framed = diagonal if matches is None else to_numpy(matches).astype(bool).T
-    names = [wrap(caption, 40) for caption in captions]
-    side = min(0.9, 5.0 / len(images))
+    names = [wrap(caption, 40 if len(panels) == 1 else 28) for caption in captions]
+    side = min(0.9, 5.0 / len(images) / len(panels))
     row_height = max(0.4, LINE_HEIGHT * max(map(text_lines, names)) + 0.1)
-    figure = new_figure(side + row_height * len(names) + 1.0)
-    axes = figure.subplots()
-    shades = axes.imshow(values, "Blues", aspect="auto")
-    axes.set(yticks=range(len(names)), yticklabels=names, xticks=[])
+    figure = new_figure(side + row_height * len(names) + 1.0 + 0.3 * (len(panels) > 1))
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    scale = Normalize(min(panel.min() for panel in values.values()), max(p.max() for p in values.values()))
+    for axes, (title, panel) in zip(grid, values.items(), strict=True):
+        shades = _similarity_panel(axes, panel, framed, images, side, scale)
+        axes.set_title(title, pad=72 * side + 10 if title else None)
+    grid[0].set(yticks=range(len(names)), yticklabels=names)
+    bar: dict[str, Any] = {"location": "bottom", "shrink": 0.5, "aspect": 25}
+    figure.colorbar(shades, ax=grid, label=f"{label}; framed: matching", **bar).ax.grid(False)
+    return saved(figure, path)
+
+
+def _similarity_panel(
+    axes: Axes,
+    values: np.ndarray,
+    framed: np.ndarray,
+    images: Sequence[ImageLike],
+    side: float,
+    scale: Normalize,
+) -> AxesImage:
+    """(T, I) similarities under thumbnails whose longer side is `side` inches."""
+    shades = axes.imshow(values, "Blues", norm=scale, aspect="auto")
+    axes.set(xticks=[])
     axes.tick_params(length=0)
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    dark = np.asarray(shades.norm(values)) > 0.6
-    if len(images) <= 14:
+    if side > 0.35:
         texts = np.vectorize("{:.2f}".format)(values.round(2) + 0.0)  # adding 0 turns -0.00 into 0.00
+        dark = np.asarray(scale(values)) > 0.6
         for row, column in np.ndindex(values.shape):
             ink = "white" if dark[row, column] else INK
             axes.text(column, row, texts[row, column], ha="center", va="center", color=ink, size=8.5)
@@ -123,8 +147,39 @@ def similarity_matrix(
     for column, image in enumerate(images):
         above: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "box_alignment": (0.5, 0)}
         axes.add_artist(AnnotationBbox(_thumbnail(image, side), (column, 1), frameon=False, **above))
-    bar: dict[str, Any] = {"location": "bottom", "shrink": 0.5, "aspect": 25}
-    figure.colorbar(shades, ax=axes, label=f"{label}; framed: matching", **bar).ax.grid(False)
+    return shades
+
+
+# --- temperature ---
+
+
+@styled
+def temperature_curves(
+    cosines: Any, temperatures: Sequence[float] = (1.0, 0.2, 0.05), match: int = 0, path: SavePath = None
+) -> Figure:
+    """The softmax of one query's cosines (G,) at several temperatures, the gallery from nearest to farthest.
+
+    Args: match: the query's own gallery item, marked by a star.
+    """
+    values = to_numpy(cosines).astype(float)
+    order = np.argsort(-values, kind="stable")
+    place = int(np.flatnonzero(order == match)[0])
+    figure = new_figure(2.6)
+    axes = figure.subplots()
+    for number, temperature in enumerate(temperatures):
+        weights = np.exp((values - values.max()) / temperature)
+        shares = 100 * (weights / weights.sum())[order]
+        look: dict[str, Any] = {"color": color(number), "label": f"temperature {temperature:g}"}
+        axes.plot(
+            range(1, len(order) + 1), shares, marker="o" if len(order) <= 30 else "", markersize=3, **look
+        )
+        axes.plot(place + 1, shares[place], marker="*", markersize=13, color=color(number))
+    axes.set(
+        xlabel="captions of the batch, from nearest to farthest (star: the image's own)",
+        ylabel="probability (%)",
+    )
+    axes.set_ylim(bottom=0)
+    axes.legend(ncols=len(temperatures), **LEGEND_ABOVE)
     return saved(figure, path)
 
 

@@ -336,6 +336,7 @@ def attention_maps(
     captions: Sequence[str] | None = None,
     path: SavePath = None,
     columns: int = 4,
+    label: str = "weight (average pooling gives 1)",
 ) -> Figure:
     """Each image above a grey copy of it under the pooling weights, all on one scale.
 
@@ -344,6 +345,7 @@ def attention_maps(
         weights: N maps (H, W), each summing to 1; drawn as multiples of 1 / (H W), the weight of average
             pooling. The scale ends at their 99th percentile, at 2 or more.
         captions: N texts.
+        label: of the scale.
     Raises: LabError if there are not as many maps as images, or one is not (H, W).
     """
     ratios = [to_numpy(weight).astype(float) * to_numpy(weight).size for weight in weights]
@@ -368,7 +370,6 @@ def attention_maps(
         draw_image(above, image)
         _attention_map(below, image, ratios[place], scale)
         below.set_xlabel(texts[place], loc="left", size=9)
-    label = "weight (average pooling gives 1)"
     bar: dict[str, Any] = {"location": "bottom", "shrink": 0.3, "aspect": 25, "anchor": (0, 0.5)}
     figure.colorbar(ScalarMappable(scale, HEAT), ax=grid, extend="max", label=label, **bar).ax.grid(False)
     return saved(figure, path)

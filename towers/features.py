@@ -335,3 +335,24 @@ def image_features(model: Any, config: Config, images: Tensor) -> Tensor:
     if config.image_tower_mode == "cached":
         images = encode_in_batches(tower_of(model, config, "image"), [images], device)
     return encode_in_batches(model.encode_image, [images], device)
+
+
+@torch.inference_mode()
+def position_features(model: Any, config: Config, images: Tensor) -> Tensor:
+    """(I, h, w, D) joint-space features of each position of the image tower's feature map, (I, 3, S, S) uint8 images.
+
+    The head is applied to every position by itself instead of to their average or weighted sum.
+    """
+    model.eval()
+    tower = tower_of(model, config, "image") if config.image_tower_mode == "cached" else model.image_encoder
+    positions = tower.feature_map(images.to(model.logit_scale.device)).movedim(1, -1)  # (I, h, w, width)
+    features = model.image_head(positions.flatten(0, 2))
+    return torch.nn.functional.normalize(features, dim=1).unflatten(0, positions.shape[:3]).float().cpu()
+
+
+def word_contributions(model: Any, config: Config, text: str, features: Tensor) -> list[float]:
+    """By how much a text's mean cosine with images (I, D) falls without each of its words."""
+    words = text.split()
+    others = [" ".join(words[:place] + words[place + 1 :]) for place in range(len(words))]
+    whole, *without = (text_features(model, config, [text, *others]) @ features.T).mean(dim=1).tolist()
+    return [whole - cosine for cosine in without]
