@@ -474,8 +474,9 @@ def similarity_figure(run: Run, split: str, count: int = 8) -> Figure:
     ):
         features = model(batch["image"], batch["text"])
         cosines[title] = features["image_features"] @ features["text_features"][rows].T
-    captions = [dataset.table.captions_of(int(row))[0] for row in dataset.rows[items]]
-    return similarity_matrix(cosines, captions, dataset.image_files(items))
+    table, rows = dataset.table, dataset.rows[items].tolist()
+    captions = [table.captions_of(row)[0] for row in rows]
+    return similarity_matrix(cosines, captions, [table.path_of(row) for row in rows])
 
 
 # --- questions ---
