@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     cli.evaluate()
     raise SystemExit
 
+import math
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from config import load_config
+from config import load_config, run_name
 from core.errors import LabError, choose
 from core.files import csv_text, file_digest, fingerprint, make_folder, write_json, write_text
 from core.tensor_files import save_tensors
@@ -246,6 +247,17 @@ def group_settings(runs: Sequence[Run], *, show: bool = True) -> list[Setting]:
         table = pd.DataFrame(figures, index=[run.name for run in group])
         settings.append(Setting(label, group, table, gallery))
     return settings
+
+
+def effect_of(runs: Sequence[Run], flag: str, metric: str = "t2i_recall@1") -> float:
+    """Mean change of a figure on the test split between runs that differ in a flag alone; nan without such runs."""
+    by_name = {run.name: run.metrics.get(run.test_split, {}).get(metric, math.nan) for run in runs}
+    changes = [
+        by_name[run.name] - by_name.get(run_name(run.config.updated(**{flag: False})), math.nan)
+        for run in runs
+        if run.config[flag]
+    ]
+    return float(np.mean(changes)) if changes else math.nan
 
 
 def compare_runs(
