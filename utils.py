@@ -351,6 +351,7 @@ MOST_ROWS = 2000  # whose uniformity a validation measures: a tenth of a second
 @torch.no_grad()
 def first_batch(model: CLIPModel, dataset: Any, config: Config) -> pd.Series:
     """The first batch before training: shapes of its tensors, its loss, and the loss's chance level (or None)."""
+    model.eval()
     batch = next(iter(make_loader(dataset, config.batch_size)))
     ids = {"image_id": batch["image_id"], "text_id": batch["text_id"]}
     criterion = build_loss(config)
@@ -367,6 +368,7 @@ def first_batch(model: CLIPModel, dataset: Any, config: Config) -> pd.Series:
 @torch.no_grad()
 def first_batch_features(model: CLIPModel, dataset: Any, config: Config) -> dict[str, Tensor]:
     """The first batch's named features and its ids, as a loss takes them: `criterion(**features)`."""
+    model.eval()
     batch = next(iter(make_loader(dataset, config.batch_size)))
     features = model(batch["image"], batch["text"])
     return {**features, "image_id": batch["image_id"], "text_id": batch["text_id"]}

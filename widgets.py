@@ -443,7 +443,7 @@ def word_figure(gallery: Gallery, query: str, k: int = 4) -> tuple[Figure, pd.Da
     cosines = position_features(run.model, run.config, images) @ text[0]  # (k, h, w)
     weights = (cosines / run.model.temperature).flatten(1).softmax(1).view_as(cosines)
     found = [f"cosine {score:.2f}" for score in gallery.image_features[items] @ text[0]]
-    label = "match with the text (1: the average position)"
+    label = "match (1: average position)"
     figure = attention_maps(list(images), list(weights), found, label=label)
     loses = word_contributions(run.model, run.config, query, gallery.image_features[items])
     table = pd.DataFrame([loses], columns=query.split(), index=["cosine lost without the word"]).round(3)
