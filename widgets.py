@@ -492,20 +492,16 @@ class Prediction:
         self.input = widgets.Text(placeholder=f"your prediction {unit}".strip(), layout=NARROW)
         self.widget = widgets.VBox([widgets.HTML(f"<b>Predict:</b> {escape(question)}"), self.input])
 
-    @property
-    def answer(self) -> float | None:
-        """The number entered; None without one. Raises: LabError if it is no number."""
-        text = self.input.value.replace("%", "").replace(",", ".").strip()
-        try:
-            return float(text) if text else None
-        except ValueError:
-            raise LabError(f"{self.input.value!r} is no number; enter one such as 5.2, or nothing.") from None
-
     def compare(self, measured: float) -> pd.DataFrame:
-        """One row: the prediction, what was measured, and their difference."""
+        """One row: the prediction, what was measured, and their difference. A prediction that is no number is named."""
+        text = self.input.value.strip()
         row: dict[str, Any] = {"measured": measured}
-        if self.answer is not None:
-            row = {"predicted": self.answer, **row, "difference": measured - self.answer}
+        if text:
+            try:
+                answer = float(text.rstrip("% ").replace(",", "."))
+                row = {"predicted": answer, **row, "difference": measured - answer}
+            except ValueError:
+                row = {"predicted": f"{text!r} is no number", **row}
         unit = f" ({self.unit})" if self.unit else ""
         return pd.DataFrame([row], index=[self.question]).round(2).rename(columns=lambda name: name + unit)
 
