@@ -18,6 +18,7 @@ from models import build_model
 from towers import image as towers_image
 from towers import text as towers_text
 from towers import transformer
+from towers.image import build_image_tower
 from towers.transformer import Encoder, VisionTransformer, initialise
 from training.optim import build_optimizer
 
@@ -312,3 +313,14 @@ def test_what_is_no_clip_is_refused(tmp_path, clip_folder):
         towers_image.clip_vision("/nowhere/at/all")
     with pytest.raises(LabError, match="takes 32 x 32 images"):
         towers_image.clip_vision(str(clip_folder))(pictures(64, 64))
+
+
+def test_the_first_blocks_of_an_efficientnet_are_frozen():
+    config = make_config("flickr8k_tuned", image_weights="random")
+    body = build_image_tower(config).body
+    frozen = [
+        not any(p.requires_grad for p in block.parameters()) for stage in body.blocks for block in stage
+    ]
+    assert frozen == [True] * config.image_freeze_layers + [False] * (16 - config.image_freeze_layers)
+    assert not body.conv_stem.weight.requires_grad
+    assert body.conv_head.weight.requires_grad

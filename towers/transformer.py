@@ -148,7 +148,7 @@ def initialise(encoder: Encoder, scheme: str) -> None:
 
 
 def freeze_parts(tower: nn.Module, layers: int, projections: bool, side: str) -> nn.Module:
-    """Freeze a transformer's first blocks, and its projections into a joint space.
+    """Freeze a tower's first blocks, and its projections into a joint space.
 
     Parameters are registered in the order of their use, here and in transformers' models.
 
@@ -159,8 +159,12 @@ def freeze_parts(tower: nn.Module, layers: int, projections: bool, side: str) ->
     Returns: the tower.
     Raises: LabError if the tower has fewer blocks.
     """
-    stacks = [part for part in tower.modules() if isinstance(part, nn.ModuleList)]
-    blocks = max(stacks, key=len, default=nn.ModuleList())
+    stacks = [list(part) for part in tower.modules() if isinstance(part, nn.ModuleList)]
+    for stages in (getattr(part, "blocks", None) for part in tower.modules()):
+        if isinstance(stages, nn.Sequential):  # timm's; an EfficientNet's are in stages
+            parts = [list(stage) if isinstance(stage, nn.Sequential) else [stage] for stage in stages]
+            stacks.append([block for part in parts for block in part])
+    blocks = max(stacks, key=len, default=[])
     if layers > len(blocks):
         raise LabError(
             f"{side}_freeze_layers is {layers} but this tower has {len(blocks)} blocks; choose at most that many."
