@@ -27,6 +27,7 @@ KARPATHY = "karpathy"  # the part that is downloaded only on request
 TIMEOUT = 30.0  # seconds without a byte after which a connection counts as lost
 RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further attempt after a lost connection
 MOUNTS = {"KAGGLE_KERNEL_RUN_TYPE", "TBE_RUNTIME_ADDR"}  # set where Kaggle or Colab mount sets themselves
+KAGGLE_INPUT = Path("/kaggle/input")  # the sets that were added to a Kaggle notebook
 CREDENTIALS = (
     "public sets need no account: check the credentials in KAGGLE_API_TOKEN, KAGGLE_USERNAME and KAGGLE_KEY, or "
     "~/.kaggle, and accept the terms of the set on its page"
@@ -72,6 +73,13 @@ class Part:
         owner, name, _, version = self.handle.split("/")
         cache = os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub")
         return Path(cache, "datasets", owner, name, f"{version}.archive")
+
+    @property
+    def kaggle_input(self) -> Path | None:
+        """The folder of a set that was added to this Kaggle notebook."""
+        owner, name, *_ = self.handle.split("/")
+        folders = (KAGGLE_INPUT / name, KAGGLE_INPUT / "datasets" / owner / name)
+        return next((folder for folder in folders if folder.is_dir()), None)
 
     @property
     def is_cached(self) -> bool:
@@ -208,7 +216,7 @@ def _fetch_kaggle(label: str, part: Part, folder: Path, archive: Path) -> dict[s
             raise LabError(f"{folder / name} is incomplete; complete it by hand, or move it and fetch again")
     lock = part.kaggle_archive.with_suffix(".lock")  # two folders of data sets share one cache
     with _alone(lock, label), _one_sentence(label, part, part.kaggle_archive):
-        copy = Path(_retry(lambda: kagglehub.dataset_download(part.handle)))
+        copy = part.kaggle_input or Path(_retry(lambda: kagglehub.dataset_download(part.handle)))
     root = copy / part.prefix
     if shortage := _shortage(_file_names(root), part):
         raise LabError(f"{label}: {copy} has only {shortage}; delete that folder and fetch again")

@@ -206,6 +206,16 @@ def test_a_mount_of_colab_is_linked(kaggle, server, data, monkeypatch):
     assert not server.asked(".zip")
 
 
+def test_a_set_added_to_a_kaggle_notebook_is_linked(kaggle, server, data, monkeypatch):
+    monkeypatch.setattr("sources.fetch.KAGGLE_INPUT", data.parent / "input")
+    for name, content in FLICKR.items():
+        file = data.parent / "input" / "flickr8k" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    assert contents(fetch("flickr8k", data)) == FLICKR
+    assert kaggle.requests == []
+
+
 def test_a_tar_file_is_unpacked(kaggle, server, data, monkeypatch):
     import core.devices  # noqa: F401  before torchvision
 
