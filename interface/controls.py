@@ -127,7 +127,7 @@ def png(figure: Figure) -> bytes:
 
 def table_html(table: pd.DataFrame) -> str:
     """A table as HTML."""
-    return table.to_html(border=0, na_rep="").replace("<table", '<table style="margin: 0"', 1)
+    return table.to_html(border=0, na_rep="").replace("<table", '<table cellpadding="4" style="margin: 0"', 1)
 
 
 def after_pause(call: Callable[[], None], seconds: float = PAUSE) -> Callable[[], None]:
