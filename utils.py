@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.devices import get_device
+import core.threads  # noqa: F401  read when torch is imported
 
 import pandas as pd
 import torch
@@ -28,6 +28,7 @@ from losses import build_loss, chance_level
 from metrics import retrieval_metrics
 from models import CLIPModel, build_model
 from retrieval.figures import direction, feature_geometry, feature_spread
+from towers.image import choose_device
 from training.augment import augment, augment_parts
 from training.checkpoints import load_weights_file, own_image_weights, read_history, read_kept, read_metrics
 from training.engine import encode_batch, explained_errors
@@ -109,7 +110,7 @@ class Run:
                 f"{path} does not fit {self.folder / 'config.yaml'} ({str(error).splitlines()[-1].strip()}); "
                 "restore the one that belongs to the other."
             ) from error
-        return model.to(get_device(self.config.device)).eval()
+        return model.to(choose_device(self.config)).eval()
 
     def summary(self, **more: Any) -> pd.DataFrame:
         """Folder, best epoch, training time and files of the run, and the rows in `more`."""

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.devices import get_device
-
 import numpy as np
 import pandas as pd
 import torch
@@ -32,6 +30,7 @@ from retrieval.statistics import bootstrap_intervals, paired_test
 from sources.drawing import load_scenes
 from sources.scenes import swap_captions
 from towers.features import text_features
+from towers.image import choose_device
 from utils import Run, goodness, load_run, load_start
 
 KS = (1, 5, 10, 20)
@@ -124,7 +123,7 @@ def starting_run(run: Run) -> Run:
     model = build_model(run.config)
     if run.config.start_from is not None:
         load_start(model, run.config.start_from)
-    start.model = model.to(get_device(run.config.device)).eval()
+    start.model = model.to(choose_device(run.config)).eval()
     return start
 
 

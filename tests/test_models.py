@@ -333,3 +333,29 @@ def test_freed_memory_is_kept_for_reuse():
         counts[how] = int(done.stdout)
     if sys.platform == "linux":
         assert counts["kept"] < counts["returned"] / 2
+
+
+@pytest.mark.parametrize(("error", "kind"), [(0.001, "mps"), (1.0, "cpu"), (float("nan"), "cpu")])
+def test_mps_is_chosen_only_where_it_encodes_as_the_cpu_does(monkeypatch, capsys, error, kind):
+    places = []
+
+    def features_on(device, tower, size):
+        places.append(str(device))
+        return torch.ones(2, 8) + (torch.arange(8) * error if str(device) == "mps" else 0)
+
+    monkeypatch.setattr(image, "get_device", lambda name: torch.device("mps" if name == "auto" else name))
+    monkeypatch.setattr(image, "_features_on", features_on)
+    monkeypatch.setattr(image, "_differences", {})
+    config = make_config("quickstart", device="auto", image_weights="random")
+    assert [image.choose_device(config).type for _ in range(2)] == [kind, kind]
+    assert places == ["cpu", "mps"]  # once per tower
+    message = capsys.readouterr().out
+    assert (message == "") == (kind == "mps")
+    assert kind == "mps" or "efficientnet_lite0 on Apple's GPU (MPS)" in message
+    assert image.choose_device(config.updated(device="cpu")).type == "cpu"
+
+
+def test_two_images_are_encoded_for_the_check():
+    features = image._features_on("cpu", TinyImageTower().eval(), 32)
+    assert features.shape == (2, 16)
+    assert not torch.equal(features[0], features[1])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.devices import encode_in_batches, get_device, reuse_freed_memory
+from core.devices import encode_in_batches, reuse_freed_memory
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from sources.embeddings import as_rows
 from sources.image_cache import ImageCache, open_images
 from sources.table import CaptionTable
 from towers.base import ImageTower, hub_snapshot, model_config
-from towers.image import IMAGE_MODELS, IMAGE_NORMS, build_image_tower, image_model_name
+from towers.image import IMAGE_MODELS, IMAGE_NORMS, build_image_tower, choose_device, image_model_name
 from towers.text import TEXT_SETTINGS, TextTower, build_text_tower, text_model_name
 
 # --- Files ---
@@ -299,7 +299,7 @@ def _cache_path(config: Config, kind: str, encoder: str, header: dict[str, str])
 def frozen_tower(config: Config, side: str) -> Any:
     """The `image` or `text` tower of a configuration, on its device."""
     build = build_image_tower if side == "image" else build_text_tower
-    return build(config.updated(**{f"{side}_tower_mode": "frozen"})).to(get_device(config.device)).eval()
+    return build(config.updated(**{f"{side}_tower_mode": "frozen"})).to(choose_device(config)).eval()
 
 
 _towers_of: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()

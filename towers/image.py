@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import core.devices  # noqa: F401  before torchvision
+from core.devices import get_device
 
 import torch
 from torch import Tensor, nn
@@ -325,3 +325,39 @@ def build_image_tower(config: Config) -> nn.Module:
         return CachedTower(image_width(config.image_tower, config.image_weights))
     tower = make(config.image_weights, **tower_fields(make, config))
     return freeze_parts(tower, config.image_freeze_layers, config.freeze_projections, "image")
+
+
+LARGEST_DIFFERENCE = 1e-2  # of a cosine, between one image's features on MPS and on the CPU
+_differences: dict[tuple[Any, ...], float] = {}
+
+
+def choose_device(config: Config) -> torch.device:
+    """The configuration's device; with "auto" not Apple's MPS where its features differ from the CPU's.
+
+    Two images are encoded on both, once per image tower.
+    """
+    device = get_device(config.device)
+    if config.device != "auto" or device.type != "mps" or config.image_tower == "embeddings":
+        return device
+    key = (config.image_tower, config.image_weights, config.image_size)
+    if key not in _differences:
+        tower = build_image_tower(config.updated(image_tower_mode="frozen")).eval()
+        cosine = torch.cosine_similarity(
+            *(_features_on(place, tower, config.image_size) for place in ("cpu", device))
+        )
+        _differences[key] = float((1 - cosine).max())
+        if not _differences[key] <= LARGEST_DIFFERENCE:  # NaN too
+            print(
+                f"{config.image_tower} on Apple's GPU (MPS) gives features that differ from the CPU's by "
+                f"{_differences[key]:.2g} of cosine similarity: using the CPU."
+            )
+    return device if _differences[key] <= LARGEST_DIFFERENCE else torch.device("cpu")
+
+
+def _features_on(device: Any, tower: nn.Module, size: int) -> Tensor:
+    """(2, width) features of two fixed images."""
+    images = torch.randint(
+        256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    with torch.inference_mode():
+        return tower.to(device)(images.to(device)).cpu()
