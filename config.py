@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import core.threads  # noqa: F401  read when torch is imported
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic import ValidationError as PydanticError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from core.errors import LabError, choose, nearest, shown
 from core.field_types import (
@@ -59,8 +58,7 @@ class Config(BaseModel):
     preset: str = "coco_resnet50"
     """Preset that these settings started from; set by make_config."""
     settings_file: str | None = Field(None, pattern=r"^[\w-]{1,60}:[0-9a-f]{6}$")
-    """Name of the settings file and a digest of its settings, which name a run instead of the preset; set by
-    load_config."""
+    """Settings file that names the run instead of the preset, and a digest of it; set by load_config."""
     seed: int = Field(0, ge=0, lt=1 << 32)
     """Seed of initial weights, data order, dropout and augmentation."""
     split_seed: int = Field(0, ge=0, lt=1 << 32)
@@ -341,7 +339,7 @@ class Config(BaseModel):
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**current(values))
-        except PydanticError as error:
+        except ValidationError as error:
             raise _explained(error) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -350,7 +348,7 @@ class Config(BaseModel):
         try:
             for field, setting in current({name: value}).items():
                 super().__setattr__(field, setting)
-        except PydanticError as error:
+        except ValidationError as error:
             raise _explained(error) from None
 
     def __getitem__(self, name: str) -> Any:
@@ -397,7 +395,7 @@ def _unknown(name: str) -> str:
     return unknown(name, list(Config.model_fields))
 
 
-def _explained(error: PydanticError) -> LabError:
+def _explained(error: ValidationError) -> LabError:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else "?"
     if first["type"] == "extra_forbidden":
@@ -480,9 +478,8 @@ def run_file(folder: str | Path) -> Path:
 def load_config(path: str | Path, **overrides: Any) -> Config:
     """Read a YAML or JSON file, flat or with one level of sections; it starts from its `preset`, or `quickstart`.
 
-    Files with the names of other labs are read too, see core/aliases.yaml. A run of exactly these settings is named
-    after the file, unless that is called config or best_config.
-
+    Names of other labs are read too, see core/aliases.yaml. A run of exactly these settings is named after the file,
+    unless that is called config or best_config.
     Raises: LabError if the file is missing, not a mapping, or contains an unknown field or one twice.
     """
     values = read_settings(path, [*Config.model_fields, *former(), "base_data_dir", "fast_run"])
