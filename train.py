@@ -10,8 +10,12 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import contextlib
 import math
+import os
 import platform
 import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from core.devices import get_device, reuse_freed_memory
+from core.devices import reuse_freed_memory
 
 import numpy as np
 import pandas as pd
@@ -38,6 +42,7 @@ from losses import build_loss, with_ids
 from models import build_model
 from plots.figures import learning_curves
 from retrieval.figures import direction
+from towers.image import choose_device
 from training.checkpoints import (
     evaluation_lock,
     exclusive_lock,
@@ -83,7 +88,7 @@ class RunPlan:
         val_set: Any = None,
         show: bool = True,
     ) -> None:
-        self.device = get_device(config.device)
+        self.device = choose_device(config)
         join_group(self.device)
         self.config, self.criterion = config, criterion
         self.train_set, self.val_set = train_set, val_set
@@ -669,6 +674,36 @@ def fit(
             except KeyboardInterrupt:
                 raise StoppedAtOnceError(plan.saved()) from None
     return load_run(plan.folder, **reopened(config))
+
+
+def fit_in_processes(config: Config, num_processes: int | None = None) -> Run:
+    """`fit` in one process per GPU, started from a notebook; their progress is printed in the cell.
+
+    Processes of `train.py`, not forks of the notebook, which fail once a cell has used CUDA. Interrupted, they save a
+    checkpoint; the same call continues.
+
+    Args: num_processes: None for the number of GPUs.
+    Raises: LabError if a process ends before the last epoch.
+    """
+    count = num_processes or max(1, torch.cuda.device_count())
+    with tempfile.TemporaryDirectory() as folder:
+        settings = config.save(Path(folder) / "config.yaml")
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", *launcher, str(Path(__file__).resolve()), str(settings)], text=True,
+            env={**os.environ, "TQDM_MININTERVAL": "5"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert process.stdout is not None
+        while process.poll() is None:
+            with contextlib.suppress(KeyboardInterrupt):  # the processes receive it too
+                for line in process.stdout:
+                    print(line, end="")
+    if process.returncode:
+        raise LabError(
+            f"training in {count} processes ended early; their messages are above, and the same call continues from "
+            "the last checkpoint."
+        )
+    return load_run(config.runs_dir / run_name(config))
 
 
 def _checkpoint(resume: str) -> str:

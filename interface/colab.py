@@ -130,13 +130,21 @@ def checkpoint_folder(folder: str) -> Path | None:
 
 def runtime_advice(config: Any) -> str:
     """Which runtime a configuration needs, in one sentence."""
-    from core.devices import get_device  # torch may only be installed by `install`
+    from core.devices import get_device
+
+    import torch  # may only be installed by `install`
 
     if config.image_tower_mode == "cached":
         return "a CPU runtime is enough: the image tower's features are cached and only heads are trained."
     if get_device(config.device).type != "cpu":
-        return "this runtime has a GPU, which training an image tower needs."
+        count = torch.cuda.device_count()
+        more = f"; `train.fit_in_processes(CONFIG)` uses all {count}" if count > 1 else ""
+        return f"this runtime has a GPU, which training an image tower needs{more}."
     where = "choose Runtime > Change runtime type > T4 GPU" if on_colab() else "use a machine with one"
+    if on_kaggle():
+        where = "choose an accelerator in the notebook's settings"
+    if config.preset.startswith("coco"):
+        return f"no GPU here, and {config.preset} would take days on a CPU: {where}, or choose quickstart."
     return f"no GPU here, which is enough for quickstart; to train on photographs, {where}."
 
 

@@ -126,8 +126,9 @@ def png(figure: Figure) -> bytes:
 
 
 def table_html(table: pd.DataFrame) -> str:
-    """A table as HTML."""
-    return table.to_html(border=0, na_rep="").replace("<table", '<table cellpadding="4" style="margin: 0"', 1)
+    """A table as HTML, with space between columns in pages without JupyterLab's styles too."""
+    html = table.to_html(border=0, na_rep="").replace("<table", '<table style="margin: 0"', 1)
+    return re.sub("<(t[hd])>", r'<\1 style="padding: 2px 8px">', html)
 
 
 def after_pause(call: Callable[[], None], seconds: float = PAUSE) -> Callable[[], None]:

@@ -107,6 +107,10 @@ def test_elsewhere_nothing_is_asked_for(tmp_path):
     assert "CPU runtime is enough" in colab.runtime_advice(make_config("flickr8k"))
     assert "use a machine with one" in colab.runtime_advice(make_config("quickstart", device="cpu"))
     assert colab.prepare().endswith("secrets read: none")
+    advice = colab.runtime_advice(make_config("coco_resnet50", device="cpu"))
+    assert advice == (
+        "no GPU here, and coco_resnet50 would take days on a CPU: use a machine with one, or choose quickstart."
+    )
 
 
 def test_the_oldest_versions_stated_are_those_that_colab_test_installs():

@@ -1,7 +1,7 @@
 """Several processes as one: features gathered, gradients summed, files written once.
 
-Started by `accelerate launch train.py ...` or Accelerate's `notebook_launcher`; in a single process, nothing here has
-an effect.
+Started by `accelerate launch train.py ...`, or in a notebook by `train.fit_in_processes`; in a single process, nothing
+here has an effect.
 """
 
 from __future__ import annotations

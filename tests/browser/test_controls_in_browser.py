@@ -75,22 +75,20 @@ def test_every_control_shows_and_answers(browser, home):
 
 
 def answer_and_upload(page) -> None:
-    """Another query, then an image: the result changes each time."""
+    """Another query, then an image (a screenshot of the control): the result changes each time."""
     cell = page.locator(CELL).nth(1 + list(CONTROLS).index("search_box"))
+    shot = SHOTS / f"ipywidgets{ipywidgets.version_info[0]}_search_box.png"
+
+    def upload() -> None:
+        with page.expect_file_chooser() as chooser:
+            cell.get_by_role("button", name="similar to image").click()
+        chooser.value.set_files(shot)
+
     image = cell.locator("img.widget-image")
-    for act in (
-        lambda: cell.get_by_label("search").fill("a blue square"),
-        lambda: cell.locator("input[type=file]").set_input_files(SHOTS / image_file(cell)),
-    ):
+    for act in (lambda: cell.get_by_label("search").fill("a blue square"), upload):
         before = image.get_attribute("src")
         act()
         page.wait_for_function(
             "([image, before]) => image.src !== before", arg=[image.element_handle(), before]
         )
     cell.screenshot(path=SHOTS / f"ipywidgets{ipywidgets.version_info[0]}_search_box_uploaded.png")
-
-
-def image_file(cell) -> str:
-    """A file to upload: a screenshot of the control itself."""
-    cell.screenshot(path=SHOTS / "upload.png")
-    return "upload.png"
