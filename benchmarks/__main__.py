@@ -9,6 +9,7 @@ import sys
 from itertools import takewhile
 
 from benchmarks import (
+    bench_busy,
     bench_data,
     bench_engine,
     bench_heads,
@@ -38,6 +39,7 @@ BENCHMARKS = {
     "paired": bench_paired.main,
     "retrieval": bench_retrieval.main,
     "scratch": bench_scratch.main,
+    "busy": bench_busy.main,
 }
 
 if __name__ == "__main__":

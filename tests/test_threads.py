@@ -35,7 +35,7 @@ def values(module: str, **environment: str) -> str:
     "module", ["config", "core.devices", "interface.colab", "interface.cli", "metrics", "models"]
 )
 def test_set_before_torch(module):
-    assert values(module) == "10000 1"
+    assert values(module) == "1000 1"
 
 
 def test_what_the_user_has_set_stays():
