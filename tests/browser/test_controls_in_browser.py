@@ -9,7 +9,8 @@ from browser_lab import SHOTS, LabPage, serve
 
 pytestmark = pytest.mark.browser
 
-CLASSIC = ipywidgets.version_info[0] == 7
+MAJOR = ipywidgets.__version__.split(".")[0]
+CLASSIC = MAJOR == "7"
 CELL = ".code_cell" if CLASSIC else ".jp-CodeCell"
 SETUP = """
 import widgets
@@ -69,7 +70,7 @@ def test_every_control_shows_and_answers(browser, home):
             image = cell.locator("img.widget-image:visible")
             assert name == "experiment_form" or image.evaluate("image => image.naturalWidth") > 200, name
             SHOTS.mkdir(parents=True, exist_ok=True)
-            cell.screenshot(path=SHOTS / f"ipywidgets{ipywidgets.version_info[0]}_{name}.png")
+            cell.screenshot(path=SHOTS / f"ipywidgets{MAJOR}_{name}.png")
         answer_and_upload(page)
         page.close()
 
@@ -77,7 +78,7 @@ def test_every_control_shows_and_answers(browser, home):
 def answer_and_upload(page) -> None:
     """Another query, then an image (a screenshot of the control): the result changes each time."""
     cell = page.locator(CELL).nth(1 + list(CONTROLS).index("search_box"))
-    shot = SHOTS / f"ipywidgets{ipywidgets.version_info[0]}_search_box.png"
+    shot = SHOTS / f"ipywidgets{MAJOR}_search_box.png"
 
     def upload() -> None:
         with page.expect_file_chooser() as chooser:
@@ -91,4 +92,4 @@ def answer_and_upload(page) -> None:
         page.wait_for_function(
             "([image, before]) => image.src !== before", arg=[image.element_handle(), before]
         )
-    cell.screenshot(path=SHOTS / f"ipywidgets{ipywidgets.version_info[0]}_search_box_uploaded.png")
+    cell.screenshot(path=SHOTS / f"ipywidgets{MAJOR}_search_box_uploaded.png")
