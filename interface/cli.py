@@ -73,7 +73,11 @@ def run_command(
         command: a function, or its `module.name`, imported only when the flags are read.
         options: further flags: name -> (default, help).
     """
-    parser = Parser(description=description, usage="%(prog)s [SETTINGS.yaml] [--FLAG VALUE ...]")
+    parser = Parser(
+        description=description,
+        usage="%(prog)s [SETTINGS.yaml] [--FLAG VALUE ...]",
+        epilog="Names that other labs give to settings are flags too, such as --epochs: see docs/coming_from.",
+    )
     own = parser.add_argument_group("this command")
     for name, (default, text) in (options or {}).items():
         kind: dict[str, Any] = {"action": "store_true"} if default is False else {"type": type(default)}
