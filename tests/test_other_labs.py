@@ -138,7 +138,9 @@ def commands() -> list[tuple[str, str]]:
     """(script, arguments) of every command and list of flags in the tables."""
     found = []
     for lab, row in ROWS:
-        for code in re.findall(r"`([^`]+)`", row["what to type here"]):
+        here = row["what to type here"]
+        text = row["feature"] + here if here.startswith("the same") else here
+        for code in re.findall(r"`([^`]+)`", text):
             code = re.sub(r"\b(DIR|OUT|FILE|NAME|OTHER)\b", lambda match: PLACES[match[1]], code)
             if match := re.match(r"python (train|tune|encode|evaluate|dataset)\.py(?: (.*))?$", code):
                 found.append((match[1], (match[2] or "").partition(" 2>&1")[0].replace("...", "").strip()))
@@ -169,6 +171,28 @@ def test_every_command_is_understood(script, arguments, monkeypatch):
     )
     monkeypatch.setattr("sys.argv", [f"{script}.py", *shlex.split(arguments)])
     getattr(cli, script)()
+
+
+@pytest.mark.parametrize(
+    ("lines", "fields"),
+    [
+        (
+            "config = Config()\nconfig.batch_size = 128\nconfig.learning_rate = 5e-4\nconfig.num_epochs = 30",
+            {"batch_size": 128, "learning_rate": 5e-4, "num_epochs": 30},
+        ),
+        (
+            "CONFIG['use_batch_norm'] = False        # Add BatchNorm to projection head\n"
+            "CONFIG['use_attention_pooling'] = False  # Use attention pooling instead of avgpool",
+            {"use_batch_norm": False, "use_attention_pooling": False},
+        ),
+    ],
+)
+def test_lines_that_set_a_configuration(lines, fields):
+    config = make_config("quickstart", use_batch_norm=True, use_attention_pooling=True)
+    scope = {"Config": Config, "CONFIG": config}
+    exec(lines, scope)
+    config = scope.get("config", config)
+    assert {name: config[name] for name in fields} == fields
 
 
 def test_files_that_the_tables_name_exist():
