@@ -16,13 +16,21 @@ class CLIPFineTuneDataset(TrainingSet):
     Args:
         data_path: the split's folder, such as `data/train`; the data set is the folder around it.
         reader: a name of sources.readers.READERS; None: `json` where that folder has a JSON file, else `sidecar`.
-        options: as of dataset.TrainingSet.
+        config: augmentation of captions, balance of categories; None: the defaults.
+        options: as of dataset.COCOClipDataset.
     """
 
-    def __init__(self, data_path: str | Path, *, reader: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        data_path: str | Path,
+        *,
+        reader: str | None = None,
+        config: Config | None = None,
+        **options: Any,
+    ) -> None:
         folder, split = Path(data_path).parent, Path(data_path).name
         reader = reader or ("json" if any(folder.glob("*.json")) else "sidecar")
-        super().__init__(split, data_dir=folder, reader=reader, **options)
+        super().__init__(split, config or Config(), data_dir=folder, reader=reader, **options)
 
 
 class CLIPHardNegativeDataset(CLIPFineTuneDataset):
