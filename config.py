@@ -85,8 +85,9 @@ class Config(BaseModel):
     source: str | None = "coco2014"
     """What to download if data_dir is missing, a name in sources.fetch.SOURCES, or `scenes` or `shapes` to generate
     images."""
-    reader: str = "coco"
-    """Layout of data_dir, a name in sources.readers.READERS."""
+    reader: str = "auto"
+    """Layout of data_dir, a name in sources.readers.READERS; auto: recognized by its files. A run keeps the reader
+    that was recognized, as in `auto:json`."""
     karpathy_file: Place | None = None
     """dataset_coco.json or dataset_flickr30k.json with Karpathy's split; none: the data's own split."""
     annotation_file: Place | None = None
@@ -371,11 +372,12 @@ class Config(BaseModel):
     def differences(self, other: Config | None = None) -> dict[str, tuple[Any, Any]]:
         """Fields that differ: name -> (value here, value in `other`); `other` is DEFAULT_CONFIG if not given."""
         other = other or DEFAULT_CONFIG
-        return {name: (self[name], other[name]) for name in self.keys() if self[name] != other[name]}
+        names = [name for name in self.keys() if _compared(self, name) != _compared(other, name)]
+        return {name: (self[name], other[name]) for name in names}
 
     def changes(self) -> dict[str, Any]:
         """Fields that differ from the preset's, as JSON values."""
-        values = self.model_dump(mode="json")
+        values = self.model_dump(mode="json") | {"reader": self.reader.partition(":")[0]}
         changed = self.differences(make_config(self.preset)).keys() - {"settings_file"}
         return {name: values[name] for name in values if name in changed}
 
@@ -387,6 +389,14 @@ class Config(BaseModel):
     def save(self, path: str | Path) -> Path:
         """Write a YAML file that `load_config` reads."""
         return write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def _compared(config: Config, name: str) -> Any:
+    """A field's value as it is compared: `coco`, the default of earlier runs, and `auto:json` count as `auto`."""
+    if name != "reader":
+        return config[name]
+    reader = config.reader.partition(":")[0]
+    return "auto" if reader == "coco" else reader
 
 
 def _unknown(name: str) -> str:
@@ -422,7 +432,7 @@ GROUPS = {
 }
 """The first field of each group of fields, and the title of the group."""
 
-KINDS = {"best_metric": r"^(i2t|t2i)_|@\d+$", "device": r":\d+$"}
+KINDS = {"best_metric": r"^(i2t|t2i)_|@\d+$", "device": r":\d+$", "reader": r"^auto:"}
 """Parts that a value may have in addition to a name in `choices`."""
 
 

@@ -46,13 +46,14 @@ from sources.embeddings import (
 )
 from sources.fetch import fetch, is_interrupted, is_linked
 from sources.image_cache import ImageCache, open_images
-from sources.readers import READERS, read_captions
+from sources.readers import LAYOUTS, READERS, read_captions, recognize
 from sources.side_by_side import PairedImages
 from sources.table import CaptionTable
 from towers.features import cached_image_features, cached_text_features
 from towers.image import build_image_tower
 from towers.text import TEXT_SETTINGS, build_text_tower, text_tokenizer
 from training.augment import speaks_of_sides, swap_sides, uniforms, variation_number, vary
+from training.distributed import is_main
 from training.identity import identity
 from training.optim import autocast
 from training.order import (
@@ -94,7 +95,7 @@ class COCOClipDataset(ImageTextDataset):
         decoded: ImageCache | None = None,
         text_features: Tensor | None = None,
         data_dir: str | Path = "data/coco2014",
-        reader: str = "coco",
+        reader: str = "auto",
         cache_dir: str | Path = "cache",
         image_size: int = 224,
         image_resize: str = "crop",
@@ -330,7 +331,7 @@ def open_dataset(
             "trained on."
         )
     openers = {**dict.fromkeys(READERS, _open_captioned), **OPENERS}
-    open_splits = choose(openers, config.reader, "reader")
+    open_splits = choose(openers, config.reader.removeprefix("auto:"), "reader")
     config = config.updated(**OFF) if evaluation else config
     trains = tuple(splits) == config.train_splits and not evaluation
     return open_splits(config, tuple(splits), trains, progress)
@@ -343,9 +344,18 @@ DRAWN: dict[str, Callable[[Path], Path]] = {"scenes": write_scenes, "shapes": wr
 def prepare_data(config: Config) -> Path:
     """Generate or download a configuration's data where its folder is missing and named after the source.
 
-    An interrupted fetch is resumed, whichever set it is; files already on disk are not downloaded again.
-    Raises: LabError if another folder was named and does not exist, or the fetch fails.
+    An interrupted fetch is resumed, whichever set it is; files already on disk are not downloaded again. A reader
+    that is recognized is printed.
+    Raises: LabError if another folder was named and does not exist, the fetch fails, or no reader is recognized.
     """
+    folder = _fetched(config)
+    reader = recognized(config).reader.removeprefix("auto:")
+    if config.reader == "auto" and is_main():
+        print(f"{folder} is read by reader {reader!r}: {LAYOUTS[reader][0]}")
+    return folder
+
+
+def _fetched(config: Config) -> Path:
     folder, source = config.data_dir, config.source
     if is_interrupted(folder):
         return fetch(folder.name, folder.parent)
@@ -358,6 +368,23 @@ def prepare_data(config: Config) -> Path:
     return DRAWN[source](folder) if source in DRAWN else fetch(source, folder.parent)
 
 
+def recognized(config: Config) -> Config:
+    """The configuration with the reader recognized, as `auto:json`, if it is `auto`."""
+    if config.reader != "auto":
+        return config
+    return config.updated(reader=f"auto:{recognize(config.data_dir, **_files(config))}")
+
+
+def _files(config: Config) -> dict[str, Any]:
+    """What `read_captions` and `recognize` need of a configuration."""
+    return {
+        "follow_links": is_linked(config.data_dir),
+        "image_root": config.image_root,
+        "karpathy_file": config.karpathy_file,
+        "annotation_file": config.annotation_file,
+    }
+
+
 def load_table(config: Config, splits: tuple[str, ...] | None = None) -> CaptionTable:
     """A configuration's images and captions, of all splits or the named ones; `max_samples` limits each split."""
     table = read_captions(
@@ -365,10 +392,7 @@ def load_table(config: Config, splits: tuple[str, ...] | None = None) -> Caption
         config.data_dir,
         split_seed=config.split_seed,
         cache_dir=config.cache_dir / "captions",
-        follow_links=is_linked(config.data_dir),
-        image_root=config.image_root,
-        karpathy_file=config.karpathy_file,
-        annotation_file=config.annotation_file,
+        **_files(config),
     )
     if splits is None:
         splits = tuple(table.split_sizes())
@@ -448,8 +472,12 @@ def _open_side_by_side(config: Config, splits: tuple[str, ...], trains: bool, pr
     return pairs
 
 
-OPENERS: dict[str, Callable[..., Any]] = {"pairs": _open_embeddings, "paired_cifar": _open_side_by_side}
-"""Layouts other than images with captions, by `config.reader`: `open(config, splits, trains, progress)`."""
+OPENERS: dict[str, Callable[..., Any]] = {
+    "auto": _open_captioned,
+    "pairs": _open_embeddings,
+    "paired_cifar": _open_side_by_side,
+}
+"""Layouts other than a reader's, by `config.reader`: `open(config, splits, trains, progress)`."""
 
 
 def _check_widths(config: Config, pairs: Pairs) -> None:
@@ -764,5 +792,7 @@ def fetch_command(name: str, **options: Any) -> None:
 
 def check_command(folder: str, **fields: Any) -> None:
     """Check a folder of images and captions and print the report."""
-    print(check_data(Config(**fields), folder).to_string())
+    config = Config(**fields)
+    prepare_data(config)
+    print(check_data(config, folder).to_string())
     print(f"{folder}: data_report.json, data_report.png")

@@ -36,7 +36,7 @@ from config import Config, make_config, run_name, settings_digest
 from core.errors import LabError, StoppedAtOnceError, choose, nearest
 from core.files import atomic_path, file_digest, write_json, write_text
 from core.tensor_files import load_tensors, save_archive, save_tensors
-from dataset import make_loader, open_dataset, prepare_data, with_defaults
+from dataset import make_loader, open_dataset, prepare_data, recognized, with_defaults
 from evaluate import report_run
 from losses import build_loss, with_ids
 from models import build_model
@@ -119,6 +119,7 @@ class RunPlan:
             barrier()
         if self.train_set is None or self.val_set is None:
             prepare_data(config)
+            config = self.config = recognized(config)
         self.train_set = with_defaults(
             self.train_set or open_dataset(config, config.train_splits, progress=self.show)
         )

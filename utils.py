@@ -135,6 +135,9 @@ def load_run(folder: str | Path, **places: Any) -> Run:
     folder = Path(folder)
     saved = load_config(run_file(folder))
     config = saved.updated(**places)
+    own_data = config.data_dir.resolve() == saved.data_dir.resolve()
+    if not own_data and config.reader.startswith("auto:"):
+        config.reader = "auto"  # recognized again for the other data
     training = read_kept(folder / "training.json", "the run counts as unfinished")
     if training and not isinstance(training.get("data"), dict):
         print(f"{folder / 'training.json'} has no 'data'; the run counts as unfinished.")
@@ -143,7 +146,7 @@ def load_run(folder: str | Path, **places: Any) -> Run:
     return Run(
         folder=folder,
         config=config,
-        own_data=config.data_dir.resolve() == saved.data_dir.resolve(),
+        own_data=own_data,
         history=read_history(folder / "history.csv") if history is None else pd.DataFrame(history),
         metrics=read_metrics(folder / "metrics.json"),
         training=training,

@@ -262,7 +262,7 @@ def dataset(arguments: list[str] | None = None) -> None:
     fetch.add_argument("--karpathy", action="store_true", help="Karpathy's split file too")
     check = _verb(verbs, "check", "dataset.check_command", "report what is wrong with images and captions")
     check.add_argument("data_dir", metavar="DIR")
-    check.add_argument("--reader", default="coco", help=", ".join(NAMES["reader"][1]))
+    check.add_argument("--reader", default="auto", help=", ".join(NAMES["reader"][1]))
     for name in ("karpathy_file", "annotation_file", "image_root"):
         check.add_argument(f"--{name}", help=Config.model_fields[name].description)
     check.add_argument("--split_seed", type=int, default=0)

@@ -302,6 +302,14 @@ def _refuse_captions_by_file(folder: DataFolder, place: str) -> None:
 COCO_FILE = re.compile(r"captions_(\w+)(20\d\d)\.json")
 COCO_2014 = "COCO 2014"
 KARPATHY_SETS = ("coco", "flickr8k", "flickr30k")
+FLICKR8K_FILES = ("captions.txt", "captions.csv", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt")
+FLICKR30K_FILES = (
+    "results.csv",
+    "flickr30k_images/results.csv",
+    "flickr30k_images/flickr30k_images/results.csv",
+    "flickr_annotations_30k.csv",
+    "results_20130124.token",
+)
 FLICKR8K_LISTS = "Flickr8k's official lists"
 OFFICIAL_SHARE = 0.95  # of a folder's images; 91 of Flickr8k's 8,091 are in no list
 MANY_ROWS = 100_000  # of a file that takes over two seconds to read
@@ -421,8 +429,7 @@ def read_flickr8k(
     )
     if karpathy_file is not None:
         return _read_karpathy(folder, karpathy_file, (images,))
-    token = "Flickr8k.token.txt"
-    file = _needed(folder, annotation_file, "captions.txt", "captions.csv", token, f"Flickr8k_text/{token}")
+    file = _needed(folder, annotation_file, *FLICKR8K_FILES)
     table = TableBuilder(folder)
     rows = list(caption_rows(folder, file))
     lists = _flickr8k_lists(folder) or _official_lists({image for _, image, _, _ in rows})
@@ -446,10 +453,7 @@ def read_flickr30k(
     images = folder.with_images(*nested, "")
     if karpathy_file is not None:
         return _read_karpathy(folder, karpathy_file, (images,))
-    places = [join(place, "results.csv") for place in ("", nested[1], nested[0])]
-    token = "results_20130124.token"
-    others = ("captions.txt", "captions.csv", "flickr_annotations_30k.csv", token)
-    file = _needed(folder, annotation_file, *places, *others)
+    file = _needed(folder, annotation_file, *FLICKR30K_FILES, "captions.txt", "captions.csv")
     table = TableBuilder(folder)
     _add_rows(table, file, images, list(caption_rows(folder, file)), {})
     return table
@@ -584,7 +588,8 @@ def read_captions(
     """The images and captions of a data set on disk.
 
     Args:
-        reader: a name of `READERS`.
+        reader: a name of `READERS`; `auto`, also with the name of the reader that was recognized, as in `auto:json`:
+            the one that `recognize` returns.
         data_dir: the data set's folder; for the reader `json` also the annotation file itself.
         split_seed: of the split by image, if the data set has no split of its own.
         cache_dir: folder of parsed tables; one is used again as long as no source file or folder has changed.
@@ -593,6 +598,10 @@ def read_captions(
         options: the reader's own keywords; None means not given.
     Raises: LabError if there are no files of this layout, none of its images exists, or a split leaks.
     """
+    reader = reader.removeprefix("auto:")
+    if reader == "auto":
+        files = {name: options.get(name) for name in ("karpathy_file", "annotation_file")}
+        reader = recognize(data_dir, follow_links=follow_links, image_root=image_root, **files)
     read = choose(READERS, reader, "reader")
     options = _options(read, reader, options)
     data_dir = Path(data_dir)
@@ -631,3 +640,88 @@ READERS: dict[str, Callable[..., TableBuilder]] = {
     "sidecar": read_sidecar,
     "class_folders": read_class_folders,
 }
+
+
+# --- The reader of a folder ---
+
+
+def _has_coco(folder: DataFolder) -> bool:
+    names = [
+        name for top in ("", "coco2014", "coco2017") for name in folder.listing(join(top, "annotations"))
+    ]
+    return any(re.fullmatch(r"(captions|instances)_\w+\.json", name) for name in names)
+
+
+def _has_json(folder: DataFolder) -> bool:
+    names = [
+        name for name, is_folder in folder.listing("").items() if name.endswith(".json") and not is_folder
+    ]
+    if "annotations.json" in names or len(names) != 1 or not (folder.root / names[0]).is_file():
+        return "annotations.json" in names
+    with open(folder.root / names[0], "rb") as file:
+        return b'"splits"' in file.read(1000)
+
+
+def _has_sidecars(folder: DataFolder) -> bool:
+    """Whether some image has a file of captions or metadata beside it."""
+    stems = (path.rpartition(".")[0] for path in folder.images())
+    return any(folder.has_file(f"{stem}.txt") or folder.has_file(f"{stem}.json") for stem in stems)
+
+
+def _has_classes(folder: DataFolder) -> bool:
+    """Whether there are two folders of images, in the folder itself or in those of its splits."""
+    tops = folder.folders()
+    splits = [name for name in tops if name.lower() in SPLIT_FOLDERS]
+    nested = {name: join(top, name) for top in splits for name in folder.folders(top)}
+    places = nested if nested else {name: name for name in set(tops) - set(splits)}
+    return len([place for place in places.values() if any(folder.images(place))]) > 1
+
+
+LAYOUTS: dict[str, tuple[str, Callable[[DataFolder], bool]]] = {
+    "coco": ("annotations/captions_*2014.json or captions_*2017.json", _has_coco),
+    "flickr8k": (
+        " or ".join(FLICKR8K_FILES[:3]),
+        lambda folder: folder.first(*FLICKR8K_FILES) is not None,
+    ),
+    "flickr30k": (
+        "results.csv, flickr_annotations_30k.csv or results_20130124.token",
+        lambda folder: folder.first(*FLICKR30K_FILES) is not None,
+    ),
+    "json": ('annotations.json, or a single JSON file with "splits"', _has_json),
+    "sidecar": ("a.txt or a.json beside a.jpg", _has_sidecars),
+    "class_folders": ("a folder of images for each class, and no captions", _has_classes),
+}
+"""What a folder is recognized by: reader -> what it looks for, and whether a folder has that."""
+
+
+def recognize(
+    data_dir: str | Path,
+    *,
+    follow_links: bool = False,
+    image_root: str | Path | None = None,
+    karpathy_file: str | Path | None = None,
+    annotation_file: str | Path | None = None,
+) -> str:
+    """The reader of a data set, by its files; class folders only where no other reader fits.
+
+    Raises: LabError with what each reader looks for, if none or several of them fit.
+    """
+    for file in (annotation_file, data_dir if Path(data_dir).is_file() else None):
+        if file is not None:
+            return "json" if Path(file).suffix == ".json" else "flickr8k"
+    for name in KARPATHY_SETS if karpathy_file is not None else ():
+        if name in Path(str(karpathy_file)).name:
+            return name
+    folder = DataFolder(data_dir, follow_links=follow_links, image_root=image_root)
+    fitting = [name for name, (_, fits) in LAYOUTS.items() if name != "class_folders" and fits(folder)]
+    if not fitting and _has_classes(folder):
+        fitting = ["class_folders"]
+    if len(fitting) == 1:
+        return fitting[0]
+    listed = "".join(f"\n  {name}: {LAYOUTS[name][0]}" for name in fitting or LAYOUTS)
+    if fitting:
+        raise LabError(f"{data_dir} fits several readers; set reader to one of them. What is there:{listed}")
+    raise LabError(
+        f"{data_dir} fits no reader; set reader to one of these, or arrange the files as it reads them. "
+        f"What each looks for and did not find:{listed}"
+    )

@@ -168,6 +168,19 @@ def test_the_documented_names_of_losses_are_the_same_runs():
     assert make_config("flickr8k", loss="sigmoid_infonce").loss == "sigmoid"
 
 
+def test_a_recognized_reader_changes_no_name():
+    start = make_config("quickstart", data_dir="my/images")
+    names = {run_name(start.updated(reader=reader)) for reader in ("auto", "auto:sidecar", "coco")}
+    assert names == {"quickstart_s0"}
+    assert run_name(start.updated(reader="sidecar")) == "quickstart_8d6069_s0"
+    assert start.updated(reader="auto:sidecar").changes() == {"data_dir": "my/images"}
+    other = make_config("flickr8k")
+    assert run_name(other.updated(reader="auto:json")) == run_name(other.updated(reader="auto"))
+    assert run_name(other.updated(reader="coco")) == "flickr8k_a9a046_s0"
+    with pytest.raises(LabError, match="reader 'auto:sidecars' does not exist; did you mean 'auto:sidecar'"):
+        start.reader = "auto:sidecars"
+
+
 @pytest.mark.parametrize(
     ("field", "names"),
     [(field, names) for field, (table, names) in NAMES.items() if table],

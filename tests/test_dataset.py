@@ -21,11 +21,12 @@ from dataset import (
     make_loader,
     open_dataset,
     prepare_data,
+    recognized,
     split_sizes,
 )
 from interface import cli
 from losses import ContrastiveLoss
-from sources.readers import read_captions
+from sources.readers import LAYOUTS, read_captions
 from sources.table import CaptionTable
 from train import fit
 from training.order import EpochBatches
@@ -183,7 +184,16 @@ def test_the_fields_of_a_readers_files_are_flags(tmp_path, monkeypatch, capsys):
         assert prepare_data(config) == config.data_dir
         assert len(load_table(config)) == 4
     with pytest.raises(LabError, match="reader 'coco' has no option 'annotation_file'"):
-        load_table(make_config(data_dir=images, annotation_file="mine.json"))
+        load_table(make_config(data_dir=images, reader="coco", annotation_file="mine.json"))
+
+
+def test_the_recognized_reader_is_printed_and_kept(coco, capsys):
+    config = make_config(data_dir=coco)
+    prepare_data(config)
+    assert capsys.readouterr().out == f"{coco} is read by reader 'coco': {LAYOUTS['coco'][0]}\n"
+    assert config.reader == "auto"
+    assert recognized(config).reader == "auto:coco"
+    assert load_table(recognized(config)).captions == load_table(config).captions
 
 
 def test_an_epoch_is_not_chosen_on_training_images(coco):

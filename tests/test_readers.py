@@ -16,7 +16,8 @@ import pytest
 from small_data import SHARED
 
 from core.errors import LabError
-from sources.readers import READERS, official_flickr8k, read_captions
+from sources.readers import LAYOUTS as RECOGNIZED
+from sources.readers import READERS, official_flickr8k, read_captions, recognize
 from sources.table import CaptionTable
 
 WORDS = "a red dog runs over green grass near the old house".split()
@@ -191,6 +192,46 @@ def test_the_cache_gives_the_same_table_until_a_source_changes(layout, tmp_path)
     (cache / f".{stored.name}.{2**22 + 1}.tmp").touch()  # of a process that was killed: no id is as high
     assert contents(read_captions(reader, data, cache_dir=cache, **options)) == contents(third)
     assert list(cache.iterdir()) == [stored]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_recognized(layout, tmp_path):
+    reader, write, options = LAYOUTS[layout]
+    write(tmp_path)
+    assert recognize(tmp_path, **options) == reader
+    named = read_captions(reader, tmp_path, cache_dir=tmp_path / "cache", **options)
+    table = read_captions("auto", tmp_path, cache_dir=tmp_path / "cache", **options)
+    assert contents(table) == contents(named)
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # one table under one name
+
+
+RECOGNIZED_FILES = {
+    "class_folders": ["dog/1.jpg", "cat/1.jpg", "labels.json"],
+    "class_folders in splits": ["train/dog/1.jpg", "train/cat/1.jpg", "test/dog/2.jpg"],
+    "coco without captions": ["annotations/instances_train2014.json", "train2014/1.jpg", "val2014/2.jpg"],
+    "flickr30k": ["results.csv", "flickr30k_images/1.jpg"],
+    "flickr8k as published": ["Flickr8k_text/Flickr8k.token.txt", "Flicker8k_Dataset/1.jpg", "other/2.jpg"],
+    "sidecar with metadata": ["a/1.jpg", "a/1.json"],
+}
+
+
+@pytest.mark.parametrize("case", RECOGNIZED_FILES)
+def test_a_folder_is_recognized_by_its_files(case, tmp_path):
+    touch(tmp_path, *RECOGNIZED_FILES[case])
+    assert recognize(tmp_path) == case.split()[0]
+
+
+def test_no_reader_or_several_are_one_error_with_what_each_looks_for(tmp_path):
+    touch(tmp_path, "images/a.jpg", "images/b.jpg")
+    with pytest.raises(LabError, match=r"fits no reader; set reader to one of these") as caught:
+        read_captions("auto", tmp_path)
+    for reader, (looks_for, _) in RECOGNIZED.items():
+        assert f"{reader}: {looks_for}" in str(caught.value)
+    touch(tmp_path, "annotations.json", "images/a.txt")
+    with pytest.raises(LabError, match="fits several readers; set reader to one of them") as caught:
+        read_captions("auto", tmp_path)
+    assert [line.split(":")[0] for line in str(caught.value).split("\n")[1:]] == ["  json", "  sidecar"]
+    assert recognize(tmp_path / "annotations.json") == "json"
 
 
 def test_changed_captions_are_read_again(tmp_path):
@@ -954,6 +995,7 @@ def test_flickr8k_as_it_is():
 
 
 def test_every_reader_is_tested():
+    assert set(RECOGNIZED) == set(READERS)
     assert set(READERS) == {reader for reader, _, _ in LAYOUTS.values()} | {"class_folders"}
 
 

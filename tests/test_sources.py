@@ -234,7 +234,7 @@ def test_a_tar_file_is_unpacked(kaggle, server, data, monkeypatch):
 
 
 def test_a_set_put_there_by_hand_is_kept(kaggle, server, data):
-    config = Config(data_dir=data / "flickr8k", source="flickr8k")
+    config = Config(data_dir=data / "flickr8k", source="flickr8k", reader="flickr8k")
     (config.data_dir / "Images").mkdir(parents=True)
     (config.data_dir / "Images" / "a.jpg").write_bytes(b"jpeg")
     assert contents(prepare_data(config)) == {"Images/a.jpg": b"jpeg"}

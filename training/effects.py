@@ -52,8 +52,8 @@ NEEDS: tuple[tuple[str, Condition, str], ...] = (
     ),
     (
         "karpathy_file",
-        _named("reader", "coco", "flickr8k", "flickr30k"),
-        "reader coco, flickr8k or flickr30k",
+        _named("reader", "auto", "coco", "flickr8k", "flickr30k"),
+        "reader auto, coco, flickr8k or flickr30k",
     ),
     ("swap_margin", lambda c: c.swap_weight > 0, "swap_weight above 0"),
     ("min_per_category max_per_category", lambda c: c.balance_by != "none", "balance_by 'category'"),
