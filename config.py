@@ -91,7 +91,13 @@ class Config(BaseModel):
     karpathy_file: Place | None = None
     """dataset_coco.json or dataset_flickr30k.json with Karpathy's split; none: the data's own split."""
     annotation_file: Place | None = None
-    """Caption file of readers `json`, `flickr8k` and `flickr30k`; none: the one each reader looks for."""
+    """Caption file of readers `table`, `json`, `flickr8k` and `flickr30k`; none: the one each reader looks for."""
+    image_column: str | None = None
+    """Column of the images' paths (reader `table` only); none: guessed where that is unambiguous, and printed."""
+    caption_column: str | None = None
+    """Column of the captions (reader `table` only); none: guessed in the same way."""
+    split_column: str | None = None
+    """Column of the splits (reader `table` only); none: guessed in the same way."""
     image_root: Place | None = None
     """Folder outside data_dir that links and absolute image paths may lead to; for pre-encoded embeddings
     the folder of their images."""
@@ -452,8 +458,8 @@ FLAGS: dict[str, str] = {"use_batch_norm": "bn", "use_attention_pooling": "attn"
 
 NOT_IN_NAME = frozenset(
     "preset settings_file seed source data_dir cache_dir runs_dir checkpoint_dir karpathy_file annotation_file "
-    "image_root test_splits device precision micro_batch_size deterministic gradient_checkpointing num_workers "
-    "checkpoint_minutes keep_every_epochs trackers recall_ks".split()
+    "image_column caption_column split_column image_root test_splits device precision micro_batch_size "
+    "deterministic gradient_checkpointing num_workers checkpoint_minutes keep_every_epochs trackers recall_ks".split()
 )
 """Fields that are not part of a run's name: folders, machine, and what is only reported."""
 

@@ -392,6 +392,7 @@ def load_table(config: Config, splits: tuple[str, ...] | None = None) -> Caption
         config.data_dir,
         split_seed=config.split_seed,
         cache_dir=config.cache_dir / "captions",
+        **{name: config[name] for name in ("image_column", "caption_column", "split_column")},
         **_files(config),
     )
     if splits is None:

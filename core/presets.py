@@ -27,7 +27,7 @@ _TABLES = {
     "source": ("sources.fetch.SOURCES", "coco2014 coco2017 flickr30k flickr8k cifar100 scenes shapes"),
     "reader": (
         "sources.readers.READERS",
-        "auto coco flickr8k flickr30k json sidecar class_folders pairs paired_cifar",
+        "auto coco flickr8k flickr30k json sidecar class_folders table pairs paired_cifar",
     ),
     "image_tower": (
         "towers.image.IMAGE_TOWERS",

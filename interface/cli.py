@@ -263,7 +263,8 @@ def dataset(arguments: list[str] | None = None) -> None:
     check = _verb(verbs, "check", "dataset.check_command", "report what is wrong with images and captions")
     check.add_argument("data_dir", metavar="DIR")
     check.add_argument("--reader", default="auto", help=", ".join(NAMES["reader"][1]))
-    for name in ("karpathy_file", "annotation_file", "image_root"):
+    columns = ("image_column", "caption_column", "split_column")
+    for name in ("karpathy_file", "annotation_file", "image_root", *columns):
         check.add_argument(f"--{name}", help=Config.model_fields[name].description)
     check.add_argument("--split_seed", type=int, default=0)
     check.add_argument("--text_tower", default="minilm", help="its tokenizer measures the captions")

@@ -6,7 +6,9 @@ import csv
 import functools
 import gzip
 import inspect
+import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -14,10 +16,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from tqdm.auto import tqdm
 
 from core.errors import LabError, choose, nearest
-from core.files import DamagedFileError, atomic_path, fingerprint, sweep
+from core.files import DamagedFileError, atomic_path, fingerprint, read_bytes, sweep
 from core.tensor_files import load_arrays
 from sources.table import (
     IMAGE_SUFFIXES,
@@ -291,8 +294,7 @@ def _refuse_captions_by_file(folder: DataFolder, place: str) -> None:
     if names:
         raise LabError(
             f"{folder.root / place} is a Hugging Face ImageFolder with {min(names)}, not a class: its captions are by "
-            'file. Write them to annotations.json, a list of {"image_path": ..., "caption": ...}, and choose '
-            "reader 'json'"
+            "file; choose reader 'table'"
         )
 
 
@@ -572,6 +574,176 @@ def _annotation_file(folder: DataFolder, given: str | Path | None) -> str:
     )
 
 
+# --- Any table ---
+
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+COLUMNS = {
+    "image": (*IMAGE_COLUMNS, "path", "file", "image_file"),
+    "caption": (*CAPTION_COLUMNS, "captions", "description", "sentence", "sentences"),
+    "split": ("split", "subset", "partition"),
+}
+"""Names of columns that are recognized, in any case."""
+
+
+def read_table(
+    folder: DataFolder,
+    *,
+    annotation_file: str | Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    split_column: str | None = None,
+) -> TableBuilder:
+    """A CSV, TSV, JSONL or parquet table with the paths of images and their captions, in columns of any name.
+
+    The paths are below the table's folder, or `images/` beside it, or absolute inside image_root. A cell of captions
+    is one text or a list of them, and an image may have several rows. The splits are those of a column, else the names
+    of the tables (`train.csv`) or of their folders (`train/metadata.csv`), as in Hugging Face's imagefolder, else
+    those of the images' folders; without any the split is seeded, by image.
+
+    Args:
+        annotation_file: the table; None: metadata.*, the only table in the folder, or one for each split.
+        image_column, caption_column, split_column: None: guessed by name and content where that is unambiguous.
+    Raises: LabError if there is no table or several, or a column is missing, ambiguous or named twice.
+    """
+    given = {"image": image_column, "caption": caption_column, "split": split_column}
+    table, rows = TableBuilder(folder), []
+    for file in _tables(folder) if annotation_file is None else [_needed(folder, annotation_file)]:
+        place = "" if os.path.isabs(file) else file.rpartition("/")[0]
+        frame = _frame(folder, file)
+        image, caption, split = _chosen(frame, given, folder.root / file)
+        own = _split_of(file)
+        splits = frame[split].tolist() if split else [own] * len(frame)
+        cells = zip(frame[image].tolist(), frame[caption].tolist(), splits, strict=True)
+        rows += [(file, place, number, *row) for number, row in enumerate(cells, start=1)]
+    tops = {name.lower() for name in folder.folders()} & SPLIT_FOLDERS.keys()
+    named = [name if isinstance(name, str) else "" for *_, name in rows]
+    if not any(named) and tops:
+        named = [
+            top if top in tops else "" for top in (str(row[3]).partition("/")[0].lower() for row in rows)
+        ]
+    aliases = split_aliases({name.strip() for name in named if name.strip()})
+    for (file, place, number, path, captions, _), name in zip(rows, named, strict=True):
+        split = aliases.get(name.strip(), UNUSED if aliases else None)
+        texts = captions.tolist() if isinstance(captions, np.ndarray) else captions
+        texts = _listed(texts) if isinstance(texts, str) and texts.startswith("[") else _as_list(texts)
+        places = (place, join(place, "images"), join(place, "Images"), "")
+        table.add(path, split, texts, file, f"row {number}", folders=places)
+    return table
+
+
+def _split_of(file: str) -> str:
+    """The split that a table's name or folder says, or ""."""
+    path = PurePosixPath(file)
+    return next((name for name in (path.stem, path.parent.name) if name.lower() in SPLIT_FOLDERS), "")
+
+
+def _tables(folder: DataFolder) -> list[str]:
+    """The tables of a folder, or of its splits' folders, without those of other layouts; [] if there are none.
+
+    Raises: LabError if there are several and they are not one for each split.
+    """
+    claimed = {*FLICKR8K_FILES, *FLICKR30K_FILES} - {"captions.csv"}
+    places = ["", *(name for name in folder.folders() if name.lower() in SPLIT_FOLDERS)]
+    paths = [join(place, name) for place in places for name in sorted(folder.listing(place))]
+    paths = [path for path in paths if path.lower().endswith(TABLE_SUFFIXES) and folder.has_file(path)]
+    top = [path for path in paths if "/" not in path and path not in claimed]
+    named = [path for path in top if path.startswith("metadata.")]
+    below = [path for path in paths if "/" in path and PurePosixPath(path).stem == "metadata"]
+    tables = named or top or below
+    if len(tables) > 1 and len(set(map(_split_of, tables)) - {""}) < len(tables):
+        raise LabError(
+            f"{folder.root} has the tables {', '.join(tables)}; name one with annotation_file, or name them after "
+            "their splits (train.csv, val.csv)"
+        )
+    return tables
+
+
+def _frame(folder: DataFolder, file: str) -> pd.DataFrame:
+    """A table's rows; malformed ones are noted. Raises: LabError if it cannot be read or a column is named twice."""
+    suffix = PurePosixPath(file).suffix.lower()
+    if suffix == ".parquet":
+        folder.look(file)
+        data = read_bytes(folder.root / file)
+        try:
+            return pd.read_parquet(io.BytesIO(data))
+        except ImportError as error:
+            message = f"reading {folder.root / file} needs pyarrow; install it with `pip install pyarrow`"
+            raise LabError(f"{message}, or save the table as CSV") from error
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise LabError(f"{folder.root / file} is not a parquet file ({str(error)[:120]})") from error
+    text = folder.read_text(file)
+    if suffix == ".jsonl":
+        return pd.DataFrame(_json_lines(folder, file, text), dtype=object)
+    header = text.partition("\n")[0]
+    separator = max("\t,;|" if suffix == ".tsv" else ",\t;|", key=header.count)
+    names = next(csv.reader([header], delimiter=separator), [])
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise LabError(f"{folder.root / file} has the column {twice[0]!r} twice; rename one of them")
+
+    def note(cells: list[str]) -> None:
+        what = f"{len(cells)} columns, expected {len(names)}"
+        folder.problems.add("malformed row", file, what, separator.join(cells)[:60])
+
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "index_col": False, "engine": "python"}
+    try:
+        return pd.read_csv(io.StringIO(text), sep=separator, on_bad_lines=note, **options)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, csv.Error) as error:
+        raise LabError(f"{folder.root / file} is not a table ({str(error)[:120]})") from error
+
+
+def _json_lines(folder: DataFolder, file: str, text: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            row = line
+        if isinstance(row, dict):
+            yield row
+        elif row is not None:
+            folder.problems.add("malformed row", file, "not a JSON object", f"line {number}")
+
+
+def _chosen(frame: pd.DataFrame, given: dict[str, str | None], file: Path) -> list[str]:
+    """The columns of image, caption and split ("" if there is none), printed where one was guessed.
+
+    Raises: LabError with the table's columns if one is missing or ambiguous.
+    """
+    columns = list(map(str, frame.columns))
+    chosen: dict[str, str] = {}
+    for kind, name in given.items():
+        matches = [each for each in columns if each.strip().lower() in COLUMNS[kind]]
+        if kind == "image" and len(matches) != 1:
+            matches = [each for each in columns if frame[each].map(_is_image_path).mean() > 0.5]
+        if kind == "caption" and not matches:
+            rest = [
+                each for each in columns if each != chosen["image"] and each.lower() not in COLUMNS["split"]
+            ]
+            matches = [each for each in rest if frame[each].map(_is_sentence).mean() > 0.5]
+        matches = matches if name is None else [each for each in columns if each == name]
+        if len(matches) > 1 or (not matches and (kind != "split" or name is not None)):
+            problem = f"several columns that may be the {kind}s." if matches else f"no column of {kind}s."
+            problem = problem if name is None else f"no column {name!r}{nearest(name, columns) or '.'}"
+            raise LabError(f"{file} has {problem} Set {kind}_column to one of: {', '.join(columns)}.")
+        chosen[kind] = matches[0] if matches else ""
+    if len(frame) and isinstance(frame[chosen["image"]].iloc[0], (bytes, dict)):
+        raise LabError(
+            f"column {chosen['image']!r} of {file} has the images themselves; write them to files and the files' "
+            "paths into the column"
+        )
+    if None in (given["image"], given["caption"]):
+        print(f"{file}: " + ", ".join(f"{kind}s in column {name!r}" for kind, name in chosen.items() if name))
+    return list(chosen.values())
+
+
+def _is_image_path(cell: Any) -> bool:
+    return isinstance(cell, str) and is_image(PurePosixPath(cell.strip()).name)
+
+
+def _is_sentence(cell: Any) -> bool:
+    return isinstance(cell, (list, np.ndarray)) or (isinstance(cell, str) and " " in cell.strip())
+
+
 # --- All readers ---
 
 
@@ -590,7 +762,7 @@ def read_captions(
     Args:
         reader: a name of `READERS`; `auto`, also with the name of the reader that was recognized, as in `auto:json`:
             the one that `recognize` returns.
-        data_dir: the data set's folder; for the reader `json` also the annotation file itself.
+        data_dir: the data set's folder; for the readers `json` and `table` also the annotation file itself.
         split_seed: of the split by image, if the data set has no split of its own.
         cache_dir: folder of parsed tables; one is used again as long as no source file or folder has changed.
         follow_links: follow links that lead outside `data_dir`.
@@ -605,7 +777,7 @@ def read_captions(
     read = choose(READERS, reader, "reader")
     options = _options(read, reader, options)
     data_dir = Path(data_dir)
-    if data_dir.is_file() and read is read_json:
+    if data_dir.is_file() and read in (read_json, read_table):
         data_dir, options["annotation_file"] = data_dir.parent, data_dir.absolute()
     folder = DataFolder(data_dir, follow_links=follow_links, image_root=image_root)
     if cache_dir is None:
@@ -639,6 +811,7 @@ READERS: dict[str, Callable[..., TableBuilder]] = {
     "json": read_json,
     "sidecar": read_sidecar,
     "class_folders": read_class_folders,
+    "table": read_table,
 }
 
 
@@ -662,6 +835,13 @@ def _has_json(folder: DataFolder) -> bool:
         return b'"splits"' in file.read(1000)
 
 
+def _has_table(folder: DataFolder) -> bool:
+    try:
+        return bool(_tables(folder))
+    except LabError:  # several, which reading reports
+        return True
+
+
 def _has_sidecars(folder: DataFolder) -> bool:
     """Whether some image has a file of captions or metadata beside it."""
     stems = (path.rpartition(".")[0] for path in folder.images())
@@ -680,8 +860,8 @@ def _has_classes(folder: DataFolder) -> bool:
 LAYOUTS: dict[str, tuple[str, Callable[[DataFolder], bool]]] = {
     "coco": ("annotations/captions_*2014.json or captions_*2017.json", _has_coco),
     "flickr8k": (
-        " or ".join(FLICKR8K_FILES[:3]),
-        lambda folder: folder.first(*FLICKR8K_FILES) is not None,
+        "captions.txt or Flickr8k.token.txt",
+        lambda folder: folder.first(FLICKR8K_FILES[0], *FLICKR8K_FILES[2:]) is not None,
     ),
     "flickr30k": (
         "results.csv, flickr_annotations_30k.csv or results_20130124.token",
@@ -689,6 +869,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[DataFolder], bool]]] = {
     ),
     "json": ('annotations.json, or a single JSON file with "splits"', _has_json),
     "sidecar": ("a.txt or a.json beside a.jpg", _has_sidecars),
+    "table": ("a .csv, .tsv, .jsonl or .parquet file of another name, or metadata.* in train/", _has_table),
     "class_folders": ("a folder of images for each class, and no captions", _has_classes),
 }
 """What a folder is recognized by: reader -> what it looks for, and whether a folder has that."""
@@ -708,7 +889,8 @@ def recognize(
     """
     for file in (annotation_file, data_dir if Path(data_dir).is_file() else None):
         if file is not None:
-            return "json" if Path(file).suffix == ".json" else "flickr8k"
+            suffix = Path(file).suffix.lower()
+            return "json" if suffix == ".json" else "table" if suffix in TABLE_SUFFIXES else "flickr8k"
     for name in KARPATHY_SETS if karpathy_file is not None else ():
         if name in Path(str(karpathy_file)).name:
             return name

@@ -504,7 +504,7 @@ class TableBuilder:
     def add(
         self,
         path: Any,
-        split: str,
+        split: str | None,
         captions: Iterable[Any],
         file: str,
         place: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import unicodedata
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from small_data import SHARED
 
 from core.errors import LabError
+from sources.check import check
 from sources.readers import LAYOUTS as RECOGNIZED
 from sources.readers import READERS, official_flickr8k, read_captions, recognize
 from sources.table import CaptionTable
@@ -141,6 +144,12 @@ def write_sidecar(root: Path) -> None:
         (root / folder / f"{n}.txt").write_text("\n".join(CAPTIONS[n]) + "\n")
 
 
+def write_table(root: Path) -> None:
+    touch(root, *(f"images/{n}.jpg" for n in range(6)))
+    rows = [f"{n}.jpg\t{SPLITS[n]}\t{text}" for n in range(6) for text in CAPTIONS[n]]
+    (root / "mine.tsv").write_text("\n".join(["File\tsubset\twords", *rows]))
+
+
 LAYOUTS: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
     "coco": ("coco", write_coco, {}),
     "coco from Kaggle": ("coco", write_kaggle_coco, {}),
@@ -153,6 +162,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
     ),
     "json": ("json", write_json, {}),
     "sidecar": ("sidecar", write_sidecar, {}),
+    "table": ("table", write_table, {}),
 }
 
 
@@ -305,7 +315,7 @@ def test_a_hugging_face_image_folder_is_not_a_class_called_train(tmp_path, name)
     touch(tmp_path, "train/0.jpg", "train/1.jpg")
     (tmp_path / "train" / name).write_text('{"file_name": "0.jpg", "text": "a dog"}\n')
     with pytest.raises(
-        LabError, match=rf"train is a Hugging Face ImageFolder with {name}, not a class.* 'json'"
+        LabError, match=rf"train is a Hugging Face ImageFolder with {name}, not a class.* 'table'"
     ):
         read_captions("class_folders", tmp_path)
 
@@ -944,6 +954,181 @@ def test_many_problems_stay_few_rows_but_are_all_counted(tmp_path):
     table = read_captions("flickr8k", tmp_path)
     assert len(table.problems) == 101
     assert table.problem_counts() == {"missing image": 5000}
+
+
+# ---------------------------------------------------------------- tables of any kind
+
+MANY = pd.DataFrame(
+    [
+        (f"{n:02d}.jpg", f"{WORDS[n % 11]} dog {n}, caption {each}", ("train", "val", "test")[n % 3])
+        for n in range(60)
+        for each in range(2)
+    ],
+    columns=["name", "says", "split"],
+)
+LISTS = MANY.groupby("name", as_index=False).agg({"says": list, "split": "first"})
+
+
+def write_parts(root: Path, name: str) -> None:
+    """One table for each split, beside or above its images."""
+    for split, rows in MANY.groupby("split"):
+        file = root / name.format(split)
+        file.parent.mkdir(exist_ok=True)
+        rows.rename(columns={"name": "file_name"})[["file_name", "says"]].to_csv(file, index=False)
+
+
+def write_absolute(root: Path) -> None:
+    MANY.assign(name=f"{root}/images/" + MANY["name"]).to_csv(root / "data.csv", index=False)
+
+
+TABLES: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any]]] = {
+    "commas": ("images", lambda root: MANY.to_csv(root / "data.csv", index=False), {}),
+    "semicolons": ("images", lambda root: MANY.to_csv(root / "data.csv", sep=";", index=False), {}),
+    "tabs": ("", lambda root: MANY.to_csv(root / "x.tsv", sep="\t", index=False, encoding="utf-16"), {}),
+    "named columns": (
+        "images",
+        lambda root: MANY.assign(other=MANY["says"]).to_csv(root / "data.csv", sep="|", index=False),
+        {"image_column": "name", "caption_column": "says", "split_column": "split"},
+    ),
+    "JSON lines": ("Images", lambda root: MANY.to_json(root / "a.jsonl", orient="records", lines=True), {}),
+    "lists": ("images", lambda root: LISTS.to_json(root / "a.jsonl", orient="records", lines=True), {}),
+    "lists as JSON": (
+        "images",
+        lambda root: LISTS.assign(says=LISTS["says"].map(json.dumps)).to_csv(root / "a.csv", index=False),
+        {},
+    ),
+    "parquet": ("images", lambda root: MANY.to_parquet(root / "data.parquet"), {}),
+    "absolute paths": ("images", write_absolute, {}),
+    "a table for each split": ("images", lambda root: write_parts(root, "{}.csv"), {}),
+    "imagefolder with splits": ("{}", lambda root: write_parts(root, "{}/metadata.csv"), {}),
+    "one imagefolder": (
+        "",
+        lambda root: MANY.rename(columns={"name": "file_name"}).to_csv(root / "metadata.csv", index=False),
+        {},
+    ),
+    "imagefolder with paths below the splits": (
+        "{}",
+        lambda root: MANY.assign(file_name=MANY["split"] + "/" + MANY["name"])[["file_name", "says"]].to_csv(
+            root / "metadata.csv", index=False
+        ),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_the_same_images_through_every_table(case, tmp_path, capsys):
+    place, write, options = TABLES[case]
+    if case == "parquet" and not (
+        importlib.util.find_spec("pyarrow") or importlib.util.find_spec("fastparquet")
+    ):
+        pytest.skip("no library for parquet")
+    splits = dict(zip(MANY["name"], MANY["split"], strict=True))
+    touch(tmp_path, *(f"{place.format(split)}/{name}".strip("/") for name, split in splits.items()))
+    write(tmp_path)
+    assert recognize(tmp_path) == "table"
+    table = read_captions("auto", tmp_path, **options)
+    expected = {row["name"]: (row["split"], row["says"]) for row in LISTS.to_dict("records")}
+    assert {Path(path).name: rows for path, rows in contents(table).items()} == expected
+    assert table.problems == []
+    assert ("captions in column 'says'" in capsys.readouterr().out) is not bool(options)
+
+
+def test_a_table_without_splits_is_divided_by_seed(tmp_path):
+    touch(tmp_path, *(f"images/{name}" for name in LISTS["name"]))
+    MANY.drop(columns="split").to_csv(tmp_path / "data.csv", index=False)
+    assert read_captions("table", tmp_path).split_sizes() == {"train": 48, "val": 6, "test": 6}
+    assert len(read_captions("auto", tmp_path / "data.csv")) == 60
+
+
+TABLE_ERRORS: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "no captions": (
+        "a.csv",
+        "file,number\na.jpg,1\n",
+        {},
+        "no column of captions. Set caption_column to one of: file, number",
+    ),
+    "a column twice": (
+        "a.csv",
+        "file,words,words\na.jpg,x y,z\n",
+        {},
+        "has the column 'words' twice; rename one",
+    ),
+    "two captions": (
+        "a.csv",
+        "file,title,text\na.jpg,x,y\n",
+        {},
+        "several columns that may be the captions. Set caption_",
+    ),
+    "no images": (
+        "a.csv",
+        "a,caption\n1,x\n",
+        {},
+        "no column of images. Set image_column to one of: a, caption",
+    ),
+    "no such column": (
+        "a.csv",
+        "file,words\na.jpg,x y\n",
+        {"caption_column": "word"},
+        "no column 'word'; did you mean 'words'\\? Set caption_column",
+    ),
+    "missing image": ("a.csv", "file,words\nb.jpg,x y\n", {}, r"none of the 1 images listed .*such as b.jpg"),
+    "outside": (
+        "a.csv",
+        "file,words\n../a.jpg,x y\n",
+        {},
+        "refused path: 1, such as a.csv: row 1: .*leads outside",
+    ),
+    "no such table": ("a.csv", "file,words\na.jpg,x y\n", {"annotation_file": "c.csv"}, "has no c.csv"),
+    "empty": ("a.csv", "", {}, "is not a table"),
+    "no parquet": ("a.parquet", "file,words", {}, "a.parquet is not a parquet file"),
+}
+
+
+@pytest.mark.parametrize("case", TABLE_ERRORS)
+def test_an_unusable_table_is_one_sentence(case, tmp_path):
+    name, content, options, message = TABLE_ERRORS[case]
+    touch(tmp_path, "a.jpg")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(LabError, match=message):
+        read_captions("table", tmp_path, **options)
+
+
+def test_several_tables_are_refused_unless_one_is_named(tmp_path):
+    touch(tmp_path, "a.jpg")
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("file,words\na.jpg,x y\n")
+    with pytest.raises(LabError, match="has the tables a.csv, b.csv; name one with annotation_file"):
+        read_captions("auto", tmp_path)
+    table = read_captions("auto", tmp_path, annotation_file="b.csv")
+    report = check(table, num_workers=0, progress=False)
+    assert (len(table), sum(report["undecodable"].values())) == (1, 1)  # the file's bytes are no image
+
+
+def test_a_bad_row_of_a_table_costs_only_itself(tmp_path):
+    touch(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "a.csv").write_text("file,words\na.jpg,x y\na.jpg,x,y,z\nb.jpg,\nc.jpg,x y\n")
+    table = read_captions("table", tmp_path)
+    assert contents(table) == {"a.jpg": ("train", ["x y"])}
+    assert table.problem_counts() == {
+        "malformed row": 1, "empty caption": 1, "missing image": 1, "no caption": 1,
+    }  # fmt: skip
+
+
+def test_parquet_without_its_library_says_what_to_install(tmp_path, monkeypatch):
+    def missing(*_: Any) -> None:
+        raise ImportError("pyarrow or fastparquet is required")
+
+    touch(tmp_path, "a.parquet", "a.jpg")
+    monkeypatch.setattr(pd, "read_parquet", missing)
+    with pytest.raises(
+        LabError, match="a.parquet needs pyarrow; install it with `pip install pyarrow`, or save"
+    ):
+        read_captions("table", tmp_path)
+    cells = [{"bytes": b"...", "path": "a.jpg"}]
+    monkeypatch.setattr(pd, "read_parquet", lambda _: pd.DataFrame({"image": cells, "text": ["a dog"]}))
+    with pytest.raises(LabError, match="column 'image' of .* has the images themselves; write them to files"):
+        read_captions("table", tmp_path)
 
 
 # ---------------------------------------------------------------- the table
