@@ -28,6 +28,7 @@ from plots.figures import learning_curves, recall_bars
 from reports.compare import BASELINE, Setting, comparison_table, settings_label
 from reports.export import FORMATS, model_card, write_format
 from reports.gallery import Gallery, data_digest, load_or_encode, open_split, results_folder, results_of
+from reports.hubs import scoring_figures
 from reports.report import COPIES, comparison_page, free_name, run_page, save_sections, save_table
 from reports.search import GallerySearch, check_captioned, file_name, search_grid
 from reports.sections import Section, split_sections, zero_shot_sections
@@ -106,14 +107,33 @@ def save_metrics(gallery: Gallery) -> dict[str, Any]:
 
     Metrics of other weights in that file are dropped.
     """
+    return _write_metrics(gallery, {**gallery.metrics(), "weights": gallery.run.weights})
+
+
+def _write_metrics(gallery: Gallery, metrics: dict[str, Any]) -> dict[str, Any]:
     run = gallery.run
     path = results_folder(run, gallery.split, gallery.fingerprint) / "metrics.json"
-    metrics = {**gallery.metrics(), "weights": run.weights}
     earlier = read_metrics(path, show=False).items()
     others = {split: other for split, other in earlier if other.get("weights") == run.weights}
     write_json(path, {**others, gallery.split: metrics}, seal=True)
     run.metrics[gallery.split] = metrics
     return metrics
+
+
+def measure_scorings(gallery: Gallery, *, show: bool = True) -> None:
+    """Add figures by the scoring rules of `retrieval.hubness` to a measured split's metrics, as `scorings`.
+
+    They are left out with a printed message where the training or validation data cannot be opened.
+    """
+    metrics = gallery.run.metrics[gallery.split]
+    if gallery.measures_itself or "scorings" in metrics:
+        return
+    try:
+        scorings = scoring_figures(gallery, show=show)
+    except LabError as reason:
+        print(f"split {gallery.split!r} is measured by cosine similarity alone: {reason}")
+    else:
+        _write_metrics(gallery, {**metrics, "scorings": scorings})
 
 
 def zero_shot_accuracy(gallery: Gallery, templates: Sequence[str] = DEFAULT_TEMPLATES) -> dict[str, float]:
@@ -326,6 +346,7 @@ def report_run(
     for split in run.config.test_splits * comprehensive:  # encoded once, for the metrics too
         gallery = open_gallery(run, split, show=show)
         run.metrics[split] = measure_split(run, split, gallery=gallery, again=again)
+        measure_scorings(gallery, show=show)
         sections[split] = split_sections(gallery, results_of(run) / "figures", show=show)
     evaluate_run(run, again=again and not comprehensive, show=show)
     results = results_of(run)
@@ -414,7 +435,9 @@ def evaluate_weights(
     run = load_run(folder)
     measure_run(run)
     for split in config.test_splits * comprehensive:
-        sections = split_sections(open_gallery(run, split), results_of(run) / "figures")
+        gallery = open_gallery(run, split)
+        measure_scorings(gallery)
+        sections = split_sections(gallery, results_of(run) / "figures")
         save_sections(sections, results_of(run) / "tables", split)
     if output_file is not None and copy is not None:
         write_text(output_file, copy(run))

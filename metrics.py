@@ -237,13 +237,20 @@ def with_interval(metrics: Mapping[Any, Any], name: str) -> str:
 
 
 def metrics_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """Figures with intervals and protocol, recalls in percent; one row per split and one for its chance level."""
+    """Figures with intervals and protocol, recalls in percent; one row per split and one for its chance level.
+
+    A split that was measured with other scoring rules too has a row for each.
+    """
     rows = []
     for split, figures in metrics.items():
         sizes = {"images": figures["num_images"], "captions": figures["num_texts"]}
         protocol = {"split": split, "protocol": figures["protocol"], **sizes}
         texts = {name: with_interval(figures, name) for name in figures_of(figures)}
-        rows.append({**protocol, "": "model", **texts})
+        scorings = figures.get("scorings", {})
+        rows.append({**protocol, "": "model, cosine" if scorings else "model", **texts})
+        for scoring, corrected in scorings.items():
+            texts = {name: with_interval(corrected, name) for name in figures_of(corrected)}
+            rows.append({**protocol, "": f"model, {scoring}", **texts})
         by_chance = {name: as_text(name, value) for name, value in chance(figures).items()}
         rows += [{**protocol, "": "chance", **by_chance}] if by_chance else []
     columns = ["split", "protocol", "images", "captions", ""]

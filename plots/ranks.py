@@ -29,6 +29,7 @@ from plots.style import (
     wrap,
 )
 from retrieval.figures import chance
+from retrieval.hubness import hub_skewness
 
 # --- confusions ---
 
@@ -179,6 +180,35 @@ def rank_histogram(
     axes.set_ylabel("queries (%)")
     axes.margins(y=0.12)
     axes.grid(False, axis="x")
+    return saved(figure, path)
+
+
+# --- hubs ---
+
+
+@styled
+def hub_curves(counts: Mapping[str, Any], k: int, path: SavePath = None) -> Figure:
+    """How many captions find each image among their first k, most frequent image first, by scoring rule.
+
+    Args: counts: scoring rule -> (I,) whole numbers, as `retrieval.hubness.times_retrieved` gives them.
+    """
+    figure = new_figure(4.0)
+    axes = figure.subplots()
+    for order, (name, values) in enumerate(counts.items()):
+        falling = np.sort(to_numpy(values))[::-1]
+        label = (
+            f"{name}: skewness {hub_skewness(falling):.2f}, at most {falling[0]:,} captions, "
+            f"{100 * np.mean(falling == 0):.1f} % of the images never"
+        )
+        axes.plot(np.arange(1, len(falling) + 1), falling, color=color(order), label=label)
+    mean = float(np.mean(to_numpy(next(iter(counts.values())))))
+    axes.axhline(
+        mean, color=INK, linestyle=DOTTED, linewidth=1.4, label=f"every image equally often: {mean:,.0f}"
+    )
+    axes.legend(ncols=1, **LEGEND_ABOVE)
+    axes.set(xlabel="images, the most frequent first", ylabel=f"captions that find it\namong the first {k}")
+    axes.set(xscale="log", xlim=(1, len(falling)), ylim=(0, None))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     return saved(figure, path)
 
 

@@ -93,10 +93,7 @@ class Gallery:
             figures = {"num_images": len(self.image_id), "num_texts": len(self.text_id)}
             figures |= self.dataset.metrics(self.run.model, self.features, self.run.config, intervals=True)
         else:
-            figures = summarise(self.ranks, self.recall_ks)
-            intervals = bootstrap_intervals(self.ranks, [name for name in figures if "_recall@" in name])
-            for name, interval in intervals.items():
-                figures |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+            figures = self.figures_of(self.ranks)
         left_out = self.dataset.left_out
         return {
             "split": self.split,
@@ -108,6 +105,14 @@ class Gallery:
             "recall_ks": list(self.run.config.recall_ks),
             "intervals": INTERVALS,
         }
+
+    def figures_of(self, ranks: Ranks) -> dict[str, float]:
+        """All figures of ranks in this gallery, with 95 % intervals of the recalls."""
+        figures = summarise(ranks, self.recall_ks)
+        intervals = bootstrap_intervals(ranks, [name for name in figures if "_recall@" in name])
+        for name, interval in intervals.items():
+            figures |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+        return figures
 
     @property
     def recall_ks(self) -> tuple[int, ...]:

@@ -18,11 +18,13 @@ from core.errors import LabError
 from metrics import as_text, chance, evaluate_protocol, published_points, recalls_of
 from plots.features import Failure, failures, modality_gap, modality_map, similarity_matrix
 from plots.figures import attention_maps
-from plots.ranks import confusion_matrix, gallery_size_curves, rank_histogram, reliability_diagram
+from plots.ranks import confusion_matrix, gallery_size_curves, hub_curves, rank_histogram, reliability_diagram
 from plots.style import SavePath
 from reports.gallery import Gallery, fitting_protocols
+from reports.hubs import split_corrections
 from reports.zero_shot import DEFAULT_TEMPLATES, ZeroShot, measure_gallery, summary_table
 from retrieval.figures import MEASURES, feature_geometry, recall_by_gallery_size
+from retrieval.hubness import RULES, times_retrieved
 from retrieval.ranks import QueryRanks
 from training.order import evenly_spread
 
@@ -128,6 +130,30 @@ def rank_histograms(gallery: Gallery, folder: Path) -> Iterator[Section]:
     path = _file(folder, "ranks", gallery)
     rank_histogram({name: each.best for name, each in ranks.items()}, path, sizes)
     yield Section("ranks", f"Rank of each query's nearest match, split {gallery.split}.", figure=path)
+
+
+def hubs(gallery: Gallery, folder: Path) -> Iterator[Section]:
+    """How often each image is among the first answers, before and after the correction of hubs."""
+    made = split_corrections(gallery, show=False)
+    k = min(10, len(gallery.image_id))
+    counts = {"cosine": times_retrieved(gallery.text_features, gallery.image_features, k)}
+    for rule, (_, correction) in made.items():
+        searched = correction["t2i"].extended(gallery.text_features, gallery.image_features)
+        counts[RULES[rule].label] = times_retrieved(*searched, k)
+    path = _file(folder, "hubs", gallery)
+    hub_curves(counts, k, path)
+    chosen = "; ".join(
+        f"{RULES[rule].label}, {DIRECTIONS[way]}: "
+        + ", ".join(f"{name} {value:g}" for name, value in values.items())
+        for rule, (parameters, _) in made.items()
+        for way, values in parameters.items()
+    )
+    caption = (
+        f"How many of split {gallery.split}'s captions find each image among their first {k}: images that are found "
+        "by far more captions than others are hubs. Nearest Neighbor Normalization (NNN) and QB-Norm correct them "
+        f"without training, with captions and images of the training split. Chosen on the validation split: {chosen}."
+    )
+    yield Section("hubs", caption, figure=path)
 
 
 def worst_failures(gallery: Gallery, folder: Path) -> Iterator[Section]:
@@ -275,6 +301,7 @@ FOR_RETRIEVAL: Mapping[str, SectionFunction] = {
     "every figure": every_figure,
     "recall by gallery size": by_gallery_size,
     "ranks": rank_histograms,
+    "hubs": hubs,
     "failures": worst_failures,
     "similarities": similarities,
     "geometry": geometry,

@@ -6,7 +6,7 @@ for a gallery of images, training images for a gallery of captions. The paramete
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -43,32 +43,35 @@ class Correction:
         return torch.cat([queries, corrected], 1), torch.cat([gallery, -self.bias[:, None]], 1)
 
 
-def nnn(gallery: Tensor, bank: Tensor, k: float = 16, alpha: float = 0.75) -> Correction:
+def nnn(gallery: Tensor, bank: Tensor, settings: Sequence[Parameters]) -> list[Correction]:
     """Nearest Neighbor Normalization: the bias is alpha times the mean of an item's k highest scores.
 
-    Args: gallery: (N, D); bank: (B, D), both normalized.
+    Args: gallery: (N, D); bank: (B, D), both normalized; settings: `k` and `alpha` of each correction.
     Source: Chowdhury et al. 2024, arXiv 2410.24114.
     """
     items, place = gallery.unique(dim=0, return_inverse=True)  # equal items get equal bits
-    return Correction(alpha * nearest_rows(items, bank, int(k))[0].mean(1)[place])
+    highest = nearest_rows(items, bank, int(max(each["k"] for each in settings)))[0]  # (N, k), falling
+    return [Correction(each["alpha"] * highest[:, : int(each["k"])].mean(1)[place]) for each in settings]
 
 
-def qb_norm(gallery: Tensor, bank: Tensor, beta: float = 20) -> Correction:
+def qb_norm(gallery: Tensor, bank: Tensor, settings: Sequence[Parameters]) -> list[Correction]:
     """QB-Norm: softmax over the bank, for queries whose nearest item is nearest to a bank query too.
 
     The dynamic inverted softmax orders by exp(beta s) / sum over the bank of exp(beta s'); its logarithm divided by
     beta is the similarity minus a bias.
 
-    Args: gallery: (N, D); bank: (B, D), both normalized.
+    Args: gallery: (N, D); bank: (B, D), both normalized; settings: `beta` of each correction.
     Source: Bogolin et al. 2022, section 3.3, with the nearest item alone in the activation set.
     """
     items, place = gallery.unique(dim=0, return_inverse=True)
+    betas, sums = [each["beta"] for each in settings], []
     with full_float32(), torch.no_grad():
-        parts = items.split(max(1, SCORES_AT_ONCE // len(bank)))
-        sums = torch.cat([(beta * part @ bank.T).logsumexp(1) for part in parts])
+        for part in items.split(max(1, SCORES_AT_ONCE // len(bank))):
+            scores = part @ bank.T  # (n, B)
+            sums.append(torch.stack([(beta * scores).logsumexp(1) / beta for beta in betas]))
     hubs = torch.zeros(len(items), dtype=torch.bool)
     hubs[nearest_rows(bank, items, 1)[1].flatten()] = True
-    return Correction((sums / beta)[place], hubs[place])
+    return [Correction(bias[place], hubs[place]) for bias in torch.cat(sums, dim=1)]
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Rule:
     """A scoring rule, its name in tables, and the parameter values that are tried on validation data."""
 
     label: str
-    correct: Callable[..., Correction]
+    correct: Callable[[Tensor, Tensor, Sequence[Parameters]], list[Correction]]
     grid: Mapping[str, tuple[float, ...]]
 
     def settings(self, bank_size: int) -> list[Parameters]:
@@ -123,8 +126,8 @@ def corrections(
     """A rule's correction "i2t" of the texts, with images as the bank, and "t2i" of the images, with texts."""
     correct = choose(RULES, rule, "scoring rule").correct
     return {
-        "i2t": correct(text_features, bank["image_features"], **parameters["i2t"]),
-        "t2i": correct(image_features, bank["text_features"], **parameters["t2i"]),
+        "i2t": correct(text_features, bank["image_features"], [parameters["i2t"]])[0],
+        "t2i": correct(image_features, bank["text_features"], [parameters["t2i"]])[0],
     }
 
 
@@ -149,8 +152,8 @@ def choose_parameters(
     sides = {"i2t": (text_features, bank["image_features"]), "t2i": (image_features, bank["text_features"])}
     for way, (gallery, queries) in sides.items():
         quality = {}
-        for number, parameters in enumerate(settings := chosen.settings(len(queries))):
-            correction = chosen.correct(gallery, queries, **parameters)
+        settings = chosen.settings(len(queries))
+        for number, correction in enumerate(chosen.correct(gallery, queries, settings)):
             ranks = corrected_ranks(way, correction, image_features, text_features, image_id, text_id)
             quality[number] = [query_values(ranks, name).mean() for name in ("recall@1", "mrr")]
         best[way] = settings[max(quality, key=quality.__getitem__)]

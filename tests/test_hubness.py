@@ -5,8 +5,13 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from evaluated import config_of, write_home, write_run
 
+import evaluate
 from core.errors import LabError
+from metrics import metrics_table
+from reports import hubs
+from retrieval.figures import summarise
 from retrieval.hubness import (
     RULES,
     choose_parameters,
@@ -17,7 +22,8 @@ from retrieval.hubness import (
     qb_norm,
     times_retrieved,
 )
-from retrieval.ranks import match_ranks
+from retrieval.ranks import Ranks, match_ranks
+from utils import load_run
 
 CAPTIONS, WIDTH = 3, 12
 
@@ -110,7 +116,7 @@ def test_ranks_are_those_of_loops_in_float64(rule):
 
 def test_qb_norm_leaves_queries_alone_that_no_bank_query_is_like():
     gallery = torch.eye(3)
-    correction = qb_norm(gallery, torch.tensor([[1.0, 0.0, 0.0]]), beta=10)
+    (correction,) = qb_norm(gallery, torch.tensor([[1.0, 0.0, 0.0]]), [{"beta": 10}])
     assert correction.hubs.tolist() == [True, False, False]
     queries, _ = correction.extended(torch.eye(3), gallery)
     assert queries[:, -1].tolist() == [1, 0, 0]
@@ -190,5 +196,58 @@ def test_an_unknown_rule_is_named():
 
 def test_nnn_by_hand():
     bank = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
-    bias = nnn(torch.eye(2), bank, k=2, alpha=0.5).bias
+    bias = nnn(torch.eye(2), bank, [{"k": 2, "alpha": 0.5}])[0].bias
     assert bias.tolist() == pytest.approx([0.4, 0.2])
+
+
+# --- in an evaluation ---
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(config_of(write_home(tmp_path_factory.mktemp("lab")), test_splits=("test",)))
+
+
+def test_rules_have_rows_of_their_own_and_the_plain_figures_stay(run):
+    plain = dict(evaluate.measure_run(run, show=False)["test"])
+    gallery = evaluate.open_gallery(run, "test", show=False)
+    evaluate.measure_scorings(gallery, show=False)
+    saved = load_run(run.folder).metrics["test"]
+    scorings = saved.pop("scorings")
+    assert saved == plain
+    rows = metrics_table(run.metrics).index.get_level_values("").tolist()
+    assert rows == ["model, cosine", "model, NNN", "model, QB-Norm", "chance"]
+    train = evaluate.open_gallery(run, "train", show=False)
+    dev = evaluate.open_gallery(run, "val", show=False)
+    bank = features_of(train.features)
+    for name, rule in RULES.items():
+        chosen = choose_parameters(name, bank, **dev.features)
+        made = corrections(name, chosen, bank, **features_of(gallery.features))
+        ranks = Ranks(*(corrected_ranks(way, made[way], **gallery.features) for way in ("i2t", "t2i")))
+        assert scorings[rule.label]["parameters"] == chosen
+        assert scorings[rule.label] | summarise(ranks, gallery.recall_ks) == scorings[rule.label]
+
+
+def test_the_bank_is_the_training_split_and_parameters_are_chosen_on_the_validation_split(run, monkeypatch):
+    opened = []
+    real = hubs.open_dataset
+    monkeypatch.setattr(
+        hubs,
+        "open_dataset",
+        lambda config, splits, **more: opened.append(splits) or real(config, splits, **more),
+    )
+    seen = {}
+    monkeypatch.setattr(
+        hubs,
+        "choose_parameters",
+        lambda rule, bank, **dev: seen.update(bank=bank, dev=dev) or choose_parameters(rule, bank, **dev),
+    )
+    again = load_run(run.folder)
+    again.metrics = {}
+    hubs.split_corrections(evaluate.open_gallery(again, "test", show=False), ["nnn"], show=False)
+    assert opened == [("train",), ("val",)]
+    for name in ("image", "text"):
+        train = evaluate.open_gallery(run, "train", show=False).features[f"{name}_features"]
+        dev = evaluate.open_gallery(run, "val", show=False).features
+        assert torch.equal(seen["bank"][f"{name}_features"], train)
+        assert torch.equal(seen["dev"][f"{name}_id"], dev[f"{name}_id"])
