@@ -86,7 +86,8 @@ class Engine:
         self.ema = ema or EMA(model, 0.0)
         self.scaler = scaler or torch.amp.GradScaler(self.device.type, enabled=False)
         self.micro_batch_size = self.config.micro_batch_size
-        self.images, self.chance = 0, math.nan  # of the last step: images of all processes, chance-level loss
+        self.images = 0  # of the last step, in all processes
+        self.chance: Any = math.nan  # the chance level of the last step's loss
 
     @explained_errors()
     def step(self, batch: Batch) -> Tensor:
@@ -183,7 +184,7 @@ class Engine:
             loss_chance(self.criterion, some["image_id"], some["text_id"], some.get("logit_bias"))
             for some in given
         ]
-        self.chance: Any = math.nan if None in levels else sum(levels) / len(levels)
+        self.chance = math.nan if None in levels else sum(levels) / len(levels)
         return torch.stack([self.criterion(**some) for some in given]).mean()
 
     def _pooling(self, kind: str) -> tuple[Callable[[Any], Tensor], bool]:
