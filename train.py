@@ -203,11 +203,14 @@ class RunPlan:
         return ""
 
     def _check_settings(self, theirs: Config, what: Path) -> None:
-        """Raises: LabError if a run named after a settings file was started before the file was changed."""
-        if self.config.settings_file and settings_digest(theirs) != settings_digest(self.config):
+        """Raises: LabError if a run was started before the settings file or preset that names it was changed."""
+        if settings_digest(theirs) != settings_digest(self.config):
+            named, to_do = "preset", "set runs_dir to another folder"
+            if self.config.settings_file:
+                named, to_do = "file", "save the file under another name"
             raise LabError(
-                f"{what} was trained with other settings than its file has now: {self._differing(theirs)}; save the "
-                "file under another name, or set resume to 'never' to train again from the start."
+                f"{what} was trained with other settings than its {named} has now: {self._differing(theirs)}; {to_do}, "
+                "or set resume to 'never' to train again from the start."
             )
 
     def _differing(self, theirs: Config) -> str:

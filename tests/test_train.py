@@ -701,3 +701,13 @@ def test_a_settings_file_that_changed_is_not_the_run_it_made(small, tmp_path):
     ):
         fit(load_config(path), show=False)
     assert fit(load_config(path), show=False, resume="never").config.learning_rate == 0.01
+
+
+def test_a_run_of_a_preset_that_changed_is_not_the_run_it_names(small):
+    run = fit(small, show=False)
+    text = (run.folder / "config.yaml").read_text()
+    (run.folder / "config.yaml").write_text(text.replace("image_head: mlp", "image_head: linear"))
+    with pytest.raises(
+        LabError, match=r"other settings than its preset has now: image_head \(linear there, mlp here\)"
+    ):
+        fit(small, show=False)
