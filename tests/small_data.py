@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import random
+import shutil
+import subprocess
 from collections import Counter
 from datetime import date
 from importlib.metadata import version
@@ -21,6 +23,18 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 DAMAGES = int(os.environ.get("DAMAGES", "3"))  # places of each kind of file that are damaged
+
+
+def copy_lab(folder: Path) -> None:
+    """Everything of the lab but its tests, benchmarks and documents, as it stands here."""
+    names = ["*", ":!tests", ":!benchmarks", ":!docs", ":!.*"]
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *names]
+    for name in subprocess.run(
+        listing, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
 
 
 def write_coco(root: Path, counts: dict[str, int], size: int = 48, captions: int = 3) -> Path:

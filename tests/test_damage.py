@@ -90,7 +90,7 @@ def outcome(run: Run) -> dict[str, Any]:
         "metrics": {name: value for name, value in metrics["val"].items() if isinstance(value, float)},
         "ranks": ranks_of(run, "val", show=False).t2i.values,
         "found": [
-            (str(image), round(score, 6)) for image, score in zip(found.pictures, found.scores, strict=True)
+            (str(image), round(score, 6)) for image, score in zip(found.images, found.scores, strict=True)
         ],
     }
 

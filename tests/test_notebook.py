@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from small_data import ROOT, SHARED
+from small_data import ROOT, SHARED, copy_lab
 
 from core.errors import LabError
 from interface.run_notebook import WIDGET, run_notebook, tables, without_network, without_widgets
@@ -34,19 +33,7 @@ def git(*words: str, cwd: Path) -> None:
 def bare_repository(folder: Path) -> str:
     """A repository of the lab as it stands here; its address."""
     tree = folder / "tree"
-    for pattern in (
-        "*.py",
-        "[!.]*/*.py",
-        "[!.]*/*.yaml",
-        "[!.]*/*.html",
-        "*.ipynb",
-        "requirements*.txt",
-        "configs/**/*.*",
-    ):
-        for path in ROOT.glob(pattern):
-            target = tree / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, target)
+    copy_lab(tree)
     git("init", "--quiet", cwd=tree)
     git("add", ".", cwd=tree)
     git("commit", "--quiet", "-m", "the lab", cwd=tree)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,9 @@ Batch = dict[str, Any]
 Features = dict[str, Tensor]
 
 
+MEMORY_ERRORS = (RuntimeError, MemoryError, OSError)
+
+
 @contextlib.contextmanager
 def explained_errors(advice: str = "the same call continues from the last checkpoint") -> Iterator[None]:
     """Within, memory that runs out and BatchNorm over a single row are LabErrors."""
@@ -38,7 +42,7 @@ def explained_errors(advice: str = "the same call continues from the last checkp
             "BatchNorm needs at least two images while it trains, and this batch has one; raise batch_size (of all "
             "processes together), or set use_batch_norm to False or freeze_batch_norm to True."
         ) from error
-    except (RuntimeError, MemoryError) as error:
+    except MEMORY_ERRORS as error:
         if not is_out_of_memory(error):
             raise
         recover_memory(first_line(error))
@@ -115,7 +119,7 @@ class Engine:
         while True:
             try:
                 return self.gradients(batch)
-            except (RuntimeError, MemoryError) as error:
+            except MEMORY_ERRORS as error:
                 if not is_out_of_memory(error) or world_size() > 1:
                     raise
                 message = first_line(error)
@@ -233,7 +237,7 @@ def encode_batch(model: CLIPModel, batch: Batch, config: Config) -> Features:
     try:
         with autocast(config, model.logit_scale.device):
             return model(batch["image"], batch["text"])
-    except (RuntimeError, MemoryError) as error:
+    except MEMORY_ERRORS as error:
         if not is_out_of_memory(error) or images == 1:
             raise
         message = first_line(error)
@@ -317,6 +321,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """CUDA, MPS and Python have a type for it; the CPU's allocator and libraries only words."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
+    if isinstance(error, OSError):  # a file that cannot be mapped
+        return error.errno == errno.ENOMEM
     message = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in message for words in OUT_OF_MEMORY)
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from small_data import ROOT, copy_lab
 
-ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / "outputs" / "browser"
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page, seen or not
@@ -36,20 +36,7 @@ def find_chromium() -> str | None:
 
 def make_home(home: Path, parameters: dict[str, Any]) -> Path:
     """A folder with the lab's modules and notebooks, the parameters put into every notebook's own cell."""
-    for pattern in (
-        "*.py",
-        "[!.]*/*.py",
-        "core/*.yaml",
-        "reports/*.html",
-        "requirements.txt",
-        "*.ipynb",
-        "notebooks/*.ipynb",
-        "configs/**/*.*",
-    ):
-        for path in ROOT.glob(pattern):
-            target = home / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, target)
+    copy_lab(home)
     for name in ("data", "cache"):  # drawn and encoded once; what is not there is made
         if (ROOT / name).is_dir():
             (home / name).symlink_to(ROOT / name)
