@@ -142,8 +142,8 @@ WORDS = (
         for name in table
     ),
     *(name for table in (towers_text.TEXT_TOWERS, optim.SCHEDULES) for name in table),
-    *"run_grid semi_hard data_share feature_map quickstart_bn_s0 CHECKPOINT_DIR COMPARE_FLAGS DATA_DIR FAST_RUN".split(),
-    *"KAGGLE_USERNAME KAGGLE_KEY KAGGLEHUB_CACHE TEXT_TOWERS".split(),
+    *"run_grid semi_hard data_share feature_map quickstart_bn_s0 CHECKPOINT_DIR COMPARE_FLAGS".split(),
+    *"DATA_DIR FAST_RUN KAGGLE_USERNAME KAGGLE_KEY KAGGLEHUB_CACHE TEXT_TOWERS".split(),
     *"image_id text_id image_features text_features logit_scale".split(),
 )
 
