@@ -608,27 +608,28 @@ def read_table(
     """
     given = {"image": image_column, "caption": caption_column, "split": split_column}
     table, rows = TableBuilder(folder), []
-    for file in _tables(folder) if annotation_file is None else [_needed(folder, annotation_file)]:
+    files = _tables(folder) if annotation_file is None else [_needed(folder, annotation_file)]
+    if not files:
+        raise LabError(f"{folder.root} has no {', '.join(TABLE_SUFFIXES)} file; name it with annotation_file")
+    for file in files:
         place = "" if os.path.isabs(file) else file.rpartition("/")[0]
         frame = _frame(folder, file)
         image, caption, split = _chosen(frame, given, folder.root / file)
-        own = _split_of(file)
-        splits = frame[split].tolist() if split else [own] * len(frame)
+        splits = frame[split].tolist() if split else [_split_of(file)] * len(frame)
         cells = zip(frame[image].tolist(), frame[caption].tolist(), splits, strict=True)
         rows += [(file, place, number, *row) for number, row in enumerate(cells, start=1)]
     tops = {name.lower() for name in folder.folders()} & SPLIT_FOLDERS.keys()
     named = [name if isinstance(name, str) else "" for *_, name in rows]
     if not any(named) and tops:
-        named = [
-            top if top in tops else "" for top in (str(row[3]).partition("/")[0].lower() for row in rows)
-        ]
+        firsts = [str(row[3]).partition("/")[0].lower() for row in rows]
+        named = [first if first in tops else "" for first in firsts]
     aliases = split_aliases({name.strip() for name in named if name.strip()})
     for (file, place, number, path, captions, _), name in zip(rows, named, strict=True):
-        split = aliases.get(name.strip(), UNUSED if aliases else None)
+        own = aliases.get(name.strip(), UNUSED if aliases else None)
         texts = captions.tolist() if isinstance(captions, np.ndarray) else captions
         texts = _listed(texts) if isinstance(texts, str) and texts.startswith("[") else _as_list(texts)
         places = (place, join(place, "images"), join(place, "Images"), "")
-        table.add(path, split, texts, file, f"row {number}", folders=places)
+        table.add(path, own, texts, file, f"row {number}", folders=places)
     return table
 
 

@@ -905,6 +905,12 @@ MISSING: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], str]] = {
         {"karpathy_file": "x.json"},
         "karpathy_file 'x.json' does not exist",
     ),
+    "table": (
+        "table",
+        lambda root: touch(root, "a.jpg"),
+        {},
+        "has no .csv, .tsv, .jsonl, .parquet file; name it",
+    ),
     "JSON file": ("json", lambda root: touch(root, "a.jpg"), {}, "has no annotations.json"),
     "images": ("sidecar", lambda root: touch(root, "a.txt"), {}, "has no image with a caption"),
     "classes": ("class_folders", lambda root: touch(root, "a.jpg"), {}, "has no image with a caption"),
