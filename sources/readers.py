@@ -624,8 +624,8 @@ def read_table(
         firsts = [str(row[3]).partition("/")[0].lower() for row in rows]
         named = [first if first in tops else "" for first in firsts]
     aliases = split_aliases({name.strip() for name in named if name.strip()})
-    for (file, place, number, path, captions, _), name in zip(rows, named, strict=True):
-        own = aliases.get(name.strip(), UNUSED if aliases else None)
+    for (file, place, number, path, captions, _), split_name in zip(rows, named, strict=True):
+        own = aliases.get(split_name.strip(), UNUSED if aliases else None)
         texts = captions.tolist() if isinstance(captions, np.ndarray) else captions
         texts = _listed(texts) if isinstance(texts, str) and texts.startswith("[") else _as_list(texts)
         places = (place, join(place, "images"), join(place, "Images"), "")

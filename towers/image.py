@@ -342,9 +342,8 @@ def choose_device(config: Config) -> torch.device:
     key = (config.image_tower, config.image_weights, config.image_size)
     if key not in _differences:
         tower = build_image_tower(config.updated(image_tower_mode="frozen")).eval()
-        cosine = torch.cosine_similarity(
-            *(_features_on(place, tower, config.image_size) for place in ("cpu", device))
-        )
+        on_cpu, on_mps = (_features_on(place, tower, config.image_size) for place in ("cpu", device))
+        cosine = torch.cosine_similarity(on_cpu, on_mps)
         _differences[key] = float((1 - cosine).max())
         if not _differences[key] <= LARGEST_DIFFERENCE:  # NaN too
             print(
