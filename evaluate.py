@@ -28,11 +28,12 @@ from plots.figures import learning_curves, recall_bars
 from reports.compare import BASELINE, Setting, comparison_table, settings_label
 from reports.export import FORMATS, model_card, write_format
 from reports.gallery import Gallery, data_digest, load_or_encode, open_split, results_folder, results_of
-from reports.hubs import scoring_figures
+from reports.hubs import scoring_figures, split_corrections
 from reports.report import COPIES, comparison_page, free_name, run_page, save_sections, save_table
 from reports.search import GallerySearch, check_captioned, file_name, search_grid
 from reports.sections import Section, split_sections, zero_shot_sections
 from reports.zero_shot import DEFAULT_TEMPLATES, Labelled, known_labels, measure, open_labelled
+from retrieval.hubness import RULES
 from training.checkpoints import evaluation_lock, load_any_weights, read_metrics
 from utils import Run, load_run
 
@@ -154,11 +155,20 @@ def zero_shot_accuracy(gallery: Gallery, templates: Sequence[str] = DEFAULT_TEMP
 # --- search ---
 
 
-def open_search(run: Run, split: str | None = None, *, show: bool = True) -> GallerySearch:
-    """A split of a run, ready to be searched. Args: split: None: the first test split."""
+def open_search(
+    run: Run, split: str | None = None, scoring: str = "cosine", *, show: bool = True
+) -> GallerySearch:
+    """A split of a run, ready to be searched.
+
+    Args: split: None: the first test split; scoring: `cosine`, or a rule of `retrieval.hubness.RULES`.
+    """
+    choose({"cosine": None, **RULES}, scoring, "scoring")
     dataset = open_split(run, split or run.test_split, show=show)
     check_captioned(dataset)
-    return GallerySearch(load_or_encode(run, dataset, show=show))
+    gallery = load_or_encode(run, dataset, show=show)
+    if scoring == "cosine":
+        return GallerySearch(gallery)
+    return GallerySearch(gallery, split_corrections(gallery, [scoring], show=show)[scoring][1]["t2i"])
 
 
 def search_command(
@@ -168,6 +178,7 @@ def search_command(
     minus: str = "",
     k: int | None = None,
     folder: str | Path | None = None,
+    scoring: str = "cosine",
 ) -> Path:
     """Search a run's first test split and write the images found as PNG, and a table as CSV beside it.
 
@@ -176,6 +187,7 @@ def search_command(
         minus: what they should not show.
         k: number of images; None: 10, or all if there are fewer.
         folder: None: `search/` in the run's folder.
+        scoring: as in `open_search`; part of the file's name if it is not `cosine`.
     Returns: the path of the PNG.
     Raises: LabError if neither text nor image is given; see `GallerySearch`.
     """
@@ -187,12 +199,13 @@ def search_command(
         )
     terms += [(minus, -1.0)] if minus.strip() else []
     run = run if isinstance(run, Run) else load_run(run)
-    search = open_search(run)
+    search = open_search(run, scoring=scoring)
     k = max(1, min(10, len(search.images) - (image is not None))) if k is None else k
     result = search.combined(terms, k)
     folder = results_of(run) / "search" if folder is None else Path(folder)
-    path = folder / f"{file_name(result.query)}.png"
-    search_grid([result], path, f"{run.name}, {search.gallery.split}: {len(search.images):,} images")
+    rule = "" if scoring == "cosine" else f", {RULES[scoring].label}"
+    path = folder / f"{file_name(result.query + rule)}.png"
+    search_grid([result], path, f"{run.name}, {search.gallery.split}: {len(search.images):,} images{rule}")
     write_text(path.with_suffix(".csv"), csv_text(result.table(), index=False))
     return path
 

@@ -311,6 +311,8 @@ def evaluate(arguments: list[str] | None = None) -> None:
     search.add_argument("--image", help="an image that they should be similar to")
     search.add_argument("--minus", default="", help="what they should not show")
     search.add_argument("--k", type=int, help="number of images (default: 10, or all if there are fewer)")
+    search.add_argument("--scoring", default="cosine", choices=("cosine", "nnn", "qb_norm"),
+                        help="how images are ordered; nnn and qb_norm correct hubs (default: %(default)s)")  # fmt: skip
     export.add_argument("--folder", dest="output", help="output folder (default: RUN/export)")
     words = sys.argv[1:] if arguments is None else arguments
     if words and words[0] not in (*verbs.choices, "-h", "--help"):

@@ -27,6 +27,7 @@ from core.errors import LabError
 from core.files import fingerprint
 from plots.style import Cell, SavePath, image_rows, saved
 from reports.gallery import Gallery
+from retrieval.hubness import Correction
 from retrieval.index import Index, build_index, combine
 from sources.decode import UndecodableImage, decode, decode_rgb
 from towers.features import image_features, text_features
@@ -40,7 +41,8 @@ COLUMNS = 5
 
 @dataclass
 class SearchResult:
-    """The images that a query found, nearest first, with their cosine similarities.
+    """The images that a query found, nearest first, with their scores: cosine similarities, less a
+    bias where hubs are corrected.
 
     Args:
         correct: whether the query is a caption of each, where it is a caption of the gallery.
@@ -54,7 +56,7 @@ class SearchResult:
     query_images: list[Any]
 
     def table(self) -> pd.DataFrame:
-        """One row per image: query, rank from 1, cosine score, image, and correct where it is known."""
+        """One row per image: query, rank from 1, score, image, and correct where it is known."""
         ranks = range(1, len(self.images) + 1)
         columns = {"score": self.scores, "image": list(map(str, self.images)), "correct": self.correct}
         return pd.DataFrame({"query": self.query, "rank": ranks, **columns})
@@ -62,9 +64,13 @@ class SearchResult:
 
 @dataclass
 class GallerySearch:
-    """A gallery that can be searched. Raises: LabError if the data are not captioned images."""
+    """A gallery that can be searched. Raises: LabError if the data are not captioned images.
+
+    Args: correction: of hubs, see `retrieval.hubness`, for queries of texts alone; None: cosine similarity.
+    """
 
     gallery: Gallery
+    correction: Correction | None = None
 
     def __post_init__(self) -> None:
         check_captioned(self.gallery.dataset)
@@ -101,7 +107,16 @@ class GallerySearch:
             raise LabError(
                 f"k is {k} but {most} images of the gallery can be found; choose k from 1 to {most}."
             )
-        hits = self.images.query(query[None], k + len(own))
+        images = self.images
+        queries = query[None]
+        if self.correction is not None:
+            if not all(isinstance(term, str) for term, _ in terms):
+                raise LabError(
+                    "hubs are corrected for texts alone; search for an image by cosine similarity."
+                )
+            queries, corrected = self.correction.extended(queries, images.features)
+            images = Index(corrected, images.ids)
+        hits = images.query(queries, k + len(own))
         places = [place for place, ident in enumerate(hits.ids[0].tolist()) if ident not in own][:k]
         return SearchResult(
             query_name(terms),

@@ -435,7 +435,9 @@ def test_search_and_export_get_what_the_shell_says(tmp_path, monkeypatch, capsys
     config_of(tmp_path).save(tmp_path / "run" / "config.yaml")
     monkeypatch.setattr(evaluate, "search_command", lambda run, *words, **given: (run.name, *words, given))
     cli.evaluate(["search", str(tmp_path / "run"), "a dog", "--minus", "snow", "--k", "3"])
-    assert capsys.readouterr().out.strip() == "('run', 'a dog', {'image': None, 'minus': 'snow', 'k': 3})"
+    assert capsys.readouterr().out.strip() == (
+        "('run', 'a dog', {'image': None, 'minus': 'snow', 'k': 3, 'scoring': 'cosine'})"
+    )
     monkeypatch.setattr("evaluate.export_run", lambda run, folder: [folder / run.config.preset])
     cli.evaluate(["export", str(tmp_path / "run"), "--folder", str(tmp_path / "out")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "quickstart")

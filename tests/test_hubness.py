@@ -251,3 +251,32 @@ def test_the_bank_is_the_training_split_and_parameters_are_chosen_on_the_validat
         dev = evaluate.open_gallery(run, "val", show=False).features
         assert torch.equal(seen["bank"][f"{name}_features"], train)
         assert torch.equal(seen["dev"][f"{name}_id"], dev[f"{name}_id"])
+
+
+def test_a_search_orders_images_by_corrected_scores(run):
+    gallery = evaluate.open_gallery(run, "test", show=False)
+    parameters, _ = hubs.split_corrections(gallery, ["nnn"], show=False)["nnn"]
+    search = evaluate.open_search(run, scoring="nnn", show=False)
+    caption = gallery.captions[7]
+    result = search.by_text([caption], k=20)[0]
+    bank = evaluate.open_gallery(run, "train", show=False).text_features
+    arguments = {"k": int(parameters["t2i"]["k"]), "alpha": parameters["t2i"]["alpha"]}
+    query = gallery.text_features[7:8]  # encoded in a batch: not to the last bit what one caption alone gives
+    scores = looped_nnn(query, gallery.image_features, bank, **arguments)[0]
+    assert result.scores == pytest.approx(sorted(scores, reverse=True), abs=2e-4)
+    files = gallery.dataset.image_files(range(20))
+    by_file = dict(zip(files, scores, strict=True))
+    assert [by_file[file] for file in result.images] == pytest.approx(result.scores, abs=2e-4)
+    with pytest.raises(LabError, match="for texts alone"):
+        search.by_image([0])
+
+
+def test_an_unknown_scoring_is_refused_before_the_data_are_opened(run):
+    with pytest.raises(LabError, match="scoring"):
+        evaluate.open_search(run, "nowhere", scoring="nnm")
+
+
+def test_a_corrected_search_has_its_rule_in_the_name_of_its_file(run, tmp_path):
+    path = evaluate.search_command(run, "a red square", k=2, folder=tmp_path, scoring="qb_norm")
+    assert path.name == "a-red-square-qb-norm.png"
+    assert path.is_file()
