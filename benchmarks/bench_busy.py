@@ -55,7 +55,7 @@ def jobs() -> dict[str, Callable[[], Any]]:
     tower = build_image_tower(config.updated(image_tower_mode="frozen")).eval()
     tower.to(memory_format=torch.channels_last)
     features = make_features(600, 3_000)
-    few = make_features(200, 1_000)
+    small = make_features(200, 1_000)
     captions = [f"caption {n % 97} of image {n % 89}" for n in range(1_000)]
 
     def encode() -> None:
@@ -66,7 +66,7 @@ def jobs() -> dict[str, Callable[[], Any]]:
         "encoding": encode,
         "training": lambda: engine.step(batch).item(),
         "metrics": lambda: retrieval_metrics(*features),
-        "mining": lambda: mine_semantic(few[0], few[1], few[2].numpy(), few[3].numpy(), captions, 1),
+        "mining": lambda: mine_semantic(small[0], small[1], small[2].numpy(), small[3].numpy(), captions, 1),
     }
 
 
