@@ -22,9 +22,9 @@ CAPTION = "a man in a red shirt and a black hat rides a brown horse along the be
 def memory_need(config: Config, batch_size: int | None = None) -> pd.DataFrame:
     """GB that a float32 training step of the towers and heads needs, one row per part.
 
-    Activations are those kept for the backward pass, counted for pictures with their captions, each of the
-    length of `CAPTION`; what a library allocates beside them, and its fragments, come on top. With
-    gradient checkpointing only the blocks' inputs are kept and one block's activations made again.
+    Activations are those kept for the backward pass, counted for images with their captions, each of the
+    length of `CAPTION`; what a library allocates in addition, and fragmentation, are not included. With
+    gradient checkpointing only the blocks' inputs are kept, and one block's activations are computed again.
 
     Args:
         batch_size: images; None: the configuration's.
@@ -63,16 +63,16 @@ def _kept(model: CLIPModel, config: Config, images: int) -> tuple[int, int]:
     def note(block: nn.Module, arguments: tuple[Any, ...]) -> None:
         inputs.append(arguments[0].nbytes)
 
-    shape = getattr(model.image_encoder, "picture_shape", (config.image_size,) * 2)
-    pictures = torch.zeros(images, 3, *shape, dtype=torch.uint8)
+    shape = getattr(model.image_encoder, "image_shape", (config.image_size,) * 2)
+    pixels = torch.zeros(images, 3, *shape, dtype=torch.uint8)
     captions: Any = [CAPTION] * images * (config.captions_per_image or 5)
     if config.text_tower_mode == "cached":
         captions = torch.zeros(len(captions), model.text_encoder.width)
     if config.image_tower_mode == "cached":
-        pictures = torch.zeros(images, model.image_encoder.width)
+        pixels = torch.zeros(images, model.image_encoder.width)
     handles = [part.register_forward_pre_hook(note) for part in model.modules() if isinstance(part, Block)]
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        features = model(pictures, captions)  # its graph keeps what `kept` counts
+        features = model(pixels, captions)  # its graph keeps what `kept` counts
     for handle in handles:
         handle.remove()
     assert features["image_features"].requires_grad

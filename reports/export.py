@@ -171,7 +171,7 @@ def _vision_half(model: CLIPModel) -> tuple[Any, dict[str, Tensor]]:
         return tower.body.config, state
     if not isinstance(tower, VisionTransformer):
         raise LabError("transformers' CLIPModel has image towers 'vit' and 'clip' only.")
-    height, across = tower.picture_shape
+    height, across = tower.image_shape
     if height != across or tower.pooling != "class":
         raise LabError("CLIP's image tower needs square images and uses its class token.")
     config = transformers.CLIPVisionConfig(

@@ -515,6 +515,6 @@ def test_the_documented_tower_reads_two_images_side_by_side():
     config = make_config("paired_cifar_baseline", text_tower="minilm")
     with torch.device("meta"):
         tower = build_model(config).image_encoder
-    assert tower.picture_shape == (32, 64)
+    assert tower.image_shape == (32, 64)
     assert tower.grid == (4, 8)
     assert 42e6 < sum(p.numel() for p in tower.parameters()) < 43e6  # 6 * 12 * 768^2 + patches

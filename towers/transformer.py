@@ -205,7 +205,7 @@ class VisionTransformer(PixelTower):
     """A vision transformer with CLIP's LayerNorms before and after its blocks.
 
     Args:
-        picture_shape: (H, W) of the images in pixels, or the side of square ones.
+        image_shape: (H, W) of the images in pixels, or the side of square ones.
         patch_size: side of a patch in pixels; divides H and W.
         width, num_layers, num_heads, mlp_ratio, dropout: of the blocks.
         activation: a name of ACTIVATIONS.
@@ -219,7 +219,7 @@ class VisionTransformer(PixelTower):
 
     def __init__(
         self,
-        picture_shape: int | tuple[int, int] = 224,
+        image_shape: int | tuple[int, int] = 224,
         patch_size: int = 16,
         width: int = 768,
         num_layers: int = 12,
@@ -235,14 +235,14 @@ class VisionTransformer(PixelTower):
         std: tuple[float, ...] = CLIP_STD,
     ) -> None:
         super().__init__(width, mean, std)
-        height, across = (picture_shape, picture_shape) if isinstance(picture_shape, int) else picture_shape
+        height, across = (image_shape, image_shape) if isinstance(image_shape, int) else image_shape
         if height % patch_size or across % patch_size:
             raise LabError(
                 f"patches of {patch_size} pixels do not divide images of {height} x {across} pixels."
             )
         if pooling not in POOLINGS:
             raise LabError(f"pooling {pooling!r} does not exist; choose one of {', '.join(POOLINGS)}.")
-        self.picture_shape, self.pooling = (height, across), pooling
+        self.image_shape, self.pooling = (height, across), pooling
         self.grid = (height // patch_size, across // patch_size)
         self.embeddings = PatchEmbeddings(self.grid, patch_size, width)
         self.pre_layrnorm = nn.LayerNorm(width)  # spelled as in transformers
@@ -256,8 +256,8 @@ class VisionTransformer(PixelTower):
             nn.init.xavier_uniform_(self.embeddings.patch_embedding.weight.flatten(1))
 
     def _embed(self, images: Tensor) -> Tensor:
-        if tuple(images.shape[2:]) != self.picture_shape:
-            height, across = self.picture_shape
+        if tuple(images.shape[2:]) != self.image_shape:
+            height, across = self.image_shape
             raise LabError(
                 f"this vision transformer takes {height} x {across} images, "
                 f"not {images.shape[2]} x {images.shape[3]}; set image_size to the size it was built for."
